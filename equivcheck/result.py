@@ -1,0 +1,222 @@
+"""The result of a run as JSON: the one source of truth that every report renders."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import numbers
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from equivcheck.errors import UsageError
+
+SCHEMA = "equivcheck.result/1"
+
+# Exit code of each verdict; what a run returns is the first of PRIORITY that any case gives.
+EXIT_CODES = {
+    "equivalent": 0,
+    "expected": 0,
+    "divergent": 1,
+    "precision-loss": 1,
+    "error": 3,
+    "inconclusive": 4,
+    "invalid": 4,
+}
+PRIORITY = (70, 130, 3, 1, 4, 5, 0)
+NOTHING_SELECTED, INTERRUPTED = 5, 130
+
+
+def missing_causes(case: Mapping[str, Any]) -> list[str]:
+    """Return the causes that the user declared and that this case did not prove."""
+    proved = {cause["code"] for cause in case.get("causes") or () if cause["status"] == "proved"}
+    return [code for code in case.get("expect") or () if code not in proved]
+
+
+def case_exit_code(case: Mapping[str, Any]) -> int:
+    """Return the exit code that one finished case asks for."""
+    if case["verdict"] == "error":
+        code = (case.get("error") or {}).get("exit_code")
+        return code if code in PRIORITY else EXIT_CODES["error"]
+    code = EXIT_CODES[case["verdict"]]
+    return 1 if code == 0 and missing_causes(case) else code
+
+
+def exit_code(cases: Sequence[Mapping[str, Any]], *, interrupted: bool = False) -> int:
+    """Return the exit code of a whole run: the most pressing of its cases'."""
+    codes = {case_exit_code(case) for case in cases} or {NOTHING_SELECTED}
+    if interrupted:
+        codes.add(INTERRUPTED)
+    return min(codes, key=PRIORITY.index)
+
+
+def run_verdict(cases: Sequence[Mapping[str, Any]], *, interrupted: bool = False) -> str:
+    """Return one verdict for a whole run, always in line with its exit code.
+
+    A run without a case is `invalid`, since nothing was compared; one that was interrupted or
+    failed inside is `error`, whatever its finished cases say; and a declared cause that did not
+    appear makes it `divergent`: from what the user expects.
+    """
+    code = exit_code(cases, interrupted=interrupted)
+    if code in (0, 1, 4):
+        found = [case["verdict"] for case in cases if case_exit_code(case) == code]
+        worst_first = {
+            0: ("expected", "equivalent"),
+            1: ("divergent", "precision-loss"),
+            4: ("inconclusive", "invalid"),
+        }
+        return next((verdict for verdict in worst_first[code] if verdict in found), "divergent")
+    return "invalid" if code == NOTHING_SELECTED else "error"
+
+
+def assemble(
+    cases: Sequence[Mapping[str, Any]],
+    *,
+    target: str,
+    notes: Sequence[str] = (),
+    interrupted: bool = False,
+) -> dict[str, Any]:
+    """Return the result of a run from its finished cases, JSON-ready."""
+    result: dict[str, Any] = {
+        "schema": SCHEMA,
+        "verdict": run_verdict(cases, interrupted=interrupted),
+        "exit_code": exit_code(cases, interrupted=interrupted),
+        "target": target,
+        "environment": environment(),
+        "interrupted": interrupted,
+        "notes": list(notes),
+        "cases": [finite(case) for case in cases],
+    }
+    return result
+
+
+def environment() -> dict[str, Any]:
+    """Return the versions and limits that a reader needs to run the same thing again.
+
+    Read from package metadata, so that it costs nothing and works without torch.
+    """
+    facts: dict[str, Any] = {}
+    for name in ("equivcheck", "torch", "numpy"):
+        try:
+            facts[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            facts[name] = None
+    facts["python"] = platform.python_version()
+    facts["platform"] = f"{platform.system()} {platform.machine()}"
+    facts["cpus"] = os.cpu_count()
+    return facts
+
+
+def finite(value: Any) -> Any:
+    """Return the value as plain JSON types, with non-finite numbers as null.
+
+    A mapping that holds such a number, directly or in a list, gets `"finite": False` beside it,
+    so that null for "not computed" stays different from null for infinity.
+    """
+    if isinstance(value, Mapping):
+        plain = {str(key): finite(item) for key, item in value.items()}
+        if any(_holds_non_finite(item) for item in value.values()):
+            plain["finite"] = False
+        return plain
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [finite(item) for item in value]
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value) if math.isfinite(value) else None
+    return str(value)
+
+
+def _holds_non_finite(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(_holds_non_finite(item) for item in value)
+    return (
+        isinstance(value, numbers.Real)
+        and not isinstance(value, (bool, numbers.Integral))
+        and not math.isfinite(value)
+    )
+
+
+def to_json(result: Mapping[str, Any]) -> str:
+    """Return the result as JSON text that any parser reads: no NaN, no Infinity."""
+    return json.dumps(finite(result), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write(path: str | os.PathLike[str], result: Mapping[str, Any]) -> None:
+    """Write the result so that a reader sees the old file or the new one, never a part.
+
+    Raises:
+        OSError: The file cannot be written; the old one is then still there.
+    """
+    write_text(path, to_json(result))
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write text atomically, making the folders it needs; devices and pipes are written directly.
+
+    Raises:
+        OSError: The file cannot be written; the old one is then still there.
+    """
+    target = Path(path).resolve()  # a link stays a link, its target is replaced
+    if target.exists() and not target.is_file():
+        target.write_text(text, encoding="utf-8")  # raises the right error for a folder
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with draft.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())  # a full disk shows here, not after the rename
+        draft.replace(target)
+    finally:
+        with suppress(OSError):
+            draft.unlink()
+
+
+def load(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a saved result.
+
+    Raises:
+        UsageError: The file is missing, unreadable, no JSON (truncated, say), or not a result of
+            this schema.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise UsageError(
+            f"cannot read the result {os.fspath(path)}: {reason}",
+            expected="a file written by equivcheck run --json",
+        ) from None
+    try:
+        result = json.loads(text)
+    except ValueError as error:
+        raise UsageError(
+            f"{os.fspath(path)} is not JSON: {error}",
+            expected="a file written by equivcheck run --json",
+            because="the file is cut short" if text.strip() else "the file is empty",
+        ) from None
+    schema = result.get("schema") if isinstance(result, dict) else None
+    if schema != SCHEMA:
+        raise UsageError(
+            f"{os.fspath(path)} has the schema {schema!r}",
+            expected=SCHEMA,
+            fix="run the target again with this version of equivcheck",
+        )
+    if not isinstance(result.get("cases"), list) or not all(map(_is_case, result["cases"])):
+        raise UsageError(
+            f"{os.fspath(path)} has a case without an id or with an unknown verdict",
+            expected=SCHEMA,
+        )
+    return dict(result)
+
+
+def _is_case(case: object) -> bool:
+    return isinstance(case, dict) and "id" in case and case.get("verdict") in EXIT_CODES
