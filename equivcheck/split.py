@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -135,12 +136,7 @@ def _tail(index: int, rows: int, normal: list[list[int]]) -> list[list[int]]:
 
 def _slices_needed(rows: int, sizes: list[int]) -> int:
     """Return how many of the slices it takes to hold the rows."""
-    filled = 0
-    for number, size in enumerate(sizes, start=1):
-        filled += size
-        if filled >= rows:
-            return number
-    return len(sizes)
+    return 1 + sum(filled < rows for filled in itertools.accumulate(sizes))
 
 
 def _fill(rows: int, sizes: list[int]) -> list[int]:
@@ -259,8 +255,8 @@ def join(batches: Sequence[Any]) -> Any:
     """
 
     def concatenate(path: str, *leaves: Any) -> Any:
-        if len({_has_rows(leaf) for leaf in leaves}) > 1:
-            raise ValueError(f"{path} has rows in some batches only")
+        if len({(_has_rows(leaf), isinstance(leaf, torch.Tensor)) for leaf in leaves}) > 1:
+            raise ValueError(f"{path} is of another kind in some batches")
         if not _has_rows(leaves[0]):
             return leaves[0]
         if isinstance(leaves[0], torch.Tensor):
