@@ -99,6 +99,7 @@ def plan(
             cycles.append(_tail(index, rows, cycles[-1]))
             continue
         if rows < accumulation_steps * shares:
+            most = rows // shares
             ranks = f" * world_size={shares}" if shares > 1 else ""
             message = (
                 f"full batch {index} has {rows} rows for"
@@ -109,7 +110,7 @@ def plan(
                 where=f"batches(), full batch {index}",
                 expected=f"at least {accumulation_steps * shares} rows",
                 because="every rank needs at least one row in every micro-batch",
-                fix=f"--accumulation-steps {max(1, rows // shares)}, or larger batches",
+                fix=f"--accumulation-steps {most}, or larger batches" if most else "larger batches",
             )
         cycles.append(
             [cut(share, accumulation_steps, split) for share in cut(rows, shares, "even")]

@@ -236,7 +236,7 @@ def test_every_ratio_below_the_limit_is_found(numerator, denominator, error):
     exact = Fraction(numerator, denominator)
     x = float(exact) * (1 + error * DOUBLE)
 
-    # p/q and p'/q' below 1e5 are at least 1 / (q q') > 1e-10 apart, far beyond this noise.
+    # p/q and p'/q' below 10**5 are at least 1 / (q q') > 10**-10 apart, far beyond this noise.
     assert ratio(x, 16 * DOUBLE) == exact
 
 
