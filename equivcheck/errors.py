@@ -19,9 +19,13 @@ class EquivcheckError(Exception):
         expected: What would have been right.
         because: The mechanism, in one sentence.
         fix: One line of code or one command to type next.
+
+    Attributes:
+        user_traceback: The user's own frames, where user code raised; else empty.
     """
 
     exit_code: ClassVar[int] = 70
+    user_traceback: str = ""
 
     def __init__(
         self,

@@ -33,7 +33,8 @@ class Cause:
 
 
 LEGEND = """\
-K    micro-batches per optimizer step      R    ranks
-p_k  gradient of micro-batch k alone       G    gradient of the full batch = sum v_k p_k
-n_k  samples or tokens counted in it       A    accumulated gradient       = sum w_k p_k
-N    sum of all n_k                        v, w the weights; the code is right when w = v"""
+K    micro-batches per optimizer step
+p_k  gradient that micro-batch k gives alone
+n_k  samples or tokens counted in it; N is their sum
+G    gradient of the full batch, sum v_k p_k
+A    accumulated gradient, sum w_k p_k; right when w = v"""

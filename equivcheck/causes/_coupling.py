@@ -12,7 +12,8 @@ CAUSES = (
         because="batch normalisation in training mode computes mean and variance over the rows it "
         "is given",
         mathematics="""\
-y_i = (x_i - mean(x)) / std(x), over the B rows of the full batch or the B/K of a micro-batch
+y_i = (x_i - mean(x)) / std(x),
+over the B rows of the full batch or the B/K of a micro-batch
 G is not in the span of the p_k at all: no weights can repair it.""",
         detected="the full batch's gradient is outside the span of the pieces, and a module's "
         "output for one sample depends on the other samples",
@@ -51,7 +52,8 @@ d loss_i / d x_j is not zero for i != j; G is not in the span of the p_k.""",
         "with the momentum meant for one",
         mathematics="""\
 full batch:   m <- (1 - a) m + a x          one update per optimizer step
-accumulated:  K updates, (1 - a)^K m + ...  num_batches_tracked grows K times as fast""",
+accumulated:  m <- (1 - a)^K m + ...      K updates per optimizer step
+num_batches_tracked grows K times as fast.""",
         detected="buffers differ beyond noise and are not what K updates of the stated momentum "
         "give, or the gradients agree",
         proved="with the buffers updated once per cycle they are the full batch's",

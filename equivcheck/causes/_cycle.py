@@ -63,7 +63,8 @@ micro-batch k is evaluated at parameters that k-1 has already moved.""",
         "one",
         mathematics="""\
 with m = (number of micro-batches) mod K > 0 left over:
-one optimizer step fewer than full batches, the last m micro-batches without effect.""",
+one optimizer step fewer than full batches,
+the last m micro-batches without effect.""",
         detected="backwards after the last optimizer step, and one step fewer than in the "
         "reference run",
         proved="with a step after the last backward the parameters are the full batch's",
@@ -128,7 +129,7 @@ A cosine over 1000 updates is through after 1000/K. Gradients are right.""",
         because="its length or warm-up is counted in micro-batches, or rounded down",
         mathematics="""\
 lr(t; T') instead of lr(t; T), with T' = K T, T / K or floor instead of ceil
-One scheduler step per optimizer step: the calls are right, the length is not.""",
+One call per optimizer step: the calls are right, the length is not.""",
         detected="learning rates differ although scheduler and optimizer steps go together",
         proved="with the schedule built for the reference's number of steps the learning rates "
         "agree",
@@ -160,7 +161,8 @@ Spectral norm: K power iterations per step. Gradients may be right.""",
         summary="the leftover micro-batches of one epoch join the first cycle of the next",
         because="the counter or the gradients are carried over the border of the epoch",
         mathematics="""\
-that step's gradient is the one of m micro-batches of the old epoch and K - m of the new
+that step's gradient is the one of m micro-batches of the old epoch
+and K - m of the new.
 The samples of the step are not those of any full batch.""",
         detected="the samples consumed by one optimizer step straddle two full batches",
         proved="with a step forced at the border the updates are the full batch's",
@@ -193,7 +195,7 @@ The number of optimizer steps is that of K'.""",
         because="a part of the optimizer's work is done in the inner loop",
         mathematics="""\
 theta <- (1 - lr c) theta, K times per optimizer step: decay (1 - lr c)^K
-or beta^K for a moment. The gradient at the step is right, the update is not.""",
+or beta^K for a moment. The gradient is right, the update is not.""",
         detected="gradients agree, and parameters or optimizer state do not",
         proved="with the updates inside the cycle dropped the parameters are the full batch's",
         fix="leave decay, moments and counters to optimizer.step()",

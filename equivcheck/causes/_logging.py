@@ -14,7 +14,7 @@ CAUSES = (
         mathematics="""\
 right:  L = sum v_k loss_k
 seen:   loss_K (the last), sum loss_k (K times too large), L / K
-The gradient is judged separately: either can be right while the other is wrong.""",
+The gradient is judged separately: either can be right on its own.""",
         detected="the logged loss differs from the full batch's, while the gradients agree, or in "
         "another ratio than they do",
         proved="the recorded losses of the backwards, combined with the right weights, give the "

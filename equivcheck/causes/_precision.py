@@ -12,7 +12,8 @@ CAUSES = (
         because="the sum is kept in bfloat16 or float16, and every addition rounds it again",
         mathematics="""\
 u = unit roundoff (bfloat16 2^-8, float16 2^-11, float32 2^-24)
-|error| <= (K - 1) u * sum |w_k p_k|, typically sqrt(K) u; small late pieces vanish altogether.""",
+|error| <= (K - 1) u * sum |w_k p_k|, typically sqrt(K) u;
+small late pieces vanish altogether.""",
         detected="the native sum is further from the same pieces added in float64 than K "
         "roundings of the parameters' dtype allow",
         proved="with the accumulation widened to float64 the loss is gone",
@@ -26,7 +27,8 @@ u = unit roundoff (bfloat16 2^-8, float16 2^-11, float32 2^-24)
         because="scaler.update() runs per micro-batch, so gradients of different scales are "
         "summed and unscaled by the last one",
         mathematics="""\
-A = sum (S_k / S_K) w_k p_k: each weight is multiplied by its own loss scale over the last
+A = sum (S_k / S_K) v_k p_k:
+each weight is multiplied by its own loss scale over the last one.
 Invisible until the scale changes.""",
         detected="the backwards of one cycle carried different loss scales",
         proved="multiplying each backward by S_K / S_k brings the gradient back to the full "
@@ -41,7 +43,7 @@ Invisible until the scale changes.""",
         because="scaler.unscale_() divides the whole accumulated gradient, and it runs within the "
         "cycle",
         mathematics="""\
-w_k = v_k / S^(K-k) after one division per later micro-batch, S the loss scale
+w_k = v_k / S^(K-k), S the loss scale: one division per later micro-batch
 With S = 65536 only the last micro-batch is left.""",
         detected="more unscales than optimizer steps, and weights that fall by powers of the loss "
         "scale",

@@ -31,7 +31,8 @@ Equal only if every rank counts the same; invisible with one rank.""",
         because="the last micro-batch of the cycle runs without a reduction, or a parameter "
         "misses it",
         mathematics="""\
-rank r steps with A_r = sum_k w_k p_(r,k): the weights of all other ranks are zero
+rank r steps with A_r = sum_k w_k p_(r,k):
+the weights of all other ranks are zero.
 The parameters part, and stay apart.""",
         detected="gradients differ between ranks at the optimizer step; foreign weights are zero",
         proved="reducing once at the end of the cycle brings the gradient back on every rank",
@@ -44,7 +45,8 @@ The parameters part, and stay apart.""",
         summary="every micro-batch is reduced, where one reduction per cycle is enough",
         because="no_sync() is missing, or does not enclose the forward",
         mathematics="""\
-mean over ranks is linear: sum_k mean_r = mean_r sum_k, so the numbers are right
+The mean over ranks is linear, sum_k mean_r = mean_r sum_k:
+the numbers are right.
 K times the traffic. A warning, never a divergence.""",
         detected="K times as many collectives per cycle as parameters need",
         proved="reducing once at the end of the cycle gives the same gradient",
@@ -91,7 +93,8 @@ It changes with the topology, not with K.""",
         because="the norm is that of one shard, one rank or one pipeline stage, not of the whole "
         "gradient",
         mathematics="""\
-|G|^2 = sum of |part|^2, so the norm of a part is too small and the clip too weak
+|G|^2 = sum of |part|^2:
+the norm of a part is too small and the clip too weak.
 Parts are clipped by different factors: the direction changes too.""",
         detected="the norm used by the clip is that of a part, and differs between ranks",
         proved="with the clip by the norm of the whole the update is the full batch's",
@@ -122,7 +125,8 @@ Parts are clipped by different factors: the direction changes too.""",
         because="the reduction waits for, or skips, a gradient that this rank never made in its "
         "last backward",
         mathematics="""\
-w_(r,k) = 0 for that parameter on the ranks that skipped it, or None in place of a zero
+w_(r,k) = 0 for that parameter on the ranks that skipped it,
+or None in place of a zero.
 Under DDP the reduction is out of step, and every parameter can be wrong.""",
         detected="a gradient is None on one side and a tensor on the other, or fits per parameter "
         "differ",

@@ -21,8 +21,8 @@ CAUSES = (
         summary="the two runs did not see the same samples",
         because="the order of the data, its sampler or its workers depend on the batch size",
         mathematics="""\
-The multiset of samples consumed per optimizer step differs, so A and G are gradients
-of different sums, and comparing them says nothing.""",
+The samples consumed per optimizer step differ, so A and G are
+gradients of different sums, and comparing them says nothing.""",
         detected="the samples consumed per optimizer step differ between the runs",
         proved="reading the same samples twice gives the same difference in the records",
         fix="draw sample indices from a sampler that does not know the batch size",

@@ -113,8 +113,10 @@ A = (m/K) G there:  scale = m/K, cosine = 1; every other step is right.""",
         because="the auxiliary loss (router balance, z-loss, second head) is added after the "
         "division, or multiplied by a factor of its own",
         mathematics="""\
-loss = main + c * auxiliary, with weights w_k = v_k for main and s v_k for auxiliary, s != 1
-A - G = (s - 1) c * sum v_k (gradient of auxiliary in k): zero where the term does not reach.""",
+loss = main + c * auxiliary
+w_k = v_k for main, and s v_k for auxiliary with s != 1
+A - G = (s - 1) c * sum v_k (gradient of auxiliary in k),
+zero for the parameters that the term does not reach.""",
         detected="fitted per addend of the loss, one addend has other weights than the rest",
         proved="scaling that addend's gradient alone brings the whole gradient back",
         fix="((loss + coefficient * auxiliary) / accumulation_steps).backward()",
@@ -133,7 +135,8 @@ A - G = (s - 1) c * sum v_k (gradient of auxiliary in k): zero where the term do
         "it",
         mathematics="""\
 A = G + (K - 1) * gradient of the penalty
-For an L2 penalty c |theta|^2 / 2 the difference is (K - 1) c theta, parallel to the parameters.""",
+For an L2 penalty c |theta|^2 / 2 the difference is (K - 1) c theta,
+parallel to the parameters.""",
         detected="one addend of the loss has the same gradient in every micro-batch, and is not "
         "divided by K",
         proved="with that addend divided by K the gradient is the full batch's",
@@ -162,7 +165,7 @@ A = G / K:  scale = 1/K, cosine = 1, in the logged loss too.""",
         "contribution",
         mathematics="""\
 w_k = c^(K-k) v'_k    for k = 1..K: a geometric sequence
-The first micro-batch fades (c < 1) or grows (c > 1) with the length of the cycle.""",
+The first micro-batch fades (c < 1) or grows (c > 1) as the cycle goes on.""",
         detected="the ratios of neighbouring weights are one constant other than the full batch's",
         proved="multiplying each backward by v_k over the predicted power brings the gradient back",
         fix="scale the loss, never .grad: (loss / accumulation_steps).backward()",

@@ -1,0 +1,119 @@
+"""Where results go: checked before the first run, written atomically after every finished case."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from equivcheck import result as results
+from equivcheck.config import Settings
+from equivcheck.errors import UsageError
+from equivcheck.report import github, html, junit, markdown
+
+LATEST = Path("reports/latest")
+
+
+def refuse_unwritable(flag: str, path: str) -> None:
+    """Refuse a path that cannot be written, before minutes are spent on a result for it.
+
+    Raises:
+        UsageError: With the reason that the system gives.
+    """
+    target = Path(path)
+    try:
+        if target.is_dir():
+            raise IsADirectoryError(21, "it is a folder")
+        if target.exists():
+            with target.open("a"):
+                pass
+        if not target.exists() or target.is_file():  # a device has no neighbours to be drafted in
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=target.parent):
+                pass
+    except OSError as error:
+        raise UsageError(
+            f"cannot write {flag} {path}: {error.strerror}", fix="name a file that can be written"
+        ) from None
+
+
+class Outputs:
+    """Everything that a run writes besides its text."""
+
+    def __init__(self, settings: Settings, *, latest: bool = True) -> None:
+        self._settings = settings
+        self._failures: dict[str, UsageError] = {}
+        self._latest = latest and self._prepared()
+        for name in ("json", "html", "junit"):
+            if settings[name] not in (None, "-"):
+                refuse_unwritable(settings.origins[name], settings[name])
+
+    @property
+    def json_on_stdout(self) -> bool:
+        """Whether stdout belongs to the result JSON."""
+        return bool(self._settings["json"] == "-")
+
+    def save(self, result: Mapping[str, Any]) -> None:
+        """Write the result so far, so that nothing finished is lost to what comes next."""
+        if self._latest:
+            self._try(LATEST / "result.json", results.to_json(result))
+        if self._settings["json"] not in (None, "-"):
+            self._try(self._settings["json"], results.to_json(result))
+
+    def finish(self, result: Mapping[str, Any], out: TextIO) -> None:
+        """Write every rendering asked for.
+
+        Raises:
+            UsageError: A file could not be written; raised last, when all else is out.
+        """
+        self.save(result)
+        if self.json_on_stdout:
+            out.write(results.to_json(result))
+            out.flush()
+        for name, renderer in (("html", html.render), ("junit", junit.render)):
+            if self._settings[name]:
+                self._try(self._settings[name], renderer(result))
+        self._annotate(result, out)
+        for failure in self._failures.values():
+            raise failure
+
+    def _prepared(self) -> bool:
+        """Make the default folder; a read-only place costs `replay`, not the run."""
+        try:
+            refuse_unwritable("the result", str(LATEST / "result.json"))
+            ignore = LATEST / ".gitignore"
+            if not ignore.exists():
+                ignore.write_text("*\n", encoding="utf-8")
+        except (UsageError, OSError) as error:
+            print(f"note: {str(error).splitlines()[0]}; replay needs it", file=sys.stderr)
+            return False
+        return True
+
+    def _try(self, path: str | Path, text: str) -> None:
+        try:
+            results.write_text(path, text)
+        except OSError as error:
+            self._failures[str(path)] = UsageError(
+                f"cannot write {path}: {error.strerror}",
+                because="the run is over and its result is printed above",
+            )
+        else:
+            self._failures.pop(str(path), None)
+
+    def _annotate(self, result: Mapping[str, Any], out: TextIO) -> None:
+        wanted = self._settings["github"]
+        if wanted == "off" or (wanted == "auto" and os.environ.get("GITHUB_ACTIONS") != "true"):
+            return
+        stream = sys.stderr if self.json_on_stdout else out  # workflows read commands in both
+        for command in github.commands(result):
+            print(command, file=stream, flush=True)
+        page = os.environ.get("GITHUB_STEP_SUMMARY")
+        if page:
+            try:
+                with Path(page).open("a", encoding="utf-8") as stream:
+                    stream.write(markdown.render(result))
+            except OSError as error:
+                print(f"note: no step summary: {error.strerror}", file=sys.stderr)

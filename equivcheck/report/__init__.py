@@ -1,0 +1,1 @@
+"""Renderings of a saved result; they read plain dictionaries, so they work without torch."""

@@ -1,0 +1,58 @@
+"""Annotations of a GitHub workflow: one per cause, since only ten of a kind are shown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from equivcheck.report import text, words
+
+LIMIT = 10  # per kind and step; GitHub drops the rest without a word
+
+
+def commands(result: Mapping[str, Any]) -> list[str]:
+    """Return workflow commands, the first case of each cause and target speaking for the rest."""
+    found: dict[tuple[str, str], str] = {}
+    for case in filter(words.failed, result["cases"]):
+        kind = next(iter(words.codes(case)), case["verdict"])
+        target = str(case.get("target", ""))
+        if (kind, target) not in found:
+            title = words.headline(case)
+            properties = f"{_place(case)}title={_property(title)}"
+            found[kind, target] = f"::error {properties}::{_data(text.block(case))}"
+    shown = list(found.values())
+    if len(shown) > LIMIT:
+        left = len(shown) - LIMIT + 1
+        shown = [*shown[: LIMIT - 1], f"::error title=equivcheck::{left} more causes in the log"]
+    return shown
+
+
+def _place(case: Mapping[str, Any]) -> str:
+    error = case.get("error") or {}
+    stated = (
+        error.get("where"),
+        case.get("location"),
+        f"{str(case.get('target')).split(':')[0]}:1",
+    )
+    for place in stated:
+        match = re.match(r"(.+\.py):(\d+)", str(place or ""))
+        if match and Path(match[1]).is_file():
+            return f"file={_property(_relative(match[1]))},line={match[2]},"
+    return ""
+
+
+def _relative(path: str) -> str:
+    try:
+        return str(Path(path).resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return path
+
+
+def _data(value: str) -> str:
+    return value.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+
+
+def _property(value: str) -> str:
+    return _data(value).replace(":", "%3A").replace(",", "%2C")

@@ -1,0 +1,172 @@
+"""The sentences and numbers that all renderings share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from equivcheck.case import Case
+from equivcheck.causes import CAUSES, name_of
+from equivcheck.errors import UsageError
+from equivcheck.result import case_exit_code, missing_causes
+
+COMPARED = ("gradients", "losses", "parameters", "buffers", "learning_rates")
+SHOUTED = {"divergent": "DIVERGENT", "precision-loss": "PRECISION-LOSS", "error": "ERROR"}
+
+
+def number(value: float | None, digits: int = 1) -> str:
+    """Return a relative error as `3.0e+00`, an exact zero as `0`, an unknown one as `-`."""
+    if value is None:
+        return "-"
+    return "0" if value == 0 else f"{value:.{digits}e}"
+
+
+def factor(value: float | None) -> str:
+    """Return a scale or a weight with four significant digits."""
+    return "-" if value is None else f"{value:#.4g}"
+
+
+def times(value: float) -> str:
+    """Return a ratio that may span many decades: `57x`, `2e+14x`."""
+    return f"{value:.2g}x" if value < 100 else f"{value:.0f}x" if value < 1e5 else f"{value:.0e}x"
+
+
+def label(case: Mapping[str, Any]) -> str:
+    """Return what tells this case from its neighbours, as in `K=4 split=uneven`."""
+    try:
+        return Case.from_dict(case).label
+    except (UsageError, TypeError):  # a result of a later version
+        return f"K={case.get('accumulation_steps', '?')}"
+
+
+def failed(case: Mapping[str, Any]) -> bool:
+    """Return whether this case needs a block of its own."""
+    return case_exit_code(case) != 0
+
+
+def compared(case: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Return the quantities that were compared, in the order of the catalogue's trust in them."""
+    divergence = case.get("divergence") or {}
+    return [(name, divergence[name]) for name in COMPARED if divergence.get(name)]
+
+
+def farthest(case: Mapping[str, Any]) -> tuple[str, float] | None:
+    """Return the quantity to show: the gradients, or for a divergence the one farthest off."""
+    known = [(n, d["relative"]) for n, d in compared(case) if d.get("relative") is not None]
+    if not known:
+        return None
+    return max(known, key=lambda pair: pair[1]) if failed(case) else known[0]
+
+
+def margin(case: Mapping[str, Any]) -> str:
+    """Return measured difference and its distance from the noise allowed, in words."""
+    far = farthest(case)
+    if far is None:
+        return "nothing compared"
+    name, relative = far
+    ratio = case.get("margin")
+    if relative == 0:
+        return f"{name.replace('_', ' ')} bitwise equal"
+    shown = f"{name.replace('_', ' ')} {number(relative)}"
+    if not ratio:
+        return shown
+    return f"{shown}  margin {times(ratio)}" if ratio >= 1 else f"{shown}  {times(1 / ratio)} noise"
+
+
+def codes(case: Mapping[str, Any]) -> list[str]:
+    """Return the codes of a case's causes, as ordered by the engine."""
+    return [cause["code"] for cause in case.get("causes") or ()]
+
+
+def headline(case: Mapping[str, Any]) -> str:
+    """Return the one line that short summaries show: code, name and number come first."""
+    if case["verdict"] == "error":
+        error = case.get("error") or {}
+        ours = "internal error: " if error.get("exit_code") == 70 else ""
+        return f"{ours}{error.get('type', 'error')}: {_first_line(error.get('message', ''))}"
+    given = _first_line(case.get("headline") or "")
+    causes = case.get("causes") or ()
+    if not causes or not failed(case):
+        absent = missing_causes(case)
+        if absent and case["verdict"] in ("equivalent", "expected"):
+            return f"{absent[0]} {name_of(absent[0])}: declared, but not found ({label(case)})"
+        return given or f"{case['verdict']}: {margin(case)}"
+    code = causes[0]["code"]
+    if given.startswith(code):
+        return given
+    far = farthest(case)
+    gradients = (case.get("divergence") or {}).get("gradients") or {}
+    scale, cosine = gradients.get("scale"), gradients.get("cosine")
+    name = causes[0].get("name") or name_of(code)
+    if scale is not None and cosine is not None and cosine > 1 - 1e-9 and far is not None:
+        size = f"{factor(scale)}x the full batch's gradient"
+    else:
+        size = f"{far[1]:.0e} relative error of the {far[0].replace('_', ' ')}" if far else given
+    return f"{code} {name}: {size} ({label(case)})"
+
+
+def because(cause: Mapping[str, Any]) -> str:
+    """Return the mechanism: the cause's own sentence, or the catalogue's."""
+    stated = (cause.get("evidence") or {}).get("because")
+    return str(stated) if stated else CAUSES[cause["code"]].because if _known(cause) else ""
+
+
+def fix(cause: Mapping[str, Any]) -> str:
+    """Return the repair: the cause's own, or the catalogue's."""
+    return str(cause.get("fix") or (CAUSES[cause["code"]].fix if _known(cause) else ""))
+
+
+def evidence(case: Mapping[str, Any], cause: Mapping[str, Any]) -> list[str]:
+    """Return what proves a cause or speaks for it, one statement per item."""
+    lines = []
+    before = (case.get("divergence") or {}).get("gradients", {}) or {}
+    for trial in case.get("interventions") or ():
+        if cause["code"] in (trial.get("codes") or ()):
+            together = ", ".join(trial["codes"])
+            end = "within noise" if trial.get("within_noise") else "not within noise"
+            start = f"{number(before.get('relative'))} -> " if before else ""
+            lines.append(f"{together} put right: {start}{number(trial.get('relative'))}, {end}")
+    plain = {
+        key: value
+        for key, value in (cause.get("evidence") or {}).items()
+        if key not in ("because", "finite") and not isinstance(value, (Mapping, list))
+    }
+    if plain:
+        lines.append(", ".join(f"{key.replace('_', ' ')} {_value(v)}" for key, v in plain.items()))
+    return lines
+
+
+def weights(case: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the attribution as rows of text: one for the full batch, one for the candidate."""
+    attribution = case.get("attribution") or {}
+    rows = []
+    for role, title in (("reference", "full batch"), ("candidate", "accumulated")):
+        values, residual = attribution.get(f"{role}_weights"), attribution.get(f"{role}_residual")
+        if values:
+            rows.append((title, f"{_weights(values)}  residual {number(residual)}"))
+    return rows
+
+
+def worst_parameters(case: Mapping[str, Any], limit: int) -> Sequence[Mapping[str, Any]]:
+    """Return the parameters farthest off, those with a gradient of zero left out."""
+    rows = [row for row in case.get("per_parameter") or () if not row.get("zero")]
+    return sorted(rows, key=lambda row: -(row.get("relative") or 0.0))[:limit]
+
+
+def _weights(values: Sequence[Any]) -> str:
+    if values and isinstance(values[0], list):
+        return " | ".join(_weights(row) for row in values)
+    shown = [factor(value) for value in values[:8]]
+    return " ".join(shown) + (f" ... ({len(values)})" if len(values) > len(shown) else "")
+
+
+def _value(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _first_line(text: str) -> str:
+    return next(iter(str(text).splitlines()), "")
+
+
+def _known(cause: Mapping[str, Any]) -> bool:
+    return cause["code"] in CAUSES
