@@ -6,7 +6,7 @@ Legend: K pieces, n coordinates, A the [n, K] matrix whose columns are the piece
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING, Final
 
@@ -45,6 +45,8 @@ class Weights:
         rank: Numerical rank of the scaled pieces.
         unique: Whether every weight is determined.
         noise: Relative error, in terms of the largest weights, that rounding alone gives them.
+        solution: The weights of least norm, one per piece (0.0 for an unusable one): not unique
+            where `values` has None, but they predict the target all the same.
     """
 
     values: list[float | None]
@@ -52,6 +54,7 @@ class Weights:
     rank: int
     unique: bool
     noise: float
+    solution: list[float] = field(default_factory=list)
 
 
 def solve(
@@ -112,8 +115,10 @@ def solve(
     touched = outside > threshold / smallest + RANK_FACTOR * max(1, len(usable)) * eps
 
     values: list[float | None] = [None] * count
+    least_norm = [0.0] * count
     for index, k in enumerate(usable):
         value = float(solution[index]) * goal_scale[0] / scales[k]
+        least_norm[k] = value if math.isfinite(value) else 0.0
         if not touched[index] and math.isfinite(value):
             values[k] = value
     residual = float((goal[0] - matrix @ solution).norm())
@@ -121,7 +126,9 @@ def solve(
     sine = min(residual, 1.0 - eps)
     cosine = math.sqrt(1.0 - sine * sine)
     noise = entry_noise * (2.0 * condition / cosine + condition**2 * sine / cosine)
-    return Weights(values, residual, rank, unique=None not in values, noise=noise)
+    return Weights(
+        values, residual, rank, unique=None not in values, noise=noise, solution=least_norm
+    )
 
 
 def _scaled(rows: torch.Tensor) -> tuple[torch.Tensor, list[float]]:

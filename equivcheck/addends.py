@@ -1,0 +1,92 @@
+"""Walk the additions at the root of a loss, and take or scale the gradient of one addend.
+
+`loss = (ce + aux_weight * router) / K + penalty` has three addends: the walk goes down through additions and
+subtractions, and through scaling by a number, until something else made the value.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+_SUMS = ("AddBackward0", "SubBackward0", "RsubBackward1")
+_SCALES = ("DivBackward0", "MulBackward0", "NegBackward0", "ToCopyBackward0", "ViewBackward0", "SqueezeBackward0",
+           "UnsqueezeBackward0", "CloneBackward0", "AliasBackward0")
+
+Path = tuple[int, ...]
+
+
+def addends(root: torch.Tensor) -> list[Path]:
+    """Return the path of every addend of a scalar loss; one empty path if it is no sum."""
+    found: list[Path] = []
+
+    def walk(node: Any, path: Path) -> None:  # noqa: ANN401 - an autograd node
+        kind = type(node).__name__
+        edges = [(i, edge) for i, (edge, _) in enumerate(getattr(node, "next_functions", ())) if edge is not None]
+        if kind in _SUMS and len(edges) > 1:
+            for i, edge in edges:
+                walk(edge, (*path, i))
+        elif kind in (*_SUMS, *_SCALES) and len(edges) == 1 and _below(edges[0][1]):
+            walk(edges[0][1], (*path, edges[0][0]))
+        else:
+            found.append(path)
+
+    walk(root.grad_fn, ())
+    return found
+
+
+def _below(node: Any) -> bool:  # noqa: ANN401
+    """Return whether a sum stands under this node, reached by scalings only."""
+    while node is not None:
+        kind = type(node).__name__
+        edges = [edge for edge, _ in getattr(node, "next_functions", ()) if edge is not None]
+        if kind in _SUMS and len(edges) > 1:
+            return True
+        if kind not in (*_SUMS, *_SCALES) or len(edges) != 1:
+            return False
+        node = edges[0]
+    return False
+
+
+def scale_addend(root: torch.Tensor, path: Path, factor: float) -> Any:  # noqa: ANN401
+    """Multiply the gradient that flows into one addend; return the handle of the hook, or None if it is not there."""
+    if not path:
+        return None
+    node: Any = root.grad_fn
+    for index in path[:-1]:
+        edges = getattr(node, "next_functions", ())
+        if index >= len(edges) or edges[index][0] is None:
+            return None
+        node = edges[index][0]
+
+    last = path[-1]
+
+    def hook(inputs: tuple[Any, ...], _outputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(g * factor if i == last and g is not None else g for i, g in enumerate(inputs))
+
+    return node.register_hook(hook)
+
+
+def addend_gradients(
+    root: torch.Tensor, seeds: Any, parameters: list[torch.Tensor]  # noqa: ANN401
+) -> dict[Path, list[torch.Tensor | None]]:
+    """Return the gradient of each addend alone, w.r.t. the parameters; the graph is kept.
+
+    Nothing is returned for a loss with a single addend.
+    """
+    paths = addends(root)
+    if len(paths) < 2:  # noqa: PLR2004
+        return {}
+    found = {}
+    for path in paths:
+        handles = [scale_addend(root, other, 0.0) for other in paths if other != path]
+        try:
+            found[path] = list(
+                torch.autograd.grad(root, parameters, seeds, retain_graph=True, allow_unused=True)
+            )
+        finally:
+            for handle in handles:
+                if handle is not None:
+                    handle.remove()
+    return found

@@ -1,0 +1,231 @@
+"""Run the user's loop once, in one role, and return what was seen."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from equivcheck.errors import EquivcheckError, StepError, UsageError
+from equivcheck.feed import Data, Feed, Key
+from equivcheck.neutral import functional_dropout_off, switch_off_modules
+from equivcheck.observe import Observer, Pieces
+from equivcheck.promotion import promote_module, promoted
+from equivcheck.recorder import Recorder
+from equivcheck.recording import Place, Recording
+from equivcheck.subject import Code, Subject, arguments, user_traceback
+
+if TYPE_CHECKING:
+    from equivcheck.case import Case
+    from equivcheck.interventions import Intervention
+
+
+@dataclass
+class Run:
+    """How one role is to be run.
+
+    Attributes:
+        role: reference, control, candidate, pieces, native_reference or native_candidate.
+        data: The full batches, in the arithmetic of the role.
+        micro_batches: Samples of each micro-batch that the loader hands out.
+        accumulation_steps, micro_batch_size: What `train` is told.
+        is_promoted: Compute in float64.
+        order: For map-style access, the sample at each position.
+        length: What `len(loader)` says, if not the truth.
+        seed_offset: Added to the seed of the training itself, not of the model.
+    """
+
+    role: str
+    data: Data
+    micro_batches: list[list[int]]
+    accumulation_steps: int
+    micro_batch_size: int
+    is_promoted: bool = True
+    order: list[int] | None = None
+    length: int | None = None
+    seed_offset: int = 0
+    optimizer_steps: int = 0
+    interventions: list[Intervention] = field(default_factory=list)
+    schedule: list[Place] = field(default_factory=list)
+
+
+def execute(subject: Subject, case: Case, run: Run, observer: Observer) -> Recording:
+    """Run the user's loop once and return the recording.
+
+    Raises:
+        StepError: The user's code raised; the message has the user's frames only.
+        UsageError: `train` asks for a name that is not on offer, or `build` gives no module.
+    """
+    started = time.perf_counter()
+    recording = Recording(role=run.role)
+    code = subject.fresh()
+    with torch.random.fork_rng(devices=[]):
+        return _execute(subject, case, run, observer, code, recording, started)
+
+
+def _execute(
+    subject: Subject, case: Case, run: Run, observer: Observer, code: Code, recording: Recording, started: float
+) -> Recording:
+    _seed(case.seed)
+    model = _build(code, subject)
+    first = next((p for p in model.parameters()), None)
+    recording.dtype = str(first.dtype).removeprefix("torch.") if first is not None else "float32"
+    recording.parameters = sum(p.numel() for p in model.parameters())
+    recording.dropout = switch_off_modules(model)
+    working = torch.get_default_dtype()
+    if run.is_promoted:
+        promote_module(model)
+    feed = Feed(run.data, run.micro_batches, run.order)
+    offers = _offers(model, feed, case, run)
+    given = arguments(code.train, offers, subject.target)
+
+    def seen() -> None:
+        recording.dropout = True
+
+    _seed(case.seed + 1 + run.seed_offset)
+    states = _random_states()
+    with ExitStack() as stack:
+        stack.enter_context(functional_dropout_off(seen if run.is_promoted else None))
+        recorder = stack.enter_context(
+            Recorder(model, recording, observer, interventions=run.interventions, schedule=run.schedule)
+        )
+        recorder.code = code
+        recorder.data = run.data
+
+        def fetched(keys: list[Key]) -> None:
+            recorder.fetched(keys)
+            if isinstance(observer, Pieces):
+                observer.enter(recorder, keys[0])
+
+        feed.on_fetch = fetched
+        observer.start(recorder)
+        if run.is_promoted:
+            mode = stack.enter_context(promoted(working))
+        try:
+            returned = _call_train(code, given)
+        except EquivcheckError:
+            raise
+        except Exception as error:
+            raise _step_error(error, recording, run) from error
+        finally:
+            recording.seconds = time.perf_counter() - started
+        with torch.no_grad():
+            for each in run.interventions:
+                each.finish(recorder)
+            observer.finish(recorder)
+        recording.random_drawn = not _equal_states(states, _random_states())
+        if run.is_promoted:
+            recording.lowered = {name: str(dtype).removeprefix("torch.") for name, dtype in mode.lowered.items()}
+    recording.logged = _logged(returned)
+    recording.seconds = time.perf_counter() - started
+    return recording
+
+
+def _call_train(code: Code, given: Mapping[str, object]) -> Any:  # noqa: ANN401
+    returned = code.train(**given)
+    if hasattr(returned, "__next__"):
+        returned = list(returned)
+    return returned
+
+
+def _build(code: Code, subject: Subject) -> nn.Module:
+    try:
+        model = code.build()
+    except Exception as error:
+        raise StepError(
+            f"build-raised: {type(error).__name__}: {error}"[:100],
+            where=f"build() of {subject.target}",
+            user_traceback=user_traceback(error),
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"no-module: build() returned {type(model).__name__}",
+            where=subject.target,
+            expected="a torch.nn.Module",
+            fix="return model",
+        )
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UsageError(
+            "no-trainable-parameter: the model has 0 parameters that require a gradient",
+            where=f"build() of {subject.target}",
+            expected="at least one parameter with requires_grad=True",
+            because="every parameter is frozen, or the model has none: nothing could be compared",
+        )
+    return model
+
+
+def _offers(model: nn.Module, feed: Feed, case: Case, run: Run) -> dict[str, object]:
+    return {
+        "model": model,
+        "loader": feed.loader(run.length),
+        "dataset": feed.dataset(),
+        "accumulation_steps": run.accumulation_steps,
+        "micro_batch_size": run.micro_batch_size,
+        "rank": 0,
+        "world_size": 1,
+        "device": torch.device(case.device),
+        "strategy": case.strategy,
+        "precision": case.precision,
+        "optimizer_steps": run.optimizer_steps or len(run.data.rows),
+    }
+
+
+def _step_error(error: Exception, recording: Recording, run: Run) -> StepError:
+    steps = len(recording.steps)
+    last = recording.steps[-1] if recording.steps else None
+    taken = frozenset(key for step in recording.steps for key in step.samples)
+    since = sum(1 for keys in recording.fetched if keys[0] not in taken)
+    micro_step = max(since - 1, 0) if last is not None else max(len(recording.fetched) - 1, 0)
+    where = f"{run.role}, optimizer_step {steps}, micro_step {micro_step}"
+    return StepError(
+        f"train-raised: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:100],
+        where=where,
+        user_traceback=user_traceback(error),
+    )
+
+
+def _logged(returned: Any) -> list[float] | None:  # noqa: ANN401
+    """Return the losses that `train` returned or yielded, as numbers; None if it gave none."""
+    if isinstance(returned, Mapping):
+        returned = next((returned[key] for key in ("loss", "losses", "train_loss") if key in returned), None)
+    if isinstance(returned, (torch.Tensor, np.ndarray)):
+        returned = returned.tolist()
+    if isinstance(returned, (int, float)) and not isinstance(returned, bool):
+        return [float(returned)]
+    if not isinstance(returned, Iterable) or isinstance(returned, (str, bytes)):
+        return None
+    numbers: list[float] = []
+    for each in returned:
+        value = each.get("loss") if isinstance(each, Mapping) else each
+        if isinstance(value, torch.Tensor) and value.numel() == 1:
+            value = value.item()
+        if not isinstance(value, (int, float, np.floating)) or isinstance(value, bool):
+            return None
+        numbers.append(float(value))
+    return numbers
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - user code draws from the legacy generator too
+    random.seed(seed)
+
+
+def _random_states() -> tuple[Any, ...]:
+    return torch.get_rng_state(), np.random.get_state()[1:3], random.getstate()  # noqa: NPY002
+
+
+def _equal_states(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    return (
+        bool(torch.equal(a[0], b[0]))
+        and a[1][1] == b[1][1]
+        and bool(np.array_equal(a[1][0], b[1][0]))
+        and a[2] == b[2]
+    )

@@ -1,0 +1,491 @@
+"""The experiment: the runs that decide one case, each made when it is first asked for.
+
+| role | batching | arithmetic |
+| --- | --- | --- |
+| reference | full batch | float64 |
+| control | full batch, blocks of rows permuted | float64 |
+| candidate | accumulated | float64 |
+| native_reference, native_candidate | full batch, accumulated | as written |
+| pieces | every micro-batch alone, from the state its cycle starts from | float64 |
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from equivcheck.attribution import Weights, solve
+from equivcheck.case import Case
+from equivcheck.errors import EquivcheckError, UsageError
+from equivcheck.execute import Run, execute
+from equivcheck.feed import Data, Key, read_batches
+from equivcheck.interventions import Intervention
+from equivcheck.noise import UNIT_ROUNDOFF
+from equivcheck.observe import Comparer, Keeper, Observer, Pieces
+from equivcheck.promotion import promote_tree
+from equivcheck.recorder import Recorder
+from equivcheck.recording import Place, Recording, Step
+from equivcheck.split import block_permutation, plan
+from equivcheck.subject import Subject
+from equivcheck.verdict import Judgement, Noise, judge, overall, roundoff_of, unfit
+
+Interventions = tuple[Intervention, ...]
+
+
+@dataclass
+class Attribution:
+    """Which weights made the gradients of one cycle.
+
+    Attributes:
+        step: Index of the candidate's step.
+        matched: Index of the reference's step: the cycle.
+        pieces: [K, n] float64, sampled coordinates of every micro-batch alone.
+        reference, candidate: [n] float64.
+        v, w: Fits of the two.
+        names: Parameters in the order of the coordinates, with their length.
+    """
+
+    step: int
+    matched: int
+    pieces: torch.Tensor
+    reference: torch.Tensor
+    candidate: torch.Tensor
+    v: Weights
+    w: Weights
+    names: list[tuple[str, int]]
+
+
+class Experiment:
+    """Runs one case, role by role, and remembers what was run.
+
+    Args:
+        subject: Code under test.
+        case: The point of the matrix.
+        progress: Told the role that begins.
+    """
+
+    def __init__(self, subject: Subject, case: Case, progress: Callable[[str], None] = lambda _: None) -> None:
+        self.subject = subject
+        self.case = case
+        self.notes: list[str] = []
+        self.runs: list[dict[str, Any]] = []
+        self._progress = progress
+        self._cache: dict[Any, Any] = {}
+        self._keepers: list[Keeper] = []
+        code = subject.fresh()
+        torch.manual_seed(case.seed)
+        self.data = read_batches(code.batches, case.optimizer_steps)
+        self._promoted = Data([promote_tree(batch) for batch in self.data.batches], self.data.rows)
+        self.has_objective = code.objective is not None
+        self.wants = set(inspect.signature(code.train).parameters)
+        self.plan = plan(self.data.rows, case.accumulation_steps, case.split)
+        self._check_even()
+
+    def _check_even(self) -> None:
+        named = sorted({"dataset", "micro_batch_size"} & self.wants)
+        if not named:
+            return
+        k = self.case.accumulation_steps
+        if self.case.split != "even":
+            raise UsageError(
+                f"uneven-split: train takes {' and '.join(named)}, which promises slices of one size",
+                expected="--split even",
+                because="a framework that batches by itself cannot be given uneven slices",
+            )
+        rows = self.data.rows[:-1] if self.data.has_tail else self.data.rows
+        for index, count in enumerate(rows):
+            if count % k:
+                raise UsageError(
+                    f"indivisible-batch: full batch {index} has {count} rows, not a multiple of {k}",
+                    where=self.subject.location,
+                    expected=f"rows divisible by accumulation_steps={k}, because train takes {' and '.join(named)}",
+                    fix=f"--accumulation-steps {next(d for d in range(2, count + 1) if count % d == 0)}",
+                )
+
+    def close(self) -> None:
+        """Remove what was kept on disk."""
+        for keeper in self._keepers:
+            keeper.shelf.close()
+
+    # ---- geometry ------------------------------------------------------------------------------
+
+    def data_for(self, interventions: Interventions, *, promoted: bool) -> Data:
+        """Return the data of a run."""
+        data = self._promoted if promoted else self.data
+        return data.shorter() if any(each.shorter for each in interventions) else data
+
+    def slices(self, data: Data) -> list[list[tuple[int, int]]]:
+        """Return, per full batch, the first and last row of every micro-batch."""
+        return [cycle[0] for cycle in self.plan[: len(data.rows)]]
+
+    def micro_batches(self, data: Data) -> list[list[int]]:
+        """Return the samples of every micro-batch."""
+        return [
+            [data.start(batch) + row for row in range(start, stop)]
+            for batch, slices in enumerate(self.slices(data))
+            for start, stop in slices
+        ]
+
+    def full_batches(self, data: Data) -> list[list[int]]:
+        """Return the samples of every full batch."""
+        return [list(range(data.start(b), data.start(b) + rows)) for b, rows in enumerate(data.rows)]
+
+    @property
+    def micro_batch_size(self) -> int:
+        """The largest slice."""
+        return max(stop - start for slices in self.slices(self.data) for start, stop in slices)
+
+    # ---- roles ---------------------------------------------------------------------------------
+
+    def reference(self, interventions: Interventions = ()) -> Recording:
+        """Return the full-batch run in float64."""
+        interventions = tuple(each for each in interventions if each.both)
+
+        def make() -> Recording:
+            keeper = Keeper(self._objective if self.has_objective and not interventions else None)
+            self._keepers.append(keeper)
+            return self._full("reference", keeper, interventions)
+
+        return self._once(("reference", interventions), make)
+
+    def altered_reference(self, interventions: Interventions) -> Recording:
+        """Return the full-batch run with something put right, compared with the one as written."""
+        schedule = self.reference().places(self.cycles())
+        return self._once(
+            ("altered", interventions),
+            lambda: self._full("reference", Comparer(self.reference()), interventions, schedule=schedule),
+        )
+
+    def control(self, which: int = 0, *, seed_offset: int = 0, permuted: bool = True) -> Recording:
+        """Return the full-batch run with its blocks of rows permuted."""
+
+        def make() -> Recording:
+            data = self._promoted
+            full: list[list[int]] = []
+            order = list(range(data.total))
+            for batch, slices in enumerate(self.slices(data)):
+                rows = block_permutation(slices, which) if permuted else list(range(data.rows[batch]))
+                full.append([data.start(batch) + row for row in rows])
+            if permuted and "dataset" in self.wants:
+                order = self._permuted_order(which)
+            return self._full(
+                "control", Comparer(self.reference()), (), micro_batches=full, order=order, seed_offset=seed_offset
+            )
+
+        return self._once(("control", which, seed_offset, permuted), make)
+
+    def _permuted_order(self, which: int) -> list[int]:
+        """Permute, for map-style access, only within the rows that one reference step consumed."""
+        order = list(range(self._promoted.total))
+        seen: set[int] = set()
+        fetched = [sample for keys in self.reference().fetched for _, sample in keys]
+        for step in self.reference().steps:
+            mine = [s for s in dict.fromkeys(fetched) if any((p, s) in step.samples for p in (0, 1, 2)) and s not in seen]
+            seen.update(mine)
+            size = -(-len(mine) // self.case.accumulation_steps)
+            blocks = [(i, min(i + size, len(mine))) for i in range(0, len(mine), size)]
+            for position, row in zip(mine, block_permutation(blocks, which), strict=True):
+                order[position] = mine[row]
+        return order
+
+    def candidate(self, interventions: Interventions = ()) -> Recording:
+        """Return the accumulated run in float64."""
+        reference = self.reference(interventions)
+
+        def make() -> Recording:
+            schedule = self.schedule() if interventions else []
+            data = self.data_for(interventions, promoted=True)
+            return self._accumulated("candidate", Comparer(reference), data, interventions, schedule)
+
+        return self._once(("candidate", interventions), make)
+
+    def at(self, accumulation_steps: int) -> tuple[Recording, Judgement]:
+        """Return the accumulated run with another K, and its judgement."""
+
+        def make() -> tuple[Recording, Judgement]:
+            other = Experiment.__new__(Experiment)
+            other.__dict__.update(self.__dict__)
+            other.case = replace(self.case, accumulation_steps=accumulation_steps)
+            other.plan = plan(self.data.rows, accumulation_steps, self.case.split)
+            other._cache = {key: value for key, value in self._cache.items() if key[0] == "reference"}
+            candidate = other.candidate()
+            return candidate, judge(self.reference(), candidate, self.noise())
+
+        return self._once(("at", accumulation_steps), make)  # type: ignore[no-any-return]
+
+    def native(self, role: str) -> Recording:
+        """Return native_reference or native_candidate: as written, from the reference's states."""
+
+        def make() -> Recording:
+            comparer = Comparer(self.reference(), native=True, contributions=role == "native_candidate")
+            if role == "native_reference":
+                return self._full(role, comparer, (), promoted=False)
+            return self._accumulated(role, comparer, self.data, (), [], promoted=False)
+
+        return self._once((role,), make)
+
+    def native_control(self) -> Recording:
+        """Return the full-batch run as written, with its blocks permuted."""
+
+        def make() -> Recording:
+            full = [
+                [self.data.start(batch) + row for row in block_permutation(slices, 0)]
+                for batch, slices in enumerate(self.slices(self.data))
+            ]
+            comparer = Comparer(self.reference(), native=True)
+            return self._full("native_control", comparer, (), promoted=False, micro_batches=full)
+
+        return self._once(("native_control",), make)
+
+    def pieces(self, interventions: Interventions = ()) -> dict[tuple[str, frozenset[Key]], Step]:
+        """Return the gradient of every micro-batch alone, by optimizer and samples."""
+        interventions = tuple(each for each in interventions if each.both)
+
+        def make() -> dict[tuple[str, frozenset[Key]], Step]:
+            data = self.data_for(interventions, promoted=True)
+            reference = self.reference(interventions)
+            micro = self.micro_batches(data)
+            observer = Pieces(reference, self.cycles(interventions))
+            run = Run(
+                "pieces",
+                data,
+                micro,
+                1,
+                self.micro_batch_size,
+                optimizer_steps=len(micro),
+                interventions=list(interventions),
+            )
+            recording = self._execute(run, observer)
+            found: dict[tuple[str, frozenset[Key]], Step] = {}
+            for step in recording.steps:
+                found[step.optimizer, step.samples] = step
+            self._cache["pieces_recording", interventions] = recording
+            return found
+
+        return self._once(("pieces", interventions), make)  # type: ignore[no-any-return]
+
+    def pieces_recording(self, interventions: Interventions = ()) -> Recording:
+        """Return the run that took the pieces."""
+        interventions = tuple(each for each in interventions if each.both)
+        self.pieces(interventions)
+        return self._cache["pieces_recording", interventions]  # type: ignore[no-any-return]
+
+    def _once(self, key: Any, make: Callable[[], Any]) -> Any:  # noqa: ANN401
+        if key not in self._cache:
+            self._cache[key] = make()
+        return self._cache[key]
+
+    def _full(
+        self,
+        role: str,
+        observer: Observer,
+        interventions: Interventions,
+        *,
+        promoted: bool = True,
+        micro_batches: list[list[int]] | None = None,
+        order: list[int] | None = None,
+        seed_offset: int = 0,
+        schedule: list[Place] | None = None,
+    ) -> Recording:
+        data = self.data_for(interventions, promoted=promoted)
+        run = Run(
+            role,
+            data,
+            micro_batches or self.full_batches(data),
+            1,
+            max(data.rows),
+            is_promoted=promoted,
+            order=order,
+            seed_offset=seed_offset,
+            interventions=list(interventions),
+            schedule=schedule or [],
+        )
+        return self._execute(run, observer)
+
+    def _accumulated(
+        self,
+        role: str,
+        observer: Observer,
+        data: Data,
+        interventions: Interventions,
+        schedule: list[Place],
+        *,
+        promoted: bool = True,
+    ) -> Recording:
+        lengths = [each.length for each in interventions if each.length is not None]
+        run = Run(
+            role,
+            data,
+            self.micro_batches(data),
+            self.case.accumulation_steps,
+            self.micro_batch_size,
+            is_promoted=promoted,
+            length=lengths[0] if lengths else None,
+            interventions=list(interventions),
+            schedule=schedule,
+        )
+        return self._execute(run, observer)
+
+    def _execute(self, run: Run, observer: Observer) -> Recording:
+        self._progress(run.role)
+        recording = execute(self.subject, self.case, run, observer)
+        self.runs.append({"role": run.role, "seconds": recording.seconds})
+        return recording
+
+    def _objective(self, recorder: Recorder, step: Step) -> dict[str, torch.Tensor | None] | None:
+        """Return the gradient of the stated objective at this step's full batch, from the user's own statement."""
+        assert recorder.data is not None
+        assert recorder.code is not None
+        assert recorder.code.objective is not None
+        batches = {recorder.data.locate(sample)[0] for _, sample in step.samples}
+        if len(batches) != 1:
+            return None
+        names = recorder.recording.optimizers[step.optimizer]
+        parameters = dict(recorder.model.named_parameters())
+        wanted = [name for name in names if name in parameters and parameters[name].requires_grad]
+        buffers = {name: buffer.detach().clone() for name, buffer in recorder.model.named_buffers()}
+        with recorder.paused(), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+            loss = recorder.code.objective(recorder.model, recorder.data.batches[batches.pop()])
+            gradients = torch.autograd.grad(loss, [parameters[name] for name in wanted], allow_unused=True)
+        for name, buffer in recorder.model.named_buffers():
+            buffer.detach().copy_(buffers[name])
+        return dict(zip(wanted, (None if g is None else g.detach() for g in gradients), strict=True))
+
+    # ---- what follows from the runs ------------------------------------------------------------
+
+    def cycles(self, interventions: Interventions = ()) -> dict[Key, int]:
+        """Return, for every sample, the first reference step that consumed it."""
+        found: dict[Key, int] = {}
+        for step in self.reference(interventions).steps:
+            for key in step.samples:
+                found.setdefault(key, step.index)
+        return found
+
+    def schedule(self, interventions: Interventions = ()) -> list[Place]:
+        """Return the place of every backward of the candidate as written."""
+        return self.candidate().places(self._all_cycles(interventions))
+
+    def _all_cycles(self, interventions: Interventions) -> dict[Key, int]:
+        return self.cycles(interventions)
+
+    def terms(self) -> int:
+        """Return the length of the longest sum behind a gradient: rows times the length of a row."""
+        longest = 1
+        for batch in self.data.batches:
+            for tensor in _tensors(batch):
+                if tensor.dim() > 1 and not tensor.is_floating_point():
+                    longest = max(longest, tensor[0].numel())
+        return max(self.data.rows) * longest
+
+    def noise(self) -> Noise:
+        """Return what the controls so far measured."""
+        if ("noise",) not in self._cache:
+            roundoff = max(
+                roundoff_of(self.reference().lowered.values()), roundoff_of(self.candidate().lowered.values())
+            )
+            self._cache["noise",] = Noise(self.terms(), [self.control()], roundoff)
+        return self._cache["noise",]  # type: ignore[no-any-return]
+
+    def judgement(self, interventions: Interventions = (), *, logged: bool = True) -> Judgement:
+        """Judge the accumulated run; a close call is settled by another permutation and the size of the pieces."""
+        reference, candidate = self.reference(interventions), self.candidate(interventions)
+        result = judge(reference, candidate, self.noise(), logged=logged)
+        if result.same or not self._close(result):
+            return result
+        self.settle()
+        return judge(reference, candidate, self.noise(), logged=logged)
+
+    def _close(self, result: Judgement) -> bool:
+        """Return whether any finding is within four orders of what is allowed."""
+        return any(each.allowed and each.relative < 1e4 * each.allowed for each in result.findings)
+
+    def settle(self) -> None:
+        """Measure the noise once more: other permutations, and what the pieces cancel."""
+        noise = self.noise()
+        if noise.pieces_norm or self.case.accumulation_steps == 1:
+            return
+        noise.controls = [self.control(), self.control(1)]
+        try:
+            for attribution in self.attributions():
+                begin = 0
+                for name, length in attribution.names:
+                    block = attribution.pieces[:, begin : begin + length]
+                    whole = self.reference().kept[attribution.matched].gradients[name]
+                    share = (whole.numel() / length) ** 0.5 if whole is not None and length else 1.0
+                    noise.pieces_norm[attribution.matched, name] = float(block.norm(dim=1).sum()) * share
+                    begin += length
+        except EquivcheckError:
+            self.notes.append("the micro-batches could not be run alone: no weights, and a coarser noise floor")
+
+    def fit(self) -> float | None:
+        """Return how far the control is off, or None if it can be relied on."""
+        return unfit(self.control(), self.reference(), self.terms(), self.noise().roundoff)
+
+    def attributions(self, interventions: Interventions = ()) -> list[Attribution]:
+        """Return the weights of every matched step whose micro-batches were all seen alone."""
+
+        def make() -> list[Attribution]:
+            pieces = self.pieces(interventions)
+            reference = self.reference(interventions)
+            # Interventions that alter the accumulated run only have no part in the fit.
+            candidate = self.candidate(tuple(each for each in interventions if each.both))
+            data = self.data_for(interventions, promoted=True)
+            of_cycle: dict[int, list[frozenset[Key]]] = {}
+            cycles = self.cycles(interventions)
+            for passed in range(1 + max((p for p, _ in cycles), default=0)):
+                for samples in self.micro_batches(data):
+                    keys = frozenset((passed, sample) for sample in samples)
+                    cycle = cycles.get((passed, samples[0]))
+                    if cycle is not None:
+                        of_cycle.setdefault(cycle, []).append(keys)
+            found = []
+            for step in candidate.steps:
+                if step.matched is None:
+                    continue
+                target = reference.steps[step.matched]
+                cycle = min((cycles[key] for key in target.samples if key in cycles), default=-1)
+                micro = of_cycle.get(cycle, [])
+                if "dataset" in self.wants:
+                    micro = [s for (o, s) in pieces if o == step.optimizer and s <= target.samples]
+                steps = [pieces.get((step.optimizer, keys)) for keys in micro]
+                if not steps or any(each is None for each in steps):
+                    continue
+                found.append(_attribution(step, target, [each for each in steps if each is not None]))
+            return found
+
+        return self._once(("attributions", interventions), make)  # type: ignore[no-any-return]
+
+
+def _attribution(step: Step, target: Step, pieces: Sequence[Step]) -> Attribution:
+    names = [(name, len(s)) for name, s in target.sample.items() if s is not None]
+    matrix = torch.stack([_flat(piece, names) for piece in pieces])
+    reference, candidate = _flat(target, names), _flat(step, names)
+    assert step.matched is not None
+    return Attribution(
+        step.index, step.matched, matrix, reference, candidate, solve(matrix, reference), solve(matrix, candidate), names
+    )
+
+
+def _flat(step: Step, names: Sequence[tuple[str, int]]) -> torch.Tensor:
+    parts = []
+    for name, length in names:
+        sample = step.sample.get(name)
+        parts.append(torch.zeros(length, dtype=torch.float64) if sample is None else sample)
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:  # noqa: ANN401
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if hasattr(value, "values"):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return [tensor for each in value for tensor in _tensors(each)]
+    return []
+
+
+__all__ = ["UNIT_ROUNDOFF", "Attribution", "Experiment", "overall"]

@@ -1,0 +1,222 @@
+"""Serve the user's batches to one run: full batches, micro-batches, single ones or permuted ones.
+
+Every row of every full batch is a *sample* with a number. A feed notes each sample as it is handed out, so that
+optimizer steps are matched by what they consumed and never by position. A key is `(pass, sample)`: the second pass
+over the same data hands out other keys.
+
+N samples, K micro-batches per cycle, R ranks.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from equivcheck.errors import UsageError
+from equivcheck.split import rows_of, take
+
+Key = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Data:
+    """The full batches of one case, read once.
+
+    Attributes:
+        batches: Full batches in order, any nesting; dimension 0 is the sample.
+        rows: Rows of each full batch.
+    """
+
+    batches: list[Any]
+    rows: list[int]
+
+    @property
+    def total(self) -> int:
+        """N, the number of samples."""
+        return sum(self.rows)
+
+    def start(self, batch: int) -> int:
+        """Return the number of a full batch's first sample."""
+        return sum(self.rows[:batch])
+
+    def locate(self, sample: int) -> tuple[int, int]:
+        """Return the full batch of a sample and its row in it."""
+        for batch, rows in enumerate(self.rows):
+            if sample < rows:
+                return batch, sample
+            sample -= rows
+        raise IndexError(sample)
+
+    def shorter(self) -> Data:
+        """Return the data without its last full batch."""
+        return Data(self.batches[:-1], self.rows[:-1])
+
+    @property
+    def has_tail(self) -> bool:
+        """Whether the last full batch is shorter than every other."""
+        return len(self.rows) > 1 and self.rows[-1] < min(self.rows[:-1])
+
+
+# A generator without an end must not hang the run: after this many batches the rest is not looked at for a tail.
+LOOK_AHEAD = 1000
+
+
+def read_batches(batches: Callable[[], Iterable[Any]], optimizer_steps: int) -> Data:
+    """Read the user's full batches once: the first `optimizer_steps`, and always a shorter last one.
+
+    Raises:
+        UsageError: Nothing was returned, or a batch has no rows, or its tensors disagree about them.
+    """
+    source = batches()
+    if source is None or not hasattr(source, "__iter__"):
+        raise UsageError(
+            f"no-batches: batches() returned {type(source).__name__}",
+            expected="an iterable of full batches, one per optimizer step",
+        )
+    if isinstance(source, (torch.Tensor, dict, str)):
+        raise UsageError(
+            f"no-batches: batches() returned one {type(source).__name__}, not a list of them",
+            expected="an iterable of full batches, one per optimizer step",
+            fix="return [batch]",
+        )
+    kept: list[Any] = []
+    rows: list[int] = []
+    last: tuple[Any, int] | None = None
+    for index, batch in enumerate(source):
+        if index >= LOOK_AHEAD:
+            last = None
+            break
+        count = rows_of(batch)
+        if count == 0:
+            raise UsageError(f"empty-batch: full batch {index} has 0 rows", expected="at least one sample")
+        if len(kept) < optimizer_steps:
+            kept.append(batch)
+            rows.append(count)
+        else:
+            last = (batch, count)
+    if not kept:
+        raise UsageError(
+            "no-batches: batches() gave 0 batches",
+            expected="at least one full batch",
+            because="a generator that was used up gives none",
+        )
+    if last is not None and last[1] < min(rows):
+        if len(kept) == optimizer_steps and optimizer_steps > 1:
+            kept.pop()
+            rows.pop()
+        kept.append(last[0])
+        rows.append(last[1])
+    return Data(kept, rows)
+
+
+@dataclass
+class Feed:
+    """What one run is served with, and what it took.
+
+    Attributes:
+        data: The full batches, in the arithmetic of the run.
+        micro_batches: For each micro-batch the samples it holds, in order; all of one full batch.
+        order: For map-style access, the sample that stands at each position.
+        on_fetch: Called with the keys of each micro-batch, or sample, as it is handed out.
+    """
+
+    data: Data
+    micro_batches: list[list[int]]
+    order: list[int] | None = None
+    on_fetch: Callable[[list[Key]], None] = lambda keys: None
+    _seen: Counter[int] = field(default_factory=Counter)
+
+    def loader(self, length: int | None = None) -> DataLoader[Any]:
+        """Return a loader over the micro-batches, whose `len` may be stated otherwise."""
+        sampler = _Batches(self.micro_batches, length)
+        return DataLoader(_Rows(self), batch_sampler=sampler, collate_fn=_same)
+
+    def dataset(self) -> Dataset[Any]:
+        """Return all samples, map-style, one without its batch dimension at each position."""
+        return _Samples(self)
+
+    def rows(self, samples: Sequence[int]) -> Any:  # noqa: ANN401 - any nesting
+        """Hand out samples of one full batch as a micro-batch of its own storage."""
+        places = [self.data.locate(sample) for sample in samples]
+        batch = places[0][0]
+        self.on_fetch([self._key(sample) for sample in samples])
+        return take(self.data.batches[batch], [row for _, row in places])
+
+    def sample(self, position: int) -> Any:  # noqa: ANN401 - any nesting
+        """Hand out one sample, without its batch dimension."""
+        if not -self.data.total <= position < self.data.total:
+            raise IndexError(position)
+        sample = position % self.data.total
+        if self.order is not None:
+            sample = self.order[sample]
+        batch, row = self.data.locate(sample)
+        self.on_fetch([self._key(sample)])
+        return _squeeze(take(self.data.batches[batch], [row]))
+
+    def _key(self, sample: int) -> Key:
+        count = self._seen[sample]
+        self._seen[sample] += 1
+        return count, sample
+
+
+class _Batches:
+    """The batch sampler: which samples make up each micro-batch."""
+
+    def __init__(self, micro_batches: list[list[int]], length: int | None) -> None:
+        self._micro_batches = micro_batches
+        self._length = length
+
+    def __iter__(self) -> Any:  # noqa: ANN401
+        return iter(self._micro_batches)
+
+    def __len__(self) -> int:
+        return len(self._micro_batches) if self._length is None else self._length
+
+
+class _Rows(Dataset[Any]):
+    def __init__(self, feed: Feed) -> None:
+        self._feed = feed
+
+    def __getitem__(self, position: int) -> Any:  # noqa: ANN401
+        return self._feed.sample(position)
+
+    def __getitems__(self, samples: list[int]) -> Any:  # noqa: ANN401
+        return self._feed.rows(samples)
+
+    def __len__(self) -> int:
+        return self._feed.data.total
+
+
+class _Samples(Dataset[Any]):
+    def __init__(self, feed: Feed) -> None:
+        self._feed = feed
+
+    def __getitem__(self, position: int) -> Any:  # noqa: ANN401
+        return self._feed.sample(position)
+
+    def __len__(self) -> int:
+        return self._feed.data.total
+
+
+def _same(batch: Any) -> Any:  # noqa: ANN401
+    return batch
+
+
+def _squeeze(value: Any) -> Any:  # noqa: ANN401
+    """Remove the batch dimension of one row, in any nesting."""
+    if isinstance(value, torch.Tensor):
+        return value[0] if value.dim() else value
+    if hasattr(value, "ndim") and hasattr(value, "dtype"):
+        return value[0] if value.ndim else value
+    if isinstance(value, dict) or hasattr(value, "keys"):
+        return {key: _squeeze(value[key]) for key in value}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_squeeze(each) for each in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(_squeeze(each) for each in value)
+    return value

@@ -1,0 +1,402 @@
+"""The few things that can be put right in a user's unchanged loop, at the recorder's own hooks.
+
+A cause is proved when putting it right makes the divergence vanish and leaving it wrong does not. Each intervention
+is general: it knows cycles and weights, not faults.
+
+K micro-batches per cycle; a *place* is a micro-step in a cycle.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from equivcheck.recorder import Recorder
+    from equivcheck.recording import Recording
+
+
+class Intervention:
+    """Puts nothing right; the base of those that do.
+
+    Attributes:
+        both: The reference is run with it too (couplings, the tail).
+        controls_steps: Optimizer steps may be left out, so every step method is wrapped.
+        shorter: The last full batch is left out of the run.
+        length: What `len(loader)` is to say in the accumulated run, if not the truth.
+    """
+
+    name = "nothing"
+    both = False
+    controls_steps = False
+    shorter = False
+    length: int | None = None
+
+    @contextmanager
+    def installed(self, _recorder: Recorder) -> Iterator[None]:
+        """Surround the run."""
+        yield
+
+    def before_fetch(self, recorder: Recorder) -> None:
+        """Act before a micro-batch is handed out."""
+
+    def root_factor(self, _recorder: Recorder) -> float:
+        """Return the factor for the root gradient of the backward that begins."""
+        return 1.0
+
+    @contextmanager
+    def around_backward(self, _recorder: Recorder, _outputs: Sequence[Any]) -> Iterator[None]:
+        """Surround one root backward."""
+        yield
+
+    def after_backward(self, recorder: Recorder) -> None:
+        """Act after a root backward."""
+
+    def allows(self, _kind: str, _recorder: Recorder) -> bool:
+        """Return whether a call is carried out."""
+        return True
+
+    def before_step(self, recorder: Recorder, optimizer: Optimizer) -> None:
+        """Act before an optimizer step is looked at."""
+
+    def scheduler_steps(self, _recorder: Recorder) -> int:
+        """Return how often a scheduler step is carried out."""
+        return 1
+
+    def scheduler_arguments(
+        self, _ordinal: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments that a scheduler is made with."""
+        return args, kwargs
+
+    def finish(self, recorder: Recorder) -> None:
+        """Act when `train` has returned."""
+
+
+class Reweight(Intervention):
+    """Multiply the root gradient of each backward by a factor for its place.
+
+    Args:
+        factors: Per cycle, one factor for each micro-step: the true weight over the weight that a hypothesis predicts.
+    """
+
+    name = "reweight"
+
+    def __init__(self, factors: Mapping[int, Sequence[float]]) -> None:
+        self._factors = factors
+
+    def root_factor(self, recorder: Recorder) -> float:
+        place = recorder.place()
+        if place is None:
+            return 1.0
+        factors = self._factors.get(place.cycle, ())
+        return factors[place.micro_step] if place.micro_step < len(factors) else 1.0
+
+
+class Defer(Intervention):
+    """Leave out calls of some kinds inside a cycle; those at its end stay.
+
+    Args:
+        kinds: Of zero_grad, clip, unscale, scheduler, scaler.
+    """
+
+    name = "defer"
+
+    def __init__(self, *kinds: str) -> None:
+        self._kinds = kinds
+
+    def allows(self, kind: str, recorder: Recorder) -> bool:
+        return kind not in self._kinds or not recorder.inside()
+
+
+class Hold(Intervention):
+    """Between two backwards of a cycle, gradients stay as the first one left them."""
+
+    name = "hold"
+
+    def __init__(self) -> None:
+        self._held: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+
+    @contextmanager
+    def around_backward(self, recorder: Recorder, _outputs: Sequence[Any]) -> Iterator[None]:
+        place = recorder.place()
+        if place is not None and recorder.backwards > 1:
+            before = recorder.schedule[recorder.backwards - 2]
+            if before.cycle == place.cycle and not before.last:
+                with torch.no_grad():
+                    for parameter, gradient in self._held:
+                        if gradient is None:
+                            parameter.grad = None
+                        elif parameter.grad is None:
+                            parameter.grad = gradient.clone()
+                        else:
+                            parameter.grad.copy_(gradient)
+        yield
+
+    def after_backward(self, recorder: Recorder) -> None:
+        with torch.no_grad():
+            self._held = [
+                (p, None if p.grad is None else p.grad.detach().clone()) for p in recorder.gradient_holders()
+            ]
+
+
+class Fresh(Intervention):
+    """Start every cycle without gradients: what earlier cycles left is dropped."""
+
+    name = "fresh"
+
+    @contextmanager
+    def around_backward(self, recorder: Recorder, _outputs: Sequence[Any]) -> Iterator[None]:
+        place = recorder.place()
+        first = recorder.backwards == 1 or (
+            place is not None and recorder.schedule[recorder.backwards - 2].cycle != place.cycle
+        )
+        if first:
+            for parameter in recorder.gradient_holders():
+                parameter.grad = None
+        yield
+
+
+class Retime(Intervention):
+    """Step exactly at the end of every cycle: steps inside one are left out, missing ones are made.
+
+    What belongs to a step that is left out (zeroing, scheduler, scaler, between it and the next backward) is left out
+    with it.
+
+    Args:
+        ends: Counts of backwards after which the user's own loop steps anyway.
+    """
+
+    name = "retime"
+    controls_steps = True
+
+    def __init__(self, ends: set[int]) -> None:
+        self._ends = ends
+        self._left_out_at = -1
+
+    def allows(self, kind: str, recorder: Recorder) -> bool:
+        inside = recorder.inside()
+        if kind == "step":
+            if inside:
+                self._left_out_at = recorder.backwards
+            return not inside
+        if kind in {"zero_grad", "scheduler", "scaler", "unscale", "clip"}:
+            return not (inside and (self._left_out_at == recorder.backwards or kind == "zero_grad"))
+        return True
+
+    def after_backward(self, recorder: Recorder) -> None:
+        place = recorder.place()
+        if place is None or not place.last or recorder.backwards in self._ends:
+            return
+        for reference in list(recorder.alive.values()) or _optimizers(recorder):
+            optimizer = reference()
+            if optimizer is not None:
+                optimizer.step()
+                optimizer.zero_grad()
+
+
+def _optimizers(_recorder: Recorder) -> list[Any]:
+    """Return optimizers that have not stepped yet, from the frames of the running loop."""
+    import gc  # noqa: PLC0415 - only when the loop never stepped before
+
+    return [functools.partial(lambda o: o, each) for each in gc.get_objects() if isinstance(each, Optimizer)]
+
+
+class Rewind(Intervention):
+    """At each micro-batch inside a cycle, set state back to the cycle's start: it then advances once per cycle.
+
+    Args:
+        what: Any of parameters, state, buffers, shadows.
+    """
+
+    name = "rewind"
+
+    def __init__(self, *what: str) -> None:
+        self._what = what
+        self._saved: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._entries: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._ended = True
+
+    def before_fetch(self, recorder: Recorder) -> None:
+        with torch.no_grad():
+            if recorder.inside():
+                for tensor, value in self._saved:
+                    tensor.copy_(value)
+                for entries, value in self._entries:
+                    entries.update(value)
+            else:
+                self._save(recorder)
+
+    def _save(self, recorder: Recorder) -> None:
+        tensors: list[torch.Tensor] = []
+        self._entries = []
+        if "parameters" in self._what:
+            tensors += [p.detach() for p in recorder.gradient_holders()]
+        if "buffers" in self._what:
+            tensors += [b.detach() for b in recorder.model.buffers()]
+        if "state" in self._what:
+            for reference in recorder.alive.values():
+                optimizer = reference()
+                for entries in () if optimizer is None else optimizer.state.values():
+                    tensors += [each.detach() for each in entries.values() if isinstance(each, torch.Tensor)]
+                    numbers = {k: v for k, v in entries.items() if isinstance(v, (int, float))}
+                    self._entries.append((entries, numbers))
+        if "shadows" in self._what:
+            for holder in recorder.__dict__.get("_shadow_holders", {}).values():
+                tensors += self._holder(holder)
+        self._saved = [(tensor, tensor.clone()) for tensor in tensors]
+
+    def _holder(self, holder: Any) -> list[torch.Tensor]:  # noqa: ANN401 - a module, mapping or list
+        if isinstance(holder, torch.nn.Module):
+            return [each.detach() for each in (*holder.parameters(), *holder.buffers())]
+        if isinstance(holder, dict):
+            self._entries.append((holder, {k: v.clone() for k, v in holder.items()}))
+            return []
+        return [each for each in holder if isinstance(each, torch.Tensor)]
+
+
+class Repeat(Intervention):
+    """Carry out every scheduler step several times: the horizon was counted in other units.
+
+    Args:
+        times: Scheduler steps for one of the loop's own.
+    """
+
+    name = "recount"
+
+    def __init__(self, times: int) -> None:
+        self._times = times
+
+    def scheduler_steps(self, _recorder: Recorder) -> int:
+        return self._times
+
+
+class Construct(Intervention):
+    """Make schedulers with the numbers that the full-batch run made them with.
+
+    Args:
+        reference: The recording whose schedulers are copied.
+    """
+
+    name = "recount"
+
+    def __init__(self, reference: Recording) -> None:
+        self._made = reference.schedulers
+
+    def scheduler_arguments(
+        self, ordinal: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if ordinal >= len(self._made):
+            return args, kwargs
+        told = self._made[ordinal]["arguments"]
+        rest = tuple(told.get(str(i), value) for i, value in enumerate(args[1:]))
+        return (*args[:1], *rest), {key: told.get(key, value) for key, value in kwargs.items()}
+
+
+class Length(Intervention):
+    """Let `len(loader)` say the number of optimizer steps.
+
+    Args:
+        length: What it says.
+    """
+
+    name = "recount"
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+
+class Shorten(Intervention):
+    """Leave the incomplete last cycle out of both runs."""
+
+    name = "without the tail"
+    both = True
+    shorter = True
+
+
+class Restitute(Intervention):
+    """Add to the gradients what a hypothesis says is missing from them, just before the step.
+
+    Args:
+        missing: Per backward count at the step, and per parameter, the gradient to add (full tensors).
+    """
+
+    name = "restitute"
+
+    def __init__(self, missing: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
+        self._missing = missing
+
+    def before_step(self, recorder: Recorder, optimizer: Optimizer) -> None:
+        missing = self._missing.get(recorder.backwards)
+        if missing is None:
+            return
+        with torch.no_grad():
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    extra = missing.get(recorder.name_of(parameter, optimizer))
+                    if extra is None:
+                        continue
+                    extra = extra.view(parameter.shape).to(parameter.dtype)
+                    parameter.grad = extra.clone() if parameter.grad is None else parameter.grad + extra
+
+
+class ZerosToNone(Intervention):
+    """Give the optimizer no gradient, instead of zeros, for parameters that took no part."""
+
+    name = "none for zeros"
+
+    def __init__(self, names: set[str]) -> None:
+        self._names = names
+
+    def before_step(self, recorder: Recorder, optimizer: Optimizer) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if recorder.name_of(parameter, optimizer) in self._names:
+                    parameter.grad = None
+
+
+class UnscaleFirst(Intervention):
+    """Remove the loss scale from the gradients before a clip sees them."""
+
+    name = "unscale before the clip"
+
+    @contextmanager
+    def installed(self, recorder: Recorder) -> Iterator[None]:
+        recorder.unscale_before_clip = True
+        yield
+
+
+class Addend(Intervention):
+    """Multiply the gradient of one addend of the loss by a factor for its place.
+
+    Args:
+        path: Which addend, as the path from the root through the additions.
+        factors: Per cycle, one factor for each micro-step.
+    """
+
+    name = "reweight an addend"
+
+    def __init__(self, path: tuple[int, ...], factors: Mapping[int, Sequence[float]]) -> None:
+        self._path = path
+        self._factors = factors
+
+    @contextmanager
+    def around_backward(self, recorder: Recorder, outputs: Sequence[Any]) -> Iterator[None]:
+        from equivcheck.addends import scale_addend  # noqa: PLC0415 - walks the autograd graph
+
+        place = recorder.place()
+        factors = self._factors.get(place.cycle, ()) if place is not None else ()
+        if place is None or place.micro_step >= len(factors):
+            yield
+            return
+        handle = scale_addend(outputs[0], self._path, factors[place.micro_step])
+        try:
+            yield
+        finally:
+            if handle is not None:
+                handle.remove()

@@ -1,0 +1,449 @@
+"""What is taken from a run at each optimizer step: kept whole for the reference, compared at once for the others.
+
+Only the reference is stored. Every other role is compared inside the hooks of its own run and then set to the
+reference's state, so that each optimizer step is judged on its own, from the same parameters, buffers and optimizer
+state.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.optim import Optimizer
+
+from equivcheck.measure import Sums, sums
+from equivcheck.noise import coordinates
+from equivcheck.recording import Kept, Recording, Step
+from equivcheck.shadow import shadow_weights
+
+if TYPE_CHECKING:
+    from equivcheck.recorder import Recorder
+
+Gradients = dict[str, torch.Tensor | None]
+
+# Beyond this many bytes the reference lives in memory-mapped files (removed with the run).
+IN_MEMORY = 256 * 2**20
+# A gradient element that differs by more than this share of itself, in a tensor that agrees as a whole, is rounding
+# noise around zero: what a sign- or ratio-based optimizer makes of it says nothing. A fault of less than this share
+# is still seen in the gradient itself, which is judged first.
+NOISY_ELEMENT = 1e-9
+
+
+class Shelf:
+    """Keeps copies of tensors: in memory, and in memory-mapped files once they are many bytes."""
+
+    def __init__(self) -> None:
+        self._bytes = 0
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._files = 0
+
+    def keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a copy, of the same dtype and shape."""
+        tensor = tensor.detach()
+        size = tensor.numel() * tensor.element_size()
+        self._bytes += size
+        if self._bytes <= IN_MEMORY or size < 2**16:
+            return tensor.clone()
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="equivcheck-")
+        self._files += 1
+        path = os.path.join(self._folder.name, f"{self._files}.bin")
+        kept = torch.from_file(path, shared=True, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
+        return kept.copy_(tensor)
+
+    def close(self) -> None:
+        """Remove the files."""
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+
+class Observer:
+    """Takes nothing; the base of those that do."""
+
+    def before(self, recorder: Recorder, step: Step, optimizer: Optimizer) -> None:
+        """See the state before a step."""
+
+    def gradients(self, recorder: Recorder, step: Step, gradients: Gradients, applied: Gradients) -> None:
+        """See the gradients of a step: before the last clip (unscaled), and as they are applied."""
+
+    def after(self, recorder: Recorder, step: Step, optimizer: Optimizer) -> None:
+        """See, and set, the state after a step."""
+
+    def start(self, recorder: Recorder) -> None:
+        """See the state before the run."""
+
+    def finish(self, recorder: Recorder) -> None:
+        """See the state at the end of the run."""
+
+    @contextmanager
+    def contributions(self, _recorder: Recorder) -> Iterator[None]:
+        """Surround one backward that accumulates."""
+        yield
+
+    def returned(self, recorder: Recorder, inputs: Any, result: Any) -> None:  # noqa: ANN401
+        """See what `autograd.grad` returned."""
+
+
+class Sampler(Observer):
+    """Keeps a fixed sample of gradient coordinates, the same in every run."""
+
+    def __init__(self) -> None:
+        self._chosen: dict[str, torch.Tensor | None] = {}
+
+    def sample(self, recorder: Recorder, step: Step, gradients: Gradients) -> None:
+        """Keep the sampled coordinates of each gradient, float64."""
+        shapes = {name: p.numel() for name, p in _parameters(recorder).items()}
+        if not self._chosen or set(self._chosen) != set(shapes):
+            self._chosen = coordinates(shapes)
+        for name, gradient in gradients.items():
+            step.sample[name] = None if gradient is None else self.take(name, gradient)
+            if gradient is not None and not bool(torch.isfinite(gradient).all()):
+                step.finite = False
+        finite = [g for g in gradients.values() if g is not None]
+        step.norm = float(torch.stack([g.double().norm() for g in finite]).norm()) if finite else 0.0
+
+    def take(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the sampled coordinates of one parameter's tensor, float64."""
+        chosen = self._chosen.get(name)
+        flat = (tensor.to_dense() if tensor.is_sparse else tensor).detach().flatten()
+        return (flat if chosen is None else flat[chosen]).to(torch.float64, copy=True)
+
+
+class Keeper(Sampler):
+    """Stores the reference: gradients, parameters, buffers and optimizer state of every step."""
+
+    def __init__(self, objective: Callable[[Recorder, Step], Gradients | None] | None = None) -> None:
+        super().__init__()
+        self.shelf = Shelf()
+        self._objective = objective
+        self._pending: Kept | None = None
+
+    def gradients(self, recorder: Recorder, step: Step, gradients: Gradients, applied: Gradients) -> None:
+        self.sample(recorder, step, gradients)
+        step.matched = step.index
+        kept = {name: None if g is None else self.shelf.keep(g) for name, g in gradients.items()}
+        same = {name: kept[name] if applied[name] is gradients[name] else _kept(self.shelf, applied[name]) for name in applied}
+        self._pending = Kept(kept, same, {}, {}, {}, _shadows(recorder, self.shelf.keep))
+        if self._objective is not None:
+            stated = self._objective(recorder, step)
+            if stated is not None:
+                step.objective = compare(stated, kept, step)
+
+    def after(self, recorder: Recorder, step: Step, optimizer: Optimizer) -> None:
+        if self._pending is None:
+            return
+        kept, self._pending = self._pending, None
+        kept.after = {name: self.shelf.keep(p) for name, p in _parameters(recorder).items()}
+        before = recorder.recording.kept[-1].after if recorder.recording.kept else self._initial(recorder)
+        kept.moved = {
+            name: float((new - before[name]).norm()) for name, new in kept.after.items() if name in before
+        }
+        kept.buffers = {name: self.shelf.keep(b) for name, b in recorder.model.named_buffers()}
+        kept.state = _state(recorder, optimizer, self.shelf.keep)
+        recorder.recording.kept.append(kept)
+
+    @staticmethod
+    def _initial(recorder: Recorder) -> dict[str, torch.Tensor]:
+        return recorder.recording.initial.after if recorder.recording.initial is not None else {}
+
+    def start(self, recorder: Recorder) -> None:
+        after = {name: self.shelf.keep(p) for name, p in _parameters(recorder).items()}
+        buffers = {name: self.shelf.keep(b) for name, b in recorder.model.named_buffers()}
+        recorder.recording.initial = Kept({}, {}, after, buffers, {}, {})
+
+    def finish(self, recorder: Recorder) -> None:
+        if recorder.recording.kept:
+            recorder.recording.kept.append(Kept({}, {}, {}, {}, {}, _shadows(recorder, self.shelf.keep, ended=True)))
+
+
+def _kept(shelf: Shelf, tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else shelf.keep(tensor)
+
+
+class Comparer(Sampler):
+    """Compares a run with the reference in its hooks, and sets it to the reference's state after each step.
+
+    Args:
+        reference: The recording that was kept.
+        native: The run computes as written: gradients are sampled and compared, parameters and state are set only.
+        contributions: Keep what each backward adds, at the sampled coordinates.
+    """
+
+    def __init__(self, reference: Recording, *, native: bool = False, contributions: bool = False) -> None:
+        super().__init__()
+        self._reference = reference
+        self._native = native
+        self._want_contributions = contributions
+        self._queues = {key: [s for s in reference.steps if s.optimizer == key] for key in reference.optimizers}
+        self._collected: dict[str, set[Any]] = {}
+        self._gradients: Gradients = {}
+        self._arrived: list[dict[str, torch.Tensor]] = []
+
+    def gradients(self, recorder: Recorder, step: Step, gradients: Gradients, applied: Gradients) -> None:
+        self.sample(recorder, step, gradients)
+        step.contributions, self._arrived = self._arrived, []
+        self._match(step)
+        if step.matched is None:
+            return
+        kept = self._reference.kept[step.matched]
+        self._gradients = gradients
+        step.gradients = compare(kept.gradients, gradients, step)
+        step.applied = (
+            step.gradients
+            if all(applied[n] is gradients[n] for n in applied) and all(kept.applied[n] is kept.gradients[n] for n in kept.applied)
+            else compare(kept.applied, applied, None)
+        )
+        step.shadows = _compare_shadows(kept.shadows, _shadows(recorder, torch.clone))
+
+    def _match(self, step: Step) -> None:
+        """Find the reference's step that consumed the same samples; note extra and missing ones."""
+        queue = self._queues.get(step.optimizer, [])
+        collected = self._collected.setdefault(step.optimizer, set())
+        collected |= step.samples
+        for skipped, other in enumerate(queue):
+            if collected == other.samples:
+                step.matched = other.index
+                step.missing = skipped
+                del queue[: skipped + 1]
+                collected.clear()
+                return
+            if not other.samples or not other.samples < collected:
+                return
+            # The samples of this reference step and of later ones came in one candidate step: it is missing.
+            union = set().union(*(each.samples for each in queue[: skipped + 1]))
+            if union == collected:
+                del queue[: skipped + 1]
+                step.missing = skipped + 1
+                collected.clear()
+                return
+
+    def after(self, recorder: Recorder, step: Step, optimizer: Optimizer) -> None:
+        if step.matched is None:
+            return
+        kept = self._reference.kept[step.matched]
+        if not self._native:
+            self._compare_state(recorder, step, optimizer, kept)
+        set_state(recorder, optimizer, kept)
+        self._gradients = {}
+
+    def _compare_state(self, recorder: Recorder, step: Step, optimizer: Optimizer, kept: Kept) -> None:
+        mine = set(recorder.recording.optimizers[step.optimizer])
+        for name, parameter in _parameters(recorder).items():
+            if name not in kept.after:
+                continue
+            here = self._mask(name, kept, step) if name in mine else None
+            step.parameters[name] = _masked_sums(kept.after[name], parameter.detach(), here)
+        state = _state(recorder, optimizer, lambda tensor: tensor)
+        for name, entries in kept.state.items():
+            here = self._mask(name, kept, step)
+            for key, value in _numbers(entries):
+                other = dict(_numbers(state.get(name, {}))).get(key)
+                if other is None or other.shape != value.shape:
+                    step.none_mismatch.append(f"{name}.{key}")
+                    continue
+                step.state[f"{name}.{key}"] = _masked_sums(value, other, here)
+        for name, buffer in recorder.model.named_buffers():
+            if name in kept.buffers and kept.buffers[name].shape == buffer.shape:
+                step.buffers[name] = sums(kept.buffers[name], buffer)
+
+    def _mask(self, name: str, kept: Kept, step: Step) -> torch.Tensor | None:
+        """Return which elements of a parameter have a gradient that says something; None for all."""
+        reference, candidate = kept.gradients.get(name), self._gradients.get(name)
+        if reference is None or candidate is None:
+            return None
+        difference = step.gradients.get(name)
+        if difference is None or difference.dd == 0.0:
+            return None
+        noisy = (candidate - reference).abs() > NOISY_ELEMENT * reference.abs()
+        count = int(noisy.sum())
+        if not count:
+            return None
+        step.masked[name] = count
+        return ~noisy
+
+    def finish(self, recorder: Recorder) -> None:
+        if self._native or not self._reference.kept:
+            return
+        last = self._reference.kept[-1].shadows
+        found = _compare_shadows(last, _shadows(recorder, torch.clone, ended=True))
+        if recorder.recording.steps and found:
+            recorder.recording.steps[-1].shadows = _worse(recorder.recording.steps[-1].shadows, found)
+
+    @contextmanager
+    def contributions(self, recorder: Recorder) -> Iterator[None]:
+        if not self._want_contributions:
+            yield
+            return
+        arrived: dict[str, torch.Tensor] = {}
+        if not self._chosen:
+            self._chosen = coordinates({name: p.numel() for name, p in _parameters(recorder).items()})
+
+        def note(name: str) -> Callable[[torch.Tensor], None]:
+            def hook(gradient: torch.Tensor) -> None:
+                arrived[name] = self.take(name, gradient)
+
+            return hook
+
+        handles = [p.register_hook(note(name)) for name, p in _parameters(recorder).items() if p.requires_grad]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._arrived.append(arrived)
+
+    def returned(self, recorder: Recorder, inputs: Any, result: Any) -> None:  # noqa: ANN401
+        if self._want_contributions:
+            self._arrived.append(
+                {
+                    recorder.names[id(p)]: self.take(recorder.names[id(p)], g)
+                    for p, g in zip(inputs, result, strict=True)
+                    if id(p) in recorder.names and g is not None
+                }
+            )
+
+
+class Pieces(Comparer):
+    """Takes each micro-batch's gradient alone: after every step the run is set to the state its next cycle starts from.
+
+    Args:
+        reference: The recording that was kept.
+        cycles: The reference step that each sample belongs to.
+    """
+
+    def __init__(self, reference: Recording, cycles: dict[Any, int]) -> None:
+        super().__init__(reference)
+        self._cycles = cycles
+
+    def gradients(self, recorder: Recorder, step: Step, gradients: Gradients, _applied: Gradients) -> None:
+        self.sample(recorder, step, gradients)
+
+    def after(self, recorder: Recorder, step: Step, optimizer: Optimizer) -> None:
+        """Set the state that this micro-batch's cycle started from; a new cycle begins in `fetch`."""
+
+    def enter(self, recorder: Recorder, key: Any) -> None:  # noqa: ANN401
+        """Set the model to the state that the cycle of a sample starts from."""
+        cycle = self._cycles.get(key, 0)
+        kept = self._reference.kept[cycle - 1] if cycle > 0 else self._reference.initial
+        if kept is not None:
+            with torch.no_grad():
+                set_state(recorder, None, kept)
+
+
+def compare(reference: Gradients, candidate: Gradients, step: Step | None) -> dict[str, Sums]:
+    """Return the sums of every tensor that both have; note in the step those that one lacks."""
+    found: dict[str, Sums] = {}
+    for name, r in reference.items():
+        c = candidate.get(name)
+        if r is None and c is None:
+            continue
+        if r is None or c is None:
+            if step is not None:
+                step.none_mismatch.append(name)
+            present = c if r is None else r
+            assert present is not None
+            zero = torch.zeros_like(present)
+            found[name] = sums(zero, present) if r is None else sums(present, zero)
+        else:
+            found[name] = sums(r, c)
+    return found
+
+
+def _masked_sums(reference: torch.Tensor, candidate: torch.Tensor, mask: torch.Tensor | None) -> Sums:
+    if mask is None or mask.shape != reference.shape:
+        return sums(reference, candidate)
+    return sums(reference[mask], candidate[mask])
+
+
+def set_state(recorder: Recorder, optimizer: Optimizer | None, kept: Kept) -> None:
+    """Set parameters, buffers and one optimizer's state to what the reference had; dtypes stay as they are."""
+    for name, parameter in _parameters(recorder).items():
+        if name in kept.after:
+            parameter.detach().copy_(kept.after[name])
+    for name, buffer in recorder.model.named_buffers():
+        if name in kept.buffers and kept.buffers[name].shape == buffer.shape:
+            buffer.detach().copy_(kept.buffers[name])
+    if optimizer is None:
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            name = recorder.names.get(id(parameter), "")
+            if name in kept.state:
+                _set_entries(optimizer.state[parameter], kept.state[name], parameter)
+
+
+def _set_entries(mine: dict[str, Any], theirs: dict[str, Any], parameter: torch.Tensor) -> None:
+    for key, value in theirs.items():
+        old = mine.get(key)
+        if isinstance(value, torch.Tensor):
+            if isinstance(old, torch.Tensor) and old.shape == value.shape and old.is_floating_point() == value.is_floating_point():
+                old.detach().copy_(value)
+            else:
+                like = parameter.dtype if value.is_floating_point() and value.shape == parameter.shape else None
+                mine[key] = value.detach().clone().to(like or value.dtype)
+        elif isinstance(value, (list, tuple)) and any(isinstance(each, torch.Tensor) for each in value):
+            cast = [each.clone().to(parameter.dtype) if isinstance(each, torch.Tensor) else each for each in value]
+            mine[key] = type(value)(cast)
+        else:
+            mine[key] = copy.copy(value)
+
+
+def _parameters(recorder: Recorder) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = dict(recorder.model.named_parameters())
+    for each in recorder._foreign:
+        found[recorder.names[id(each)]] = each
+    return found
+
+
+def _state(
+    recorder: Recorder, optimizer: Optimizer, keep: Callable[[torch.Tensor], torch.Tensor]
+) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for parameter, entries in optimizer.state.items():
+        name = recorder.names.get(id(parameter))
+        if name is None or not isinstance(entries, dict):
+            continue
+        found[name] = {key: _copied(value, keep) for key, value in entries.items()}
+    return found
+
+
+def _copied(value: Any, keep: Callable[[torch.Tensor], torch.Tensor]) -> Any:  # noqa: ANN401
+    if isinstance(value, torch.Tensor):
+        return keep(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)([_copied(each, keep) for each in value])
+    return copy.copy(value) if isinstance(value, (dict, set)) else value
+
+
+def _numbers(entries: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    for key, value in entries.items():
+        if isinstance(value, torch.Tensor):
+            yield key, value
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield key, torch.tensor(float(value), dtype=torch.float64)
+
+
+def _shadows(
+    recorder: Recorder, keep: Callable[[torch.Tensor], torch.Tensor], *, ended: bool = False
+) -> dict[str, torch.Tensor]:
+    found = shadow_weights(recorder, ended=ended)
+    return {name: keep(tensor) for name, tensor in found.items()}
+
+
+def _compare_shadows(reference: dict[str, torch.Tensor], candidate: dict[str, torch.Tensor]) -> dict[str, Sums]:
+    return {
+        name: sums(tensor, candidate[name])
+        for name, tensor in reference.items()
+        if name in candidate and candidate[name].shape == tensor.shape
+    }
+
+
+def _worse(a: dict[str, Sums], b: dict[str, Sums]) -> dict[str, Sums]:
+    return {name: max((each[name] for each in (a, b) if name in each), key=lambda s: s.relative) for name in a | b}

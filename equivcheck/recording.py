@@ -1,0 +1,163 @@
+"""What one run did: optimizer steps with what they consumed, and the timeline of events.
+
+K micro-batches per cycle. `backwards` in an event or a step counts the root backwards that came before it: with the
+schedule of the run that number alone says whether the event happened inside a cycle or at its end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from equivcheck.feed import Key
+from equivcheck.measure import Sums
+
+
+@dataclass(frozen=True)
+class Event:
+    """One call that was seen, in order.
+
+    Attributes:
+        kind: fetch, backward, zero_grad, cleared, edited, unscale, clip, step, skipped, scheduler, scaler.
+        backwards: Root backwards that had run before it.
+        fetches: Micro-batches that had been handed out before it.
+        detail: Scalars that belong to it.
+    """
+
+    kind: str
+    backwards: int
+    fetches: int
+    detail: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a backward stands: micro-step `micro_step` of `micro_steps` in cycle `cycle`."""
+
+    cycle: int
+    micro_step: int
+    micro_steps: int
+    last: bool
+
+
+@dataclass
+class Step:
+    """One call of an optimizer's `step`, as it was seen.
+
+    Attributes:
+        optimizer: Stable name of the optimizer: its class and its first parameter.
+        samples: Keys consumed since this optimizer's previous step.
+        backwards: Root backwards that had run before it, over the whole run.
+        first_backward: The same count at this optimizer's previous step.
+        matched: Index of the reference's step that consumed the same samples; None if there is none.
+        learning_rates: One per parameter group.
+        norms: Gradient norm at `optimizer.step` (after clipping), over this optimizer's parameters.
+        sample: Sampled gradient coordinates before the clip, float64, per parameter; None where there is no gradient.
+        gradients, applied, parameters, state, buffers: Sums against the reference, per tensor.
+        none_mismatch: Parameters with a gradient in one of the two runs only.
+        masked: Per parameter, how many elements were left out because their gradient is noise.
+        objective: Sums of the stated objective's gradient against this step's, per parameter.
+    """
+
+    index: int
+    optimizer: str
+    samples: frozenset[Key]
+    backwards: int
+    first_backward: int
+    learning_rates: list[float]
+    matched: int | None = None
+    missing: int = 0
+    norm: float = 0.0
+    clipped: bool = False
+    skipped: bool = False
+    finite: bool = True
+    sample: dict[str, torch.Tensor | None] = field(default_factory=dict)
+    gradients: dict[str, Sums] = field(default_factory=dict)
+    applied: dict[str, Sums] = field(default_factory=dict)
+    parameters: dict[str, Sums] = field(default_factory=dict)
+    state: dict[str, Sums] = field(default_factory=dict)
+    buffers: dict[str, Sums] = field(default_factory=dict)
+    shadows: dict[str, Sums] = field(default_factory=dict)
+    none_mismatch: list[str] = field(default_factory=list)
+    masked: dict[str, int] = field(default_factory=dict)
+    objective: dict[str, Sums] | None = None
+    contributions: list[dict[str, torch.Tensor]] = field(default_factory=list)
+
+
+@dataclass
+class Kept:
+    """What the reference keeps of one step, for the other roles to be compared with and set to."""
+
+    gradients: dict[str, torch.Tensor | None]
+    applied: dict[str, torch.Tensor | None]
+    after: dict[str, torch.Tensor]
+    buffers: dict[str, torch.Tensor]
+    state: dict[str, dict[str, Any]]
+    shadows: dict[str, torch.Tensor]
+    moved: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Backward:
+    """One root backward: what it carried and what was in flight."""
+
+    index: int
+    fetches: int
+    loss: float
+    loss_scale: float
+    root: str
+    addends: int = 1
+
+
+@dataclass
+class Recording:
+    """Everything that was seen of one run."""
+
+    role: str
+    steps: list[Step] = field(default_factory=list)
+    timeline: list[Event] = field(default_factory=list)
+    backwards: list[Backward] = field(default_factory=list)
+    fetched: list[list[Key]] = field(default_factory=list)
+    logged: list[float] | None = None
+    schedulers: list[dict[str, Any]] = field(default_factory=list)
+    optimizers: dict[str, list[str]] = field(default_factory=dict)
+    kept: list[Kept] = field(default_factory=list)
+    initial: Kept | None = None
+    lowered: dict[str, str] = field(default_factory=dict)
+    dropout: bool = False
+    random_drawn: bool = False
+    unseeded: bool = False
+    parameters: int = 0
+    dtype: str = "float32"
+    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+    def places(self, cycles: dict[Key, int]) -> list[Place]:
+        """Return the place of every backward, given the cycle that each sample belongs to.
+
+        A loop may fetch each micro-batch just before its backward, or all of a cycle up front. In the second case
+        there are as many backwards (or a multiple) as fetches, and they pair up in order.
+        """
+        by_cycle: dict[int, list[int]] = {}
+        for index, keys in enumerate(self.fetched):
+            by_cycle.setdefault(cycles.get(keys[0], -1), []).append(index)
+        order = sorted(by_cycle, key=lambda cycle: by_cycle[cycle][0])
+        owner: list[tuple[int, int]] = []
+        position = {fetch: (cycle, by_cycle[cycle].index(fetch)) for cycle in order for fetch in by_cycle[cycle]}
+        for backward in self.backwards:
+            owner.append(position.get(backward.fetches - 1, (-1, 0)))
+        for cycle in order:
+            members = [i for i, (c, _) in enumerate(owner) if c == cycle]
+            count = len(by_cycle[cycle])
+            fetched_last = {owner[i][1] for i in members}
+            if members and len(fetched_last) == 1 and count > 1 and len(members) % count == 0:
+                share = len(members) // count
+                for rank, i in enumerate(members):
+                    owner[i] = (cycle, rank // share)
+        places = []
+        for i, (cycle, micro_step) in enumerate(owner):
+            last = i + 1 == len(owner) or owner[i + 1][0] != cycle
+            places.append(Place(cycle, micro_step, len(by_cycle.get(cycle, [0])), last))
+        return places

@@ -1,0 +1,114 @@
+"""Find the copies of the weights that a loop keeps beside its model: an average, a teacher, a master copy.
+
+They live in the loop's own variables, so they are looked for there: modules, and dictionaries or lists of tensors,
+in the locals of the user's running frames and one level into their objects. A find counts as shadow weights only if its
+tensors have the shapes of parameters and point in their direction; a buffer of gradients does not.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from equivcheck.subject import is_library
+
+if TYPE_CHECKING:
+    from equivcheck.recorder import Recorder
+
+# An average over training stays within a small angle of the weights; gradients are nearly orthogonal to them.
+LIKE_WEIGHTS = 0.7
+DEPTH = 3
+
+
+def shadow_weights(recorder: Recorder, *, ended: bool = False) -> dict[str, torch.Tensor]:
+    """Return the shadow weights by path (`ema.fc.weight`), live tensors.
+
+    Args:
+        recorder: The recorder of the run; it remembers what was found while the frames were alive.
+        ended: The run is over, its frames are gone: read again what was found before.
+    """
+    holders: dict[str, Any] = recorder.__dict__.setdefault("_shadow_holders", {})
+    if not ended:
+        for name, value in _variables(sys._getframe(1)):
+            if name not in holders or holders[name] is not value:
+                if _is_holder(value, recorder):
+                    holders[name] = value
+                else:
+                    holders.pop(name, None)
+    found: dict[str, torch.Tensor] = {}
+    for name, value in holders.items():
+        tensors = dict(_tensors(value, recorder))
+        if tensors and _like_weights(tensors, recorder):
+            found.update({f"{name}.{key}": tensor.detach() for key, tensor in tensors.items()})
+    return found
+
+
+def _variables(frame: FrameType | None) -> Iterator[tuple[str, Any]]:
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "_call_train":
+            return
+        if not is_library(code.co_filename):
+            for name, value in list(frame.f_locals.items()):
+                yield from _reach(name, value, DEPTH)
+        frame = frame.f_back
+
+
+def _reach(name: str, value: Any, depth: int) -> Iterator[tuple[str, Any]]:  # noqa: ANN401
+    yield name, value
+    if depth == 0 or isinstance(value, (nn.Module, torch.Tensor, Mapping, list, tuple, str, int, float, type(None))):
+        return
+    module = getattr(type(value), "__module__", "")
+    if module.split(".")[0] in {"torch", "builtins", "numpy", "collections"}:
+        return
+    for key, inner in list(getattr(value, "__dict__", {}).items()):
+        yield from _reach(f"{name}.{key}", inner, depth - 1)
+
+
+def _is_holder(value: Any, recorder: Recorder) -> bool:  # noqa: ANN401
+    if isinstance(value, nn.Module):
+        own = {id(p) for p in value.parameters()}
+        return bool(own) and not own & set(recorder.names)
+    if isinstance(value, Mapping):
+        return 0 < len(value) < 10_000 and all(isinstance(each, torch.Tensor) for each in value.values())
+    if isinstance(value, (list, tuple)):
+        return 0 < len(value) < 10_000 and all(isinstance(each, torch.Tensor) for each in value)
+    return False
+
+
+def _tensors(value: Any, recorder: Recorder) -> Iterator[tuple[str, torch.Tensor]]:  # noqa: ANN401
+    if isinstance(value, nn.Module):
+        pairs: Any = list(value.named_parameters()) + list(value.named_buffers())
+    elif isinstance(value, Mapping):
+        pairs = value.items()
+    else:
+        pairs = enumerate(value)
+    for key, tensor in pairs:
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and id(tensor) not in recorder.names:
+            if tensor.grad_fn is None:
+                yield str(key), tensor
+
+
+def _like_weights(tensors: dict[str, torch.Tensor], recorder: Recorder) -> bool:
+    """Return whether tensors match parameters in shape, by name or in order, and point in their direction."""
+    parameters = dict(recorder.model.named_parameters())
+    dot = mine = theirs = 0.0
+    pool = list(parameters.items())
+    for key, tensor in tensors.items():
+        match = parameters.get(key) if key in parameters else None
+        if match is None:
+            match = next((p for name, p in pool if key.endswith(name)), None)
+        if match is None and key.isdigit() and int(key) < len(pool):
+            match = pool[int(key)][1]
+        if match is None or match.shape != tensor.shape:
+            continue
+        a, b = tensor.detach().double().flatten(), match.detach().double().flatten()
+        dot += float(a @ b)
+        mine += float(a @ a)
+        theirs += float(b @ b)
+    return mine > 0 and theirs > 0 and dot / (mine * theirs) ** 0.5 > LIKE_WEIGHTS

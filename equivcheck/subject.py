@@ -1,0 +1,349 @@
+"""Turn a target, as a user types it, into a subject that can be started anew for every run.
+
+A target is a file (`train_step.py`), a dotted module (`pkg.mod`), either with an attribute behind a colon, or an
+object. A file or module is *executed again* by each call of `Subject.fresh`, together with what it imported from its
+own folder, so that counters, scalers and optimizers at module level cannot leak from one run into the next.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import sys
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from equivcheck.errors import TargetError, UsageError
+
+REQUIRED = ("build", "batches", "train")
+FORM = "FILE.py, FILE.py:ATTRIBUTE, package.module or package.module:ATTRIBUTE"
+_OURS = str(Path(__file__).resolve().parent)
+_LIBRARIES = tuple(
+    str(Path(sysconfig.get_path(name)).resolve()) for name in ("stdlib", "purelib", "platlib")
+)
+
+
+@dataclass(frozen=True)
+class Code:
+    """The user's functions as one run sees them."""
+
+    build: Callable[[], Any]
+    batches: Callable[[], Any]
+    train: Callable[..., Any]
+    objective: Callable[[Any, Any], Any] | None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Code under test, and how to start it anew.
+
+    Attributes:
+        target: What the user typed, or the object's qualified name.
+        repeatable: True when every `fresh` executes the code again; False for objects, whose state
+            may survive from run to run.
+        location: `file:line` of `train`.
+    """
+
+    target: str
+    repeatable: bool
+    location: str
+    _load: Callable[[], Code]
+
+    def fresh(self) -> Code:
+        """Return the code, executed again where that is possible."""
+        return self._load()
+
+
+def load_subject(target: object, train: str | None = None) -> Subject:
+    """Return the subject that a target names.
+
+    Args:
+        target: A string in one of the forms of `FORM`, or an object with `build`, `batches` and `train`.
+        train: A target whose `train` replaces the subject's own.
+
+    Raises:
+        TargetError: The form is bad, nothing is there, the user's module does not import (its own
+            traceback is in the message), or an attribute is missing (the closest name is offered).
+    """
+    source = _source(target)
+    trainer = None if train is None else _trainer(train)
+
+    def load() -> Code:
+        holder = source.load()
+        found = {name: _attribute(holder, name, source.target) for name in REQUIRED[:2]}
+        loop = _attribute(holder, "train", source.target) if trainer is None else trainer()
+        for name in REQUIRED[:2]:
+            _require_no_arguments(name, found[name], source.target)
+        return Code(found["build"], found["batches"], loop, getattr(holder, "objective", None))
+
+    code = load()
+    return Subject(source.target, source.repeatable, _location(code.train), load)
+
+
+@dataclass(frozen=True)
+class _Source:
+    target: str
+    repeatable: bool
+    load: Callable[[], object]
+
+
+def _source(target: object) -> _Source:
+    if not isinstance(target, str):
+        name = getattr(target, "__qualname__", None) or type(target).__qualname__
+        return _Source(str(name), repeatable=False, load=lambda: _instance(target))
+    place, _, attribute = target.partition(":")
+    if not place or ":" in attribute or (target.endswith(":")):
+        raise TargetError(
+            f"bad-target: {target!r} names no file or module",
+            expected=FORM,
+            fix="equivcheck run train_step.py",
+        )
+    if place.endswith(".py") or "/" in place:
+        load_module = _file_loader(place)
+    else:
+        load_module = _module_loader(place)
+
+    def load() -> object:
+        holder: object = load_module()
+        for part in attribute.split(".") if attribute else ():
+            holder = _attribute(holder, part, target)
+        return _instance(holder)
+
+    return _Source(target, repeatable=True, load=load)
+
+
+def _instance(holder: object) -> object:
+    if inspect.isclass(holder):
+        return holder()
+    return holder
+
+
+def _trainer(target: str) -> Callable[[], Callable[..., Any]]:
+    place, _, attribute = target.partition(":")
+    source = _source(place)
+
+    def load() -> Callable[..., Any]:
+        holder: Any = source.load()
+        for part in (attribute or "train").split("."):
+            holder = _attribute(holder, part, target)
+        return holder  # type: ignore[no-any-return]
+
+    return load
+
+
+def _attribute(holder: object, name: str, target: str) -> Any:  # noqa: ANN401 - whatever the user defined
+    value = getattr(holder, name, None)
+    if value is not None:
+        if name in REQUIRED and not callable(value):
+            raise TargetError(
+                f"not-callable: {name} of {target} is {type(value).__name__}, not a function",
+                expected=f"def {name}(...)",
+            )
+        return value
+    names = [each for each in vars(holder) if not each.startswith("_")] if hasattr(holder, "__dict__") else []
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"def {name}(...): ..."
+    own = [each for each in names if getattr(getattr(holder, each, None), "__module__", None) == getattr(holder, "__name__", 0)]
+    raise TargetError(
+        f"attribute-missing: {target} has no {name!r}",
+        expected="build(), batches() and train(model, loader, ...)",
+        because=f"it defines {', '.join(own or names) or 'nothing'}",
+        fix=hint,
+    )
+
+
+def _require_no_arguments(name: str, function: Callable[..., Any], target: str) -> None:
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return
+    needed = [
+        each.name
+        for each in signature.parameters.values()
+        if each.default is each.empty and each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
+    ]
+    if needed:
+        raise UsageError(
+            f"unexpected-argument: {name} of {target} wants {', '.join(needed)}",
+            expected=f"{name}() without arguments",
+            fix=f"give {', '.join(needed)} a default",
+        )
+
+
+def arguments(function: Callable[..., Any], offers: Mapping[str, object], target: str) -> dict[str, object]:
+    """Return the keyword arguments that `train` names, out of those on offer.
+
+    Raises:
+        UsageError: A name without a default is not on offer; the message lists those that are.
+    """
+    wanted: dict[str, object] = {}
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            wanted.update(offers)
+        elif parameter.kind is parameter.VAR_POSITIONAL:
+            continue
+        elif parameter.kind is parameter.POSITIONAL_ONLY:
+            raise UsageError(
+                f"positional-argument: train of {target} takes {parameter.name!r} by position only",
+                expected="arguments that can be given by name",
+            )
+        elif parameter.name in offers:
+            wanted[parameter.name] = offers[parameter.name]
+        elif parameter.default is parameter.empty:
+            close = difflib.get_close_matches(parameter.name, offers, n=1)
+            raise UsageError(
+                f"unknown-argument: train of {target} asks for {parameter.name!r}",
+                where=_location(function),
+                expected=f"any of {', '.join(sorted(offers))}",
+                fix=f"did you mean {close[0]}?" if close else f"give {parameter.name} a default",
+            )
+    return wanted
+
+
+def _location(function: Callable[..., Any]) -> str:
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    if code is None:
+        return getattr(function, "__qualname__", repr(function))
+    return f"{_shown(code.co_filename)}:{code.co_firstlineno}"
+
+
+def _shown(filename: str) -> str:
+    try:
+        return str(Path(filename).resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return filename
+
+
+# ---- executing modules again -------------------------------------------------------------------
+
+
+def _file_loader(place: str) -> Callable[[], ModuleType]:
+    path = Path(place).resolve()
+    if not path.is_file():
+        folder = path.parent
+        names = [each.name for each in folder.glob("*.py")] if folder.is_dir() else []
+        close = difflib.get_close_matches(path.name, names, n=1)
+        raise TargetError(
+            f"file-not-found: {place}",
+            where=str(folder) if folder.is_dir() else f"{folder} (no such folder)",
+            expected="a Python file with build, batches and train",
+            fix=f"did you mean {Path(place).with_name(close[0])}?" if close else None,
+        )
+    root, name = _package_root(path)
+    if name in sys.modules and not _lies_in(sys.modules[name], root):
+        # A file called random.py or train.py must not shadow, or be shadowed by, an installed module.
+        name = f"{name}__subject"
+
+    def execute() -> ModuleType:
+        if "." in name:
+            return importlib.import_module(name)
+        spec = importlib.util.spec_from_file_location(name, path)
+        if spec is None or spec.loader is None:
+            raise TargetError(f"bad-target: {place} is not a Python file", expected=FORM)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+        return module
+
+    return lambda: _again(execute, root, place)
+
+
+def _module_loader(place: str) -> Callable[[], ModuleType]:
+    if not all(part.isidentifier() for part in place.split(".")):
+        raise TargetError(f"bad-target: {place!r} is no module name", expected=FORM)
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        spec = importlib.util.find_spec(place)
+    except ModuleNotFoundError:
+        spec = None
+    except Exception as error:
+        raise _import_error(error, place) from None
+    if spec is None or spec.origin is None:
+        raise TargetError(
+            f"module-not-found: no module named {place!r}",
+            where=f"looked in {Path.cwd()} and sys.path",
+            expected=FORM,
+            fix=f"equivcheck run {place.replace('.', '/')}.py" if Path(f"{place.replace('.', '/')}.py").is_file() else None,
+        )
+    origin = Path(spec.origin).resolve()
+    return lambda: _again(lambda: importlib.import_module(place), origin.parent, place)
+
+
+def _package_root(path: Path) -> tuple[Path, str]:
+    """Return the folder to import from and the dotted name, as `python -m` would have it."""
+    parts = [path.stem]
+    folder = path.parent
+    while (folder / "__init__.py").is_file():
+        parts.insert(0, folder.name)
+        folder = folder.parent
+    return folder, ".".join(parts)
+
+
+def _again(execute: Callable[[], ModuleType], root: Path, place: str) -> ModuleType:
+    """Execute a module, and what it imports from its own folder, as if for the first time."""
+    for name in [name for name, module in list(sys.modules.items()) if _lies_in(module, root)]:
+        del sys.modules[name]
+    importlib.invalidate_caches()
+    with _importable(root):
+        try:
+            return execute()
+        except TargetError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise _import_error(error, place) from error
+
+
+@contextmanager
+def _importable(root: Path) -> Iterator[None]:
+    # The folder stays on the path: user code may import from it again while it trains.
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    yield
+
+
+def _lies_in(module: ModuleType, root: Path) -> bool:
+    filename = getattr(module, "__file__", None)
+    if not filename:
+        return False
+    if getattr(module, "__name__", "") == "__main__":
+        return False
+    path = str(Path(filename).resolve())
+    return path.startswith(f"{root}/") and not is_library(path)
+
+
+def is_library(filename: str) -> bool:
+    """Return whether a file belongs to Python, an installed package or equivcheck itself."""
+    path = str(Path(filename).resolve())
+    return path.startswith((*_LIBRARIES, _OURS)) or "site-packages" in path or filename.startswith("<")
+
+
+def _import_error(error: BaseException, place: str) -> TargetError:
+    failure = TargetError(
+        f"import-failed: {place} raised {type(error).__name__}: {error}"[:100],
+        because="the file itself does not import; the traceback is its own",
+        fix=f"python {place}" if place.endswith(".py") else f"python -m {place}",
+    )
+    failure.user_traceback = user_traceback(error)
+    return failure
+
+
+def user_traceback(error: BaseException) -> str:
+    """Return the traceback of an exception with the user's frames only."""
+    lines = ["Traceback (most recent call last):\n"]
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not is_library(frame.filename)
+    ]
+    lines += traceback.format_list(frames)
+    lines += traceback.format_exception_only(error)
+    return "".join(lines)

@@ -1,0 +1,350 @@
+"""Judge one run against the reference, in the noise that the control measured.
+
+A *finding* is one thing that differs: of a kind, at an optimizer step, with its number and the number allowed. No
+finding means the same function. Nothing here runs user code.
+
+N samples behind one optimizer step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from equivcheck.measure import Sums
+from equivcheck.noise import SAFETY, UNIT_ROUNDOFF, gamma
+from equivcheck.observe import NOISY_ELEMENT
+from equivcheck.recording import Recording, Step
+
+_ROUNDOFF: Final = 2.0**-53
+# A control that differs by this many roundings is no control: see DESIGN, "The control".
+UNFIT: Final = 1e4
+# Elements whose gradients agree to NOISY_ELEMENT may be changed by an optimizer in proportion to it; Adam's ratio
+# m / sqrt(v) has a condition of about 2, SAFETY covers steeper ones.
+UPDATE_NOISE: Final = SAFETY * NOISY_ELEMENT
+
+KINDS = ("samples", "none", "gradients", "applied", "parameters", "state", "buffers", "learning_rates", "shadows", "logged")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that differs.
+
+    Attributes:
+        kind: One of KINDS.
+        step: Index of the candidate's optimizer step; -1 for the whole run.
+        matched: Index of the reference's step; -1 if there is none.
+        names: Tensors concerned, worst first.
+        relative: Measured difference.
+        allowed: What correct code may show.
+    """
+
+    kind: str
+    step: int
+    matched: int
+    names: tuple[str, ...]
+    relative: float
+    allowed: float
+    detail: str = ""
+
+
+@dataclass
+class Judgement:
+    """What was found, and how fine the comparison was.
+
+    Attributes:
+        findings: In order of the run; empty if it is the same function.
+        margin: Smallest allowed over measured, over all compared numbers; inf if nothing differed at all.
+        power: Smallest relative fault of a gradient that would have been seen.
+        compared: Number of tensor pairs.
+    """
+
+    findings: list[Finding] = field(default_factory=list)
+    margin: float = math.inf
+    power: float = 0.0
+    compared: int = 0
+    zero: dict[int, set[str]] = field(default_factory=dict)
+
+    @property
+    def same(self) -> bool:
+        """Whether nothing differs."""
+        return not self.findings
+
+    def kinds(self) -> set[str]:
+        """Return the kinds of all findings."""
+        return {each.kind for each in self.findings}
+
+    def first(self, *kinds: str) -> Finding | None:
+        """Return the first finding of some kinds."""
+        return next((each for each in self.findings if each.kind in kinds), None)
+
+
+@dataclass
+class Noise:
+    """What the controls measured, per reference step.
+
+    Attributes:
+        terms: Samples (times the length of a sample) behind one step.
+        roundoff: Unit roundoff of the lowest precision that really computed.
+        controls: Recordings of permuted full-batch runs; the largest difference counts.
+        pieces_norm: Per step and parameter, the summed norms of the pieces, if they were taken.
+    """
+
+    terms: int
+    controls: Sequence[Recording]
+    roundoff: float = _ROUNDOFF
+    pieces_norm: dict[tuple[int, str], float] = field(default_factory=dict)
+
+    def floor(self) -> float:
+        """Return what sums over that many terms can differ by, relative to their largest partial sums."""
+        return SAFETY * gamma(max(self.terms, 1), self.roundoff)
+
+    def of(self, matched: int, which: Callable[[Step], dict[str, Sums]], name: str) -> float:
+        """Return the largest absolute difference of one tensor over the controls."""
+        worst = 0.0
+        for control in self.controls:
+            for step in control.steps:
+                if step.matched == matched:
+                    found = which(step).get(name)
+                    if found is not None and found.finite:
+                        worst = max(worst, found.difference_norm)
+        return worst
+
+    def total(self, matched: int, which: Callable[[Step], dict[str, Sums]]) -> float:
+        """Return the largest relative difference of all tensors together over the controls."""
+        worst = 0.0
+        for control in self.controls:
+            for step in control.steps:
+                if step.matched == matched:
+                    whole = overall(which(step))
+                    if whole.finite and math.isfinite(whole.relative):
+                        worst = max(worst, whole.relative)
+        return worst
+
+
+def overall(sums: dict[str, Sums]) -> Sums:
+    """Return the sums of all tensors together."""
+    total = Sums()
+    for each in sums.values():
+        total = total + each
+    return total
+
+
+def judge(reference: Recording, candidate: Recording, noise: Noise, *, logged: bool = True) -> Judgement:
+    """Compare a run, already measured in its hooks, with what its controls allow.
+
+    Args:
+        reference: The kept run.
+        candidate: The run to judge, with its sums against the reference.
+        noise: What correct code may show.
+        logged: Judge the logged losses too.
+    """
+    result = Judgement()
+    _judge_samples(reference, candidate, result)
+    powers = []
+    for step in candidate.steps:
+        if step.matched is None:
+            continue
+        matched = step.matched
+        if reference.steps[matched].skipped != step.skipped:
+            result.findings.append(Finding("samples", step.index, matched, (), 1.0, 0.0, "skipped"))
+            continue
+        if step.none_mismatch:
+            names = tuple(step.none_mismatch)
+            result.findings.append(Finding("none", step.index, matched, names, 1.0, 0.0))
+        powers.append(SAFETY * max(noise.total(matched, _gradients), gamma(max(noise.terms, 1), noise.roundoff)))
+        before = len(result.findings)
+        _judge_gradients(step, noise, result, "gradients", _gradients)
+        if step.applied is not step.gradients and len(result.findings) == before:
+            _judge_gradients(step, noise, result, "applied", _applied)
+        if len(result.findings) == before:
+            _judge_updates(reference, step, noise, result)
+        _judge_plain(step, noise, result, "buffers", _buffers)
+        _judge_plain(step, noise, result, "shadows", _shadows)
+        _judge_rates(reference.steps[matched], step, result)
+    if logged:
+        _judge_logged(reference, candidate, noise, result)
+    result.power = max(powers, default=0.0)
+    return result
+
+
+def _gradients(step: Step) -> dict[str, Sums]:
+    return step.gradients
+
+
+def _applied(step: Step) -> dict[str, Sums]:
+    return step.applied
+
+
+def _buffers(step: Step) -> dict[str, Sums]:
+    return step.buffers
+
+
+def _shadows(step: Step) -> dict[str, Sums]:
+    return step.shadows
+
+
+def _judge_samples(reference: Recording, candidate: Recording, result: Judgement) -> None:
+    matched = {step.matched for step in candidate.steps if step.matched is not None}
+    for step in candidate.steps:
+        if step.matched is None:
+            result.findings.append(Finding("samples", step.index, -1, (), 1.0, 0.0, "extra"))
+        if step.missing:
+            result.findings.append(Finding("samples", step.index, -1, (), 1.0, 0.0, "missing"))
+    for step in reference.steps:
+        if step.index not in matched:
+            result.findings.append(Finding("samples", -1, step.index, (), 1.0, 0.0, "missing"))
+
+
+def _judge_gradients(
+    step: Step, noise: Noise, result: Judgement, kind: str, which: Callable[[Step], dict[str, Sums]]
+) -> None:
+    sums = which(step)
+    matched = step.matched
+    assert matched is not None
+    whole = overall(sums)
+    size = whole.reference_norm if whole.finite else math.nan
+    floor = noise.floor()
+    zero = result.zero.setdefault(matched, set())
+    beyond: list[tuple[float, float, str]] = []
+    for name, each in sums.items():
+        result.compared += 1
+        if not each.finite:
+            beyond.append((math.inf, 0.0, name))
+            continue
+        # Rounding noise around zero: both sides within what sums of gradients of this size can leave behind.
+        # A tensor of that size beside the whole gradient could not be told from it in any way.
+        if max(each.reference_norm, each.candidate_norm) <= floor * size and each.reference_norm < floor * size:
+            zero.add(name)
+            continue
+        limit = max(
+            SAFETY * noise.of(matched, which, name),
+            floor * each.reference_norm,
+            floor * noise.pieces_norm.get((matched, name), 0.0),
+        )
+        if each.difference_norm > limit:
+            beyond.append((each.relative, limit / each.reference_norm if each.rr else 0.0, name))
+        elif each.difference_norm:
+            result.margin = min(result.margin, limit / each.difference_norm)
+    limit = max(SAFETY * noise.total(matched, which), floor)
+    if whole.finite and whole.rr and whole.relative > limit and not beyond:
+        beyond.append((whole.relative, limit, ""))
+    if beyond:
+        beyond.sort(key=lambda item: -item[0])
+        names = tuple(name for _, _, name in beyond if name)
+        relative = whole.relative if whole.finite else math.inf
+        result.findings.append(Finding(kind, step.index, matched, names, relative, max(b[1] for b in beyond)))
+
+
+def _judge_updates(reference: Recording, step: Step, noise: Noise, result: Judgement) -> None:
+    """Judge parameters and optimizer state, given gradients that agree."""
+    assert step.matched is not None
+    kept = reference.kept[step.matched]
+    for kind, sums in (("parameters", step.parameters), ("state", step.state)):
+        beyond = []
+        for name, each in sums.items():
+            result.compared += 1
+            if not each.finite:
+                beyond.append((math.inf, 0.0, name))
+                continue
+            limit = max(
+                SAFETY * noise.of(step.matched, lambda s, k=kind: getattr(s, k), name),  # type: ignore[misc]
+                noise.floor() * each.reference_norm,
+                UPDATE_NOISE * (kept.moved.get(name, each.reference_norm) if kind == "parameters" else each.reference_norm),
+            )
+            if each.difference_norm > limit:
+                moved = kept.moved.get(name, 0.0) or each.reference_norm or 1.0
+                beyond.append((each.difference_norm / moved, limit / moved, name))
+        if beyond:
+            beyond.sort(key=lambda item: -item[0])
+            names = tuple(name for *_, name in beyond)
+            result.findings.append(Finding(kind, step.index, step.matched, names, beyond[0][0], beyond[0][1]))
+
+
+def _judge_plain(
+    step: Step, noise: Noise, result: Judgement, kind: str, which: Callable[[Step], dict[str, Sums]]
+) -> None:
+    assert step.matched is not None
+    sums = which(step)
+    size = overall(sums).reference_norm if overall(sums).finite else 0.0
+    beyond = []
+    for name, each in sums.items():
+        result.compared += 1
+        limit = max(
+            SAFETY * noise.of(step.matched, which, name), noise.floor() * each.reference_norm, _ROUNDOFF * noise.floor() * size
+        )
+        if not each.finite or each.difference_norm > limit:
+            beyond.append((each.relative, limit / each.reference_norm if each.rr else 0.0, name))
+    if beyond:
+        beyond.sort(key=lambda item: -item[0])
+        names = tuple(name for *_, name in beyond)
+        result.findings.append(Finding(kind, step.index, step.matched, names, beyond[0][0], beyond[0][1]))
+
+
+def _judge_rates(reference: Step, step: Step, result: Judgement) -> None:
+    limit = SAFETY * gamma(8, _ROUNDOFF)
+    worst = rate_difference(reference, step)
+    if worst > limit:
+        result.findings.append(Finding("learning_rates", step.index, reference.index, (), worst, limit))
+
+
+def rate_difference(reference: Step, step: Step) -> float:
+    """Return the largest relative difference of a learning rate."""
+    if len(reference.learning_rates) != len(step.learning_rates):
+        return math.inf
+    worst = 0.0
+    for a, b in zip(reference.learning_rates, step.learning_rates, strict=True):
+        if a != b:
+            worst = max(worst, abs(a - b) / abs(a) if a else math.inf)
+    return worst
+
+
+def _judge_logged(reference: Recording, candidate: Recording, noise: Noise, result: Judgement) -> None:
+    relative = logged_difference(reference, candidate)
+    if relative is None:
+        return
+    control = max((logged_difference(reference, each) or 0.0 for each in noise.controls), default=0.0)
+    limit = max(SAFETY * control, noise.floor())
+    if not relative <= limit:
+        result.findings.append(Finding("logged", -1, -1, (), relative, limit))
+
+
+def logged_difference(reference: Recording, candidate: Recording) -> float | None:
+    """Return the largest difference of a logged loss, relative to the largest loss; None where none can be compared."""
+    a, b = reference.logged, candidate.logged
+    cycles = len({step.samples for step in reference.steps})
+    if a is None or b is None or len(a) != len(b) or len(a) != cycles:
+        return None
+    size = max((abs(x) for x in a if math.isfinite(x)), default=0.0)
+    if not size:
+        return 0.0 if a == b else math.inf
+    return max(abs(x - y) if x != y else 0.0 for x, y in zip(a, b, strict=True)) / size
+
+
+def unfit(control: Recording, reference: Recording, terms: int, roundoff: float) -> float | None:
+    """Return how far a control is off if that is more than rounding; None if it is fit.
+
+    Gradients and learning rates of every step count, and logged losses.
+    """
+    limit = UNFIT * max(roundoff, gamma(max(terms, 1), roundoff) / 16)
+    worst = 0.0
+    for step in control.steps:
+        if step.matched is None:
+            return math.inf
+        whole = overall(step.gradients)
+        if not whole.finite:
+            return math.inf
+        if whole.rr or whole.dd:
+            worst = max(worst, whole.relative)
+    if len(control.steps) != len(reference.steps):
+        return math.inf
+    worst = max(worst, logged_difference(reference, control) or 0.0)
+    return worst if worst > limit else None
+
+
+def roundoff_of(lowered: Iterable[str]) -> float:
+    """Return the unit roundoff of the lowest precision in a list of dtype names; float64's for an empty one."""
+    by_name = {str(dtype).removeprefix("torch."): value for dtype, value in UNIT_ROUNDOFF.items()}
+    return max((by_name.get(name, _ROUNDOFF) for name in lowered), default=_ROUNDOFF)
