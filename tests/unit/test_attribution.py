@@ -128,6 +128,19 @@ def test_a_duplicated_piece_leaves_only_its_own_weights_open():
     assert fit.residual <= allowed(0.0, 64)
 
 
+def test_the_least_norm_solution_predicts_where_weights_are_open():
+    pieces = pieces_of(4, 100, 0)
+    pieces[3] = pieces[1]
+    pieces[2] = 0.0
+    target = predict(pieces, [1.0, 2.0, 3.0, 4.0])
+
+    fit = solve(pieces, target)
+
+    slack = SAFETY * fit.noise
+    assert fit.solution == pytest.approx([1, 3, 0, 3], rel=slack)
+    assert float((predict(pieces, fit.solution) - target).norm()) <= slack * float(target.norm())
+
+
 def test_duplicates_up_to_the_rounding_of_a_control_are_duplicates():
     pieces = pieces_of(3, 1000, 0)
     pieces[2] = pieces[1] * (1 + 4 * DOUBLE * pieces_of(1, 1000, 1)[0])
