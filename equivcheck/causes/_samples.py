@@ -32,8 +32,9 @@ gradients of different sums, and comparing them says nothing.""",
         name="stochastic-step",
         summary="the same batch gives different gradients twice",
         because="something is drawn at random in each run: dropout, noise, augmentation",
-        mathematics="|G' - G| / |G| of two identical runs is far above rounding, so A cannot be "
-        "judged.",
+        mathematics="""\
+|G' - G| / |G| of two identical runs is far above rounding,
+so A cannot be judged.""",
         detected="the control differs by more than rounding, and random operators were called",
         proved="repeating the unchanged full batch differs again",
         fix="seed inside the step: torch.manual_seed(step), or switch the random part off for the "
@@ -46,8 +47,9 @@ gradients of different sums, and comparing them says nothing.""",
         summary="the same batch gives different gradients twice, without any random operator",
         because="an operator's result depends on the order of threads, or state survives between "
         "runs",
-        mathematics="|G' - G| / |G| of two identical runs is far above rounding, so A cannot be "
-        "judged.",
+        mathematics="""\
+|G' - G| / |G| of two identical runs is far above rounding,
+so A cannot be judged.""",
         detected="the control differs by more than rounding, and no random operator was called",
         proved="repeating the unchanged full batch differs again",
         fix="torch.use_deterministic_algorithms(True), and no state outside build and train",

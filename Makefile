@@ -1,0 +1,51 @@
+# make run        compare correct and faulty training loops with what is expected of them
+# make test       lint, types, tests
+# make lint       ruff and mypy alone
+# make bench      the benchmarks
+# make detection  the whole detection matrix: every mutant and trainer, minutes
+# make readme     rewrite the generated parts of the README
+
+SHELL  := bash
+PYTHON ?= python3
+BIN    := .venv/bin
+STAMP  := .venv/installed
+
+# One thread: reductions split over threads differ in the last bits, and two cores are soon shared.
+export OMP_NUM_THREADS ?= 1
+
+RIGHT := plain_mean clipped scheduled tail token_weighted amp_bf16 logged
+WRONG := eq101_missing_division_plain eq103_mean_of_means_tokens eq201_batch_norm_1d \
+	eq301_zero_grad_in_cycle eq306_clip_by_norm eq307_scheduler_per_micro_batch
+
+.PHONY: run test lint bench detection readme
+
+run: $(STAMP)
+	@$(BIN)/equivcheck run $(RIGHT:%=fixtures/trainers/%.py) --json reports/latest/trainers.json
+	@for mutant in $(WRONG); do \
+		code=$${mutant%%_*}; \
+		$(BIN)/equivcheck run fixtures/mutants/$$mutant.py --expect $$code -q \
+			--json reports/latest/$$mutant.json || exit; \
+	done
+	@echo; echo "as expected: $(words $(RIGHT)) correct loops, $(words $(WRONG)) faulty ones"
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python -m pytest tests/bench --benchmark-enable --benchmark-only
+
+detection: $(STAMP)
+	$(BIN)/python -m pytest tests/detection -m "slow or not slow"
+
+readme: $(STAMP)
+	$(BIN)/python -m equivcheck.causes README.md
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,lint]'
+	touch $@
