@@ -1,25 +1,29 @@
 """Run unmodified training code in float64, whatever precision it asks for.
 
 `promoted` is a dispatch mode below autograd and autocast: autocast, `.to(bfloat16)`, `.float()`,
-`GradScaler` and low-precision buffers stay in the user's code and compute in float64. Autocast leaves
-float64 operands alone by itself, so almost everything that reaches the mode is a cast or a factory.
+`GradScaler` and low-precision buffers stay in the user's code and compute in float64. Autocast
+leaves float64 operands alone by itself, so what reaches the mode is mostly casts and factories.
 
-What promotion cannot keep, so that whoever judges a promoted run also looks at the native runs:
+What promotion cannot keep, so that a promoted run is judged together with the native runs:
 
-- *An alias becomes a copy*: `p.grad.float().div_(K)` changes `p.grad` where it is float32 already; here
-  the same call names another dtype than float64 and copies, as it would for a bfloat16 gradient.
-- *A copy becomes an alias*: `x.to(y.dtype)` copies from bfloat16 to float32, and is `x` itself where
-  both were promoted.
-- A dtype that the code asserts, stores as bits (`view(torch.int16)`) or asks `torch.finfo` about is float64.
-- Low precision that exists before the mode (a module-level buffer) stays where it is, since others may
-  alias it: it is read in float64, and what is written to it is rounded and named in `Promotion.lowered`.
-- Constants are what the code made them: `torch.tensor(0.1, dtype=torch.float32)` is 1.5e-9 from 0.1.
-- Nothing overflows: a float16 run that would skip a step does not skip it here.
-- A draw with an explicit `dtype=torch.float64` is taken for `dtype=x.dtype` and drawn in the working
-  dtype; draws of a bfloat16 tensor that was promoted, too.
-- Operators on other threads than the one that entered the mode are not promoted (the autograd engine
-  carries the mode with it on the cpu).
+- *An alias becomes a copy*: `p.grad.float().div_(K)` changes `p.grad` where it is float32 already.
+  Here the call names another dtype than float64 and copies, as it would for a bfloat16 gradient.
+- *A copy becomes an alias*: `x.to(y.dtype)` copies from bfloat16 to float32, and is `x` itself
+  where both were promoted.
+- A dtype that the code asserts, views as bits or asks `torch.finfo` about is float64.
+- Low precision from before the mode (a module-level buffer) stays as it is, since others may alias
+  it: it is read in float64, and writes to it round and are named in `Promotion.lowered`. Checks
+  above the dispatcher see it: `nn.LSTM` refuses a float32 input beside float64 weights.
+- `torch.from_numpy` of a float32 array becomes a copy, which no longer shares its memory.
+- Constants are what the code made them: `torch.tensor(0.1, dtype=torch.float32)` is off by 1.5e-9.
+- float64 does not overflow: a float16 step that natively is skipped is not skipped here.
+- Draws: an explicit `dtype=torch.float64` is taken for `dtype=x.dtype` of a promoted `x`, and a
+  promoted bfloat16 tensor is filled with numbers of the working dtype.
+- Other threads are not promoted; the autograd engine's cpu backward runs on the calling thread.
 """
+
+# torch's dispatch modes and schemas have no public names for what is needed here.
+# ruff: noqa: SLF001
 
 from __future__ import annotations
 
@@ -34,35 +38,33 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _python_dispatch
 
 __all__ = ["Promotion", "promote_module", "promote_tree", "promoted"]
 
-# Every floating dtype below float64 and what it becomes; float4_e2m1fn_x2 packs two numbers into one
-# element and has no conversion.
+# Every floating dtype below float64 and what it becomes; float4_e2m1fn_x2 packs two numbers into
+# one element and has no conversion.
 _PROMOTED: dict[torch.dtype, torch.dtype] = {
-    torch.float32: torch.float64,
-    torch.bfloat16: torch.float64,
-    torch.float16: torch.float64,
-    torch.float8_e4m3fn: torch.float64,
-    torch.float8_e5m2: torch.float64,
-    torch.float8_e4m3fnuz: torch.float64,
-    torch.float8_e5m2fnuz: torch.float64,
-    torch.float8_e8m0fnu: torch.float64,
-    torch.complex64: torch.complex128,
-    torch.complex32: torch.complex128,
+    **dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), torch.float64),
+    **dict.fromkeys((torch.float8_e4m3fn, torch.float8_e5m2), torch.float64),
+    **dict.fromkeys((torch.float8_e4m3fnuz, torch.float8_e5m2fnuz), torch.float64),
+    **dict.fromkeys((torch.complex64, torch.complex32), torch.complex128),
 }
+if hasattr(torch, "float8_e8m0fnu"):  # since torch 2.7
+    _PROMOTED[torch.float8_e8m0fnu] = torch.float64
 _COMPLEX_OF = {
     torch.float64: torch.complex128,
     torch.float32: torch.complex64,
     torch.bfloat16: torch.complex64,
     torch.float16: torch.complex32,
 }
+_REAL_OF = {torch.complex64: torch.float32, torch.complex32: torch.float16}
 _FALLBACKS = (torch.float32, torch.bfloat16, torch.float16)  # highest precision first
-_NO_KERNEL = re.compile(r"Double|[Ff]loat64|[Dd]type|scalar type|BFloat16|Half|data type")
-# Writes that need no arithmetic, or that change what the tensor is: they go to the tensor itself.
-_DIRECT_WRITES = {"copy_", "fill_", "zero_", "resize_", "resize_as_", "set_", "_resize_output_"}
-# Random operators without a generator argument (`randn`, `rand_like` ... of which overloads exist with one).
+_NO_KERNEL = re.compile(r"Double|double|[Ff]loat|[Dd]type|[Tt]ype|BFloat16|bf16|Half")
+# Writes that need no arithmetic go to a low-precision tensor itself.
+_DIRECT_WRITES = {"copy_", "fill_", "zero_", "resize_", "resize_as_", "set_"}
+# Random operators that have overloads without a generator argument.
 _DRAWS = {"rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like"}
 # Random operators whose result moves with their operands: drawing in low precision rounds it.
 _SMOOTH_DRAWS = {"_standard_gamma", "_sample_dirichlet"}
@@ -74,55 +76,160 @@ class _Operator:
 
     name: str  # "aten._grouped_mm.default"
     base: str  # "_grouped_mm"
+    overload: str
+    names: tuple[str, ...]  # of the arguments
     written: frozenset[int | str]  # positions and names of the operands that it writes
     view: bool
     random: bool
-    takes_dtype: bool
+    reshapes: bool  # writes sizes and strides, no numbers
     foreign: bool  # collectives write operands that their schemas do not mark
-    special: Callable[..., Any] | None
+    special: Callable[[_Call], Any] | None
 
 
 @functools.cache
 def _operator(func: Any) -> _Operator:
-    schema = func._schema
-    namespace, base = schema.name.split("::")
+    namespace, base = func._schema.name.split("::")
+    arguments = func._schema.arguments
     written: set[int | str] = set()
     aliased = False
     # native_batch_norm updates the running statistics without saying so in its schema.
     updates_statistics = "batch_norm" in base and "backward" not in base
-    for position, argument in enumerate(schema.arguments):
+    for position, argument in enumerate(arguments):
         alias = argument.alias_info
         hidden = updates_statistics and argument.name in {"running_mean", "running_var"}
         if hidden or (alias is not None and alias.is_write):
             written |= {position, argument.name}
         elif alias is not None:
             aliased = True
-    generator = any("Generator" in str(argument.type) for argument in schema.arguments)
+    aten = namespace == "aten"
+    generator = any("Generator" in str(argument.type) for argument in arguments)
     return _Operator(
         name=str(func),
         base=base,
+        overload=func._schema.overload_name,
+        names=tuple(argument.name for argument in arguments),
         written=frozenset(written),
         view=aliased and not written,
-        random=generator or (namespace == "aten" and base in _DRAWS | {"native_dropout"}),
-        takes_dtype=any(argument.name == "dtype" for argument in schema.arguments),
+        random=generator or (aten and base in _DRAWS),
+        reshapes=torch.Tag.inplace_view in func.tags,
         foreign=namespace == "c10d",
-        special=_SPECIAL.get(base) if namespace == "aten" else None,
+        special=_SPECIAL.get(base) if aten else None,
     )
 
 
-class Promotion(_python_dispatch.TorchDispatchMode):
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """One call of an operator under the mode."""
+
+    mode: Promotion
+    func: Any
+    operator: _Operator
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    working_dtype: torch.dtype  # the default dtype of the unpromoted code
+
+    def given(self, name: str, default: Any = None) -> Any:
+        """Return the argument `name`, by position or keyword."""
+        position = self.operator.names.index(name)
+        return self.args[position] if position < len(self.args) else self.kwargs.get(name, default)
+
+    def promote(self, keep: frozenset[Any] = frozenset()) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the operands in float64, except the written ones and those in `keep`."""
+        left = self.operator.written | keep
+        return (
+            tuple(v if i in left else _up(v) for i, v in enumerate(self.args)),
+            {name: v if name in left else _up(v) for name, v in self.kwargs.items()},
+        )
+
+    def compute(self) -> Any:
+        """Run in float64, or in the highest precision that has a kernel."""
+        operator, route = self.operator, self.mode._routes.get(self.func)
+        if route is not None:
+            return self.through(route)
+        low = operator.written and _low_dtype(
+            [v for i, v in enumerate(self.args) if i in operator.written]
+            + [v for name, v in self.kwargs.items() if name in operator.written]
+        )
+        args, kwargs = self.promote()
+        if low and (operator.reshapes or operator.base in _DIRECT_WRITES):
+            if operator.base in {"copy_", "fill_"}:
+                self.mode.lowered[f"in-place write to {low}"] = low
+            return self.func(*args, **kwargs)
+        if low:
+            self.mode.lowered[f"in-place write to {low}"] = low
+            return self.through(torch.float64)
+        try:
+            return _up(self.func(*args, **kwargs))
+        except (NotImplementedError, RuntimeError, ValueError) as error:
+            if not _NO_KERNEL.search(str(error)):
+                raise
+            for dtype in _FALLBACKS:
+                try:
+                    result = self.through(dtype)
+                except (NotImplementedError, RuntimeError, ValueError):
+                    continue
+                self.mode._routes[self.func] = self.mode.lowered[operator.name] = dtype
+                return result
+            raise
+
+    def through(self, dtype: torch.dtype) -> Any:
+        """Run on operands in `dtype`, copy back what was written, and cast the result up."""
+        pending: list[tuple[Tensor, Tensor]] = []
+        written = self.operator.written
+        args = [
+            _in_dtype(v, dtype, pending if i in written else None) for i, v in enumerate(self.args)
+        ]
+        kwargs = {
+            name: _in_dtype(v, dtype, pending if name in written else None)
+            for name, v in self.kwargs.items()
+        }
+        result = self.func(*args, **kwargs)
+        originals = {id(temporary): original for original, temporary in pending}
+        for original, temporary in pending:
+            if original.shape != temporary.shape:  # an out= operand
+                original.resize_(temporary.shape)
+            if original is not temporary:
+                original.copy_(temporary)
+
+        def back(value: Any) -> Any:
+            if isinstance(value, (list, tuple)):
+                return type(value)([back(item) for item in value])
+            return originals[id(value)] if id(value) in originals else _up(value)
+
+        return back(result)
+
+    def draw_dtype(self) -> torch.dtype:
+        """Return the dtype in which the unpromoted code would have drawn."""
+        values = [*self.args, *self.kwargs.values()]
+        named = [v for v in values if isinstance(v, torch.dtype) and _is_inexact(v)]
+        low = [v.dtype for v in values if isinstance(v, Tensor) and v.dtype in _PROMOTED]
+        dtype = (named + low + [self.working_dtype])[0]
+        return _REAL_OF.get(dtype, dtype) if dtype in _PROMOTED else self.working_dtype
+
+    def draw(self) -> Any:
+        """Draw as the unpromoted code would: a seed gives the same numbers and generator state."""
+        dtype = self.draw_dtype()
+        if self.operator.base in {"rand", "randn", "normal"} and "dtype" in self.operator.names:
+            call = dataclasses.replace(self, kwargs={"dtype": dtype, **self.kwargs})
+            return call.through(dtype)
+        if self.operator.base in _SMOOTH_DRAWS:
+            self.mode.lowered[self.operator.name] = dtype
+        return self.through(dtype)
+
+
+class Promotion(_python_dispatch.TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Compute every floating operator in float64; enter it through `promoted`.
 
     Attributes:
         lowered: Operators that could not be computed in float64 -> the dtype they computed in, and
             writes to low-precision tensors from outside ("in-place write to torch.bfloat16").
-        working_dtype: The dtype in which code without a dtype draws random numbers.
+        working_dtype: The dtype in which code that names none draws random numbers.
     """
 
     supports_higher_order_operators = True
 
     def __init__(self, working_dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.working_dtype = working_dtype
         self.lowered: dict[str, torch.dtype] = {}
         self._routes: dict[Any, torch.dtype] = {}
@@ -136,100 +243,74 @@ class Promotion(_python_dispatch.TorchDispatchMode):
     ) -> Any:
         """Run `func` in float64."""
         kwargs = kwargs or {}
-        if not isinstance(
-            func, torch._ops.OpOverload
-        ):  # a higher-order operator, for example flex_attention
-            return _up(func(*_up(args), **_up(kwargs)))
+        if not isinstance(func, torch._ops.OpOverload):  # higher-order, such as flex_attention
+            return _up(func(*self._entering(_up(args)), **self._entering(_up(kwargs))))
         operator = _operator(func)
-        if types and any(_dispatches(kind) for kind in types):
-            return self._subclass(func, operator, args, kwargs)
-        if operator.foreign or (operator.view and operator.base != "view"):
-            result = func(*args, **kwargs)
-            # torch.tensor(..., dtype=torch.float32) arrives here.
-            return _up(result) if operator.base == "lift_fresh" else result
+        subclass = bool(types) and any(_dispatches(kind) for kind in types)
+        if subclass and any(issubclass(kind, FakeTensor) for kind in types):
+            return func(*args, **kwargs)  # shape inference, whose own mode lies below this one
+        if operator.foreign or (operator.view and operator.special is None):
+            return NotImplemented if subclass else func(*args, **kwargs)
         default = torch.get_default_dtype()
-        if default not in _PROMOTED:
-            return self._run(func, operator, args, kwargs, self.working_dtype)
-        # The user's code has set it: integers divided by integers must not become float32 for that.
+        working_dtype = default if default in _PROMOTED else self.working_dtype
+        call = _Call(self, func, operator, args, kwargs, working_dtype)
+        if subclass:
+            return self._subclass(call)
+        if default is torch.float64:
+            return self._run(call)
+        # The user's code has set it; integers divided by integers must not be float32 for that.
         torch.set_default_dtype(torch.float64)
         try:
-            return self._run(func, operator, args, kwargs, default)
+            return self._run(call)
         finally:
             torch.set_default_dtype(default)
 
-    def _subclass(
-        self, func: Any, operator: _Operator, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Name float64 to a tensor subclass, whose own handler then comes back with plain tensors."""
-        if operator.view or operator.foreign:
-            return NotImplemented
-        promoted_args, promoted_kwargs, _ = _operands(operator, args, kwargs)
-        if promoted_args is args and promoted_kwargs is kwargs:
+    def _run(self, call: _Call) -> Any:
+        if call.operator.special is not None:
+            return call.operator.special(call)
+        return call.draw() if call.operator.random else call.compute()
+
+    def _entering(self, value: Any) -> Any:
+        """Return `value` with functions in any nesting run under the mode: branches and bodies."""
+        if isinstance(value, (list, tuple)):
+            return type(value)([self._entering(item) for item in value])
+        if isinstance(value, dict):
+            return {key: self._entering(item) for key, item in value.items()}
+        if not callable(value):
+            return value
+
+        def under_the_mode(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                return value(*args, **kwargs)
+
+        return under_the_mode
+
+    def _subclass(self, call: _Call) -> Any:
+        """Name float64 to a tensor subclass, whose handler comes back with plain tensors."""
+        args, kwargs = call.promote()
+        before, after = [*call.args, *call.kwargs.values()], [*args, *kwargs.values()]
+        if call.operator.view or all(a is b for a, b in zip(before, after, strict=True)):
             return NotImplemented
         with self:
-            return func(*promoted_args, **promoted_kwargs)
-
-    def _run(
-        self,
-        func: Any,
-        operator: _Operator,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        working_dtype: torch.dtype,
-    ) -> Any:
-        if operator.special is not None:
-            result = operator.special(self, func, args, kwargs, working_dtype)
-            if result is not NotImplemented:
-                return result
-        if operator.random:
-            return _draw(self, func, operator, args, kwargs, working_dtype)
-        route = self._routes.get(func)
-        if route is not None:
-            return _through(func, operator, args, kwargs, route)
-        original_args, original_kwargs = args, kwargs
-        args, kwargs, low = _operands(operator, args, kwargs)
-        if low is not None:
-            direct = operator.base in _DIRECT_WRITES or torch.Tag.inplace_view in func.tags
-            if operator.base != "zero_" and torch.Tag.inplace_view not in func.tags:
-                self.lowered[f"in-place write to {low}"] = low
-            if direct:
-                return func(*args, **kwargs)
-            return _through(func, operator, args, kwargs, torch.float64)
-        try:
-            return _up(func(*args, **kwargs))
-        except (RuntimeError, NotImplementedError) as error:
-            if not isinstance(error, NotImplementedError) and not _NO_KERNEL.search(str(error)):
-                raise
-            return self._lower(func, operator, original_args, original_kwargs, error)
-
-    def _lower(
-        self,
-        func: Any,
-        operator: _Operator,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        error: Exception,
-    ) -> Any:
-        """Compute in the highest precision that has a kernel; raise `error` if none has."""
-        for dtype in _FALLBACKS:
-            try:
-                result = _through(func, operator, args, kwargs, dtype)
-            except (RuntimeError, NotImplementedError, ValueError, TypeError):
-                continue
-            self._routes[func] = self.lowered[operator.name] = dtype
-            return result
-        raise error
+            return call.func(*args, **kwargs)
 
 
-def _dispatches(kind: type) -> bool:
-    return kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl  # type: ignore[attr-defined]
+def _dispatches(kind: Any) -> bool:
+    disabled = torch._C._disabled_torch_dispatch_impl
+    return bool(kind.__torch_dispatch__ is not disabled)
+
+
+def _is_inexact(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point or dtype.is_complex
 
 
 def _up(value: Any) -> Any:
-    """Return `value` with low-precision tensors in any nesting cast up; itself if there are none."""
+    """Return `value` with tensors and dtypes in any nesting promoted; itself if nothing changes."""
     if isinstance(value, Tensor):
         wanted = _PROMOTED.get(value.dtype)
         return value if wanted is None else value.to(wanted)
+    if isinstance(value, torch.dtype):
+        return _PROMOTED.get(value, value)
     if isinstance(value, (list, tuple)):
         changed = [_up(item) for item in value]
         if all(new is old for new, old in zip(changed, value, strict=True)):
@@ -240,58 +321,8 @@ def _up(value: Any) -> Any:
     return value
 
 
-def _operand(value: Any) -> Any:
-    """Return `value` with low-precision tensors and dtypes promoted; itself if there are none."""
-    if isinstance(value, Tensor):
-        wanted = _PROMOTED.get(value.dtype)
-        return value if wanted is None else value.to(wanted)
-    if isinstance(value, torch.dtype):
-        return _PROMOTED.get(value, value)
-    if isinstance(value, (list, tuple)):
-        changed = None
-        for index, item in enumerate(value):
-            new = _operand(item)
-            if new is not item:
-                changed = list(value) if changed is None else changed
-                changed[index] = new
-        if changed is None:
-            return value
-        return changed if isinstance(value, list) else tuple(changed)
-    return value
-
-
-def _operands(
-    operator: _Operator, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any], torch.dtype | None]:
-    """Return the operands in float64 (the same objects if they were), and a low dtype that is written."""
-    written = operator.written
-    low: torch.dtype | None = None
-    new_args: list[Any] | None = None
-    for position, value in enumerate(args):
-        if position in written:
-            low = low or _low_dtype(value)
-            continue
-        new = _operand(value)
-        if new is not value:
-            new_args = list(args) if new_args is None else new_args
-            new_args[position] = new
-    new_kwargs: dict[str, Any] | None = None
-    for name, value in kwargs.items():
-        if name in written:
-            low = low or _low_dtype(value)
-            continue
-        new = _operand(value)
-        if new is not value:
-            new_kwargs = dict(kwargs) if new_kwargs is None else new_kwargs
-            new_kwargs[name] = new
-    return (
-        args if new_args is None else tuple(new_args),
-        kwargs if new_kwargs is None else new_kwargs,
-        low,
-    )
-
-
 def _low_dtype(value: Any) -> torch.dtype | None:
+    """Return the first low-precision dtype among tensors in any nesting."""
     if isinstance(value, Tensor):
         return value.dtype if value.dtype in _PROMOTED else None
     if isinstance(value, (list, tuple)):
@@ -299,184 +330,74 @@ def _low_dtype(value: Any) -> torch.dtype | None:
     return None
 
 
-def _in_dtype(
-    value: Any, dtype: torch.dtype, pending: list[tuple[Tensor, Tensor]], *, written: bool
-) -> Any:
-    """Return `value` with every floating tensor and dtype in `dtype`; written ones as a temporary."""
+def _in_dtype(value: Any, dtype: torch.dtype, pending: list[tuple[Tensor, Tensor]] | None) -> Any:
+    """Return `value` with floating tensors and dtypes in `dtype`.
+
+    With `pending`, `value` is written: every tensor is added to it beside what stands in for it.
+    """
     if isinstance(value, Tensor):
-        if not (value.is_floating_point() or value.is_complex()):
-            return value
-        wanted = _COMPLEX_OF.get(dtype, dtype) if value.is_complex() else dtype
-        if value.dtype is wanted:
-            return value
-        if not written:
-            return value.to(wanted)
-        if value.layout is torch.strided:
+        wanted = _COMPLEX_OF[dtype] if value.is_complex() else dtype
+        if value.dtype is wanted or not _is_inexact(value.dtype):
+            temporary = value
+        elif pending is not None and value.layout is torch.strided:
             # The same strides: normal_ and uniform_ draw in an order that depends on them.
             temporary = torch.empty_strided(
                 value.size(), value.stride(), dtype=wanted, device=value.device
             ).copy_(value)
         else:
             temporary = value.to(wanted)
-        pending.append((value, temporary))
+        if pending is not None:
+            pending.append((value, temporary))
         return temporary
     if isinstance(value, torch.dtype):
-        if value.is_complex:
-            return _COMPLEX_OF.get(dtype, dtype)
-        return dtype if value.is_floating_point else value
+        return (_COMPLEX_OF[dtype] if value.is_complex else dtype) if _is_inexact(value) else value
     if isinstance(value, (list, tuple)):
-        return [_in_dtype(item, dtype, pending, written=written) for item in value]
+        return [_in_dtype(item, dtype, pending) for item in value]
     return value
 
 
-def _through(
-    func: Any,
-    operator: _Operator,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    dtype: torch.dtype,
-) -> Any:
-    """Run `func` on operands in `dtype`, copy what it wrote back, and cast its result up."""
-    pending: list[tuple[Tensor, Tensor]] = []
-    written = operator.written
-    new_args = [
-        _in_dtype(value, dtype, pending, written=position in written)
-        for position, value in enumerate(args)
-    ]
-    new_kwargs = {
-        name: _in_dtype(value, dtype, pending, written=name in written)
-        for name, value in kwargs.items()
-    }
-    result = func(*new_args, **new_kwargs)
-    originals = {id(temporary): original for original, temporary in pending}
-    for original, temporary in pending:
-        if original.shape != temporary.shape:  # an out= operand
-            original.resize_(temporary.shape)
-        original.copy_(temporary)
-    kept = {
-        id(value) for key, value in [*enumerate(new_args), *new_kwargs.items()] if key in written
-    }
-
-    def back(value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            return type(value)([back(item) for item in value])
-        if id(value) in originals:
-            return originals[id(value)]
-        return value if id(value) in kept else _up(value)
-
-    return back(result)
+# Operators that the mode computes by itself, or calls in another way. Each has a test.
 
 
-def _draw(
-    mode: Promotion,
-    func: Any,
-    operator: _Operator,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    working_dtype: torch.dtype,
-) -> Any:
-    """Draw as the unpromoted code would have, so that a seed gives the same numbers and state."""
-    dtype = _draw_dtype([*args, *kwargs.values()], working_dtype)
-    if (
-        operator.takes_dtype
-        and "dtype" not in kwargs
-        and operator.base in {"rand", "randn", "normal"}
-    ):
-        kwargs = {**kwargs, "dtype": dtype}
-    if operator.base in _SMOOTH_DRAWS:
-        mode.lowered[operator.name] = dtype
-    return _through(func, operator, args, kwargs, dtype)
-
-
-def _draw_dtype(values: Sequence[Any], working_dtype: torch.dtype) -> torch.dtype:
-    for value in values:
-        if isinstance(value, torch.dtype) and (value.is_floating_point or value.is_complex):
-            return _real(value, working_dtype)
-    for value in values:
-        if isinstance(value, Tensor) and value.dtype in _PROMOTED:
-            return _real(value.dtype, working_dtype)
-    return working_dtype
-
-
-def _real(dtype: torch.dtype, working_dtype: torch.dtype) -> torch.dtype:
-    if dtype is torch.complex64:
-        return torch.float32
-    if dtype is torch.complex32:
-        return torch.float16
-    return dtype if dtype in _PROMOTED else working_dtype
-
-
-def _normal(
-    mode: Promotion,
-    func: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    working_dtype: torch.dtype,
-) -> Any:
-    """torch.normal(mean, std) with tensors: a standard normal draw, moved and scaled in float64."""
-    if func._overloadname not in {"Tensor_float", "float_Tensor", "Tensor_Tensor"}:
-        return NotImplemented
-    names = ("mean", "std")
-    given = {"std": 1.0, **dict(zip(names, args, strict=False)), **kwargs}
-    mean, std = given["mean"], given["std"]
+def _normal(call: _Call) -> Any:
+    """torch.normal with tensors: a standard normal draw, scaled and moved in float64."""
+    mean, std = call.given("mean"), call.given("std", 1.0)
     tensors = [value for value in (mean, std) if isinstance(value, Tensor)]
-    shape = torch.broadcast_shapes(*(value.shape for value in tensors))
-    draw = torch.empty(
-        shape, dtype=_draw_dtype(tensors, working_dtype), device=tensors[0].device
-    ).normal_(generator=given.get("generator"))
+    if not tensors or call.operator.overload.endswith("out"):
+        return call.draw()
+    shape = (mean + std).shape if len(tensors) == 2 else tensors[0].shape
+    draw = torch.empty(shape, dtype=call.draw_dtype(), device=tensors[0].device)
+    draw.normal_(generator=call.kwargs.get("generator"))
     return _up(mean) + _up(std) * draw.double()
 
 
-def _native_dropout(
-    mode: Promotion,
-    func: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    working_dtype: torch.dtype,
-) -> Any:
-    """native_dropout: the mask of the working dtype, the product in float64."""
-    operand, probability, train = args
-    if train is False or func._overloadname != "default":
-        return NotImplemented
-    _, mask = func(operand.to(_draw_dtype([operand], working_dtype)), probability, train)
-    scale = 0.0 if probability == 1.0 else 1.0 / (1.0 - probability)
-    return _up(operand) * mask * scale, mask
+def _native_dropout(call: _Call) -> Any:
+    """Dropout: the mask of the working dtype, the product in float64."""
+    operand, probability, train = call.args
+    if train is False or call.operator.overload:
+        return call.compute()
+    _, mask = call.func(operand.to(call.draw_dtype()), probability, train)
+    return _up(operand) * mask * (0.0 if probability == 1 else 1 / (1 - probability)), mask
 
 
-def _rrelu(
-    mode: Promotion,
-    func: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    working_dtype: torch.dtype,
-) -> Any:
-    """rrelu in training: the slopes of the working dtype, the product in float64."""
-    operand, noise, *rest = args
-    if len(rest) < 3 or not rest[2] or operand.dtype in _PROMOTED:
-        return NotImplemented
-    slopes = torch.empty_strided(
-        noise.size(), noise.stride(), dtype=working_dtype, device=noise.device
-    )
-    torch.ops.aten.rrelu_with_noise(operand.to(working_dtype), slopes, *rest, **kwargs)
-    noise.copy_(slopes)
-    if func._schema.name.endswith("_"):
-        return operand.mul_(noise)
-    return operand * noise
+def _rrelu(call: _Call) -> Any:
+    """Randomised leaky ReLU: the slopes of the working dtype, the product in float64."""
+    operand, noise = call.args[:2]
+    if not call.given("training", default=False):
+        return call.compute()
+    if operand.dtype in _PROMOTED or call.operator.overload:
+        return call.draw()
+    dataclasses.replace(call, args=(operand.clone(), *call.args[1:])).draw()  # fills `noise`
+    return operand.mul_(noise) if call.operator.base.endswith("_") else operand * noise
 
 
-def _unscale(
-    mode: Promotion,
-    func: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    working_dtype: torch.dtype,
-) -> None:
-    """_amp_foreach_non_finite_check_and_unscale_, which demands float32 scalars.
+def _unscale(call: _Call) -> None:
+    """Unscale gradients, which torch does with float32 scalars only.
 
-    Source: aten/src/ATen/native/cuda/AmpKernels.cu: found_inf becomes 1 where a gradient is not finite
-    (never 0 again), and a scale of exactly 1 leaves the gradients untouched.
+    Source: aten/src/ATen/native/cuda/AmpKernels.cu: found_inf becomes 1 where a gradient is not
+    finite (and never 0 again), and a scale of exactly 1 leaves the gradients untouched.
     """
-    gradients, found_inf, inverse_scale = args
+    gradients, found_inf, inverse_scale = call.args
     factor = float(inverse_scale)
     for gradient in gradients:
         if not bool(torch.isfinite(gradient).all()):
@@ -485,102 +406,81 @@ def _unscale(
             gradient.mul_(factor)
 
 
-def _update_scale(
-    mode: Promotion,
-    func: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    working_dtype: torch.dtype,
-) -> Tensor:
-    """_amp_update_scale_, which demands float32 scalars.
+def _update_scale(call: _Call) -> Any:
+    """Update a loss scale, which torch does with float32 scalars only.
 
     Source: aten/src/ATen/native/cuda/AmpKernels.cu: the product is formed in double and stored in
     float32; growth that float32 cannot hold is not applied, but the tracker starts again.
     """
-    scale, growth_tracker, found_inf, growth, backoff, interval = args
-    if float(found_inf):
-        scale.fill_(float(np.float32(float(scale) * backoff)))
-        growth_tracker.zero_()
-        return scale  # type: ignore[no-any-return]
-    successful = int(growth_tracker) + 1
-    if successful == interval:
+    scale, growth_tracker, found_inf, growth, backoff, interval = call.args
+    successful = 0 if float(found_inf) else int(growth_tracker) + 1
+    if float(found_inf) or successful == interval:
         with np.errstate(over="ignore"):
-            new_scale = np.float32(float(scale) * growth)
-        if np.isfinite(new_scale):
+            new_scale = np.float32(float(scale) * (backoff if float(found_inf) else growth))
+        if float(found_inf) or np.isfinite(new_scale):
             scale.fill_(float(new_scale))
         successful = 0
     growth_tracker.fill_(successful)
-    return scale  # type: ignore[no-any-return]
+    return scale
 
 
-def _fused_step(
-    mode: Promotion,
-    func: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    working_dtype: torch.dtype,
-) -> Any:
-    """Fused optimizers, which read grad_scale and found_inf (and on cuda the steps) as float32."""
-    operator = _operator(func)
-    if _low_dtype(args):
-        return NotImplemented
-    names = [argument.name for argument in func._schema.arguments]
-    single = {"grad_scale", "found_inf"}
-    if args[0] and args[0][0].is_cuda:
-        single.add("state_steps")
-
-    def operand(name: str, value: Any) -> Any:
-        if name in operator.written:
-            return value
-        if name in single:
-            return _in_dtype(value, torch.float32, [], written=False)
-        return _operand(value)
-
-    args = tuple(operand(name, value) for name, value in zip(names, args, strict=False))
-    return func(*args, **{name: operand(name, value) for name, value in kwargs.items()})
+def _fused_step(call: _Call) -> Any:
+    """Run a fused optimizer, which reads its scalars (and on cuda its step counts) as float32."""
+    if _low_dtype(call.args[:1]):
+        return call.compute()
+    scalars = {"grad_scale", "found_inf"} | ({"state_steps"} if call.args[0][0].is_cuda else set())
+    keep = frozenset({*scalars, *(call.operator.names.index(name) for name in scalars)})
+    args, kwargs = call.promote(keep)
+    args = tuple(_in_dtype(v, torch.float32, None) if i in keep else v for i, v in enumerate(args))
+    for name in scalars & kwargs.keys():
+        kwargs[name] = _in_dtype(kwargs[name], torch.float32, None)
+    return call.func(*args, **kwargs)
 
 
-def _keep_empty(
-    mode: Promotion,
-    func: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    working_dtype: torch.dtype,
-) -> Any:
-    """Leave `torch.empty((0,), dtype=...)` as written: torch.load and deepcopy put a storage into it."""
-    size = args[0] if func._schema.name == "aten::empty" else args[1]
-    if list(size) == [0] or (not size and func._schema.name == "aten::new_empty"):
-        return func(*args, **kwargs)
-    return NotImplemented
+def _scaled_mm(call: _Call) -> Any:
+    """Multiply scaled matrices, which torch does with float8 operands only."""
+    left, right, left_scale, right_scale = (_up(value) for value in call.args[:4])
+    left_scales, right_scales = (left.shape[0], 1), (1, right.shape[1])
+    tensorwise = left_scale.numel() == right_scale.numel() == 1
+    rowwise = (left_scale.shape, right_scale.shape) == (left_scales, right_scales)
+    if not (tensorwise or rowwise) or call.given("scale_result") is not None:
+        return call.compute()  # block scales have no float64 meaning without their layout
+    product = (left @ right) * (left_scale * right_scale)
+    bias = call.given("bias")
+    return product if bias is None else product + _up(bias)
 
 
-def _view_dtype(
-    mode: Promotion,
-    func: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    working_dtype: torch.dtype,
-) -> Any:
-    """x.view(dtype): bits of integers are read as they are, float64 stays float64."""
-    if func._overloadname == "dtype" and args[0].dtype is torch.float64:
-        return func(args[0], _operand(args[1]))
-    return func(*args, **kwargs)
+def _empty(call: _Call) -> Any:
+    """Leave `torch.empty(0, dtype=...)` alone: torch.load and deepcopy put a storage into it."""
+    size = list(call.given("size"))
+    if size == [0] or (size == [] and call.operator.base == "new_empty"):
+        return call.func(*call.args, **call.kwargs)
+    return call.compute()
 
 
-_SPECIAL: dict[str, Callable[..., Any]] = {
+def _view(call: _Call) -> Any:
+    """x.view(dtype): the bits of integers stay what they are, and float64 stays float64."""
+    promote = call.operator.overload == "dtype" and call.args[0].dtype is torch.float64
+    return call.func(*(_up(call.args) if promote else call.args), **call.kwargs)
+
+
+_SPECIAL: dict[str, Callable[[_Call], Any]] = {
     "_amp_foreach_non_finite_check_and_unscale_": _unscale,
     "_amp_update_scale_": _update_scale,
+    "_fused_adagrad_": _fused_step,
     "_fused_adam_": _fused_step,
     "_fused_adamw_": _fused_step,
     "_fused_sgd_": _fused_step,
-    "_fused_adagrad_": _fused_step,
-    "empty": _keep_empty,
-    "new_empty": _keep_empty,
-    "normal": _normal,
+    "_scaled_mm": _scaled_mm,
+    "empty": _empty,
+    # torch.tensor(..., dtype=torch.float32): an alias by its schema, fresh by its meaning.
+    "lift_fresh": lambda call: _up(call.func(*call.args)),
     "native_dropout": _native_dropout,
+    "new_empty": _empty,
+    "normal": _normal,
     "rrelu_with_noise": _rrelu,
     "rrelu_with_noise_": _rrelu,
-    "view": _view_dtype,
+    "view": _view,
 }
 
 
@@ -589,7 +489,8 @@ def promoted(working_dtype: torch.dtype = torch.float32) -> Iterator[Promotion]:
     """Compute in float64 within the block, whatever precision the code in it names.
 
     Args:
-        working_dtype: The dtype in which that code would have drawn random numbers where it names none.
+        working_dtype: The dtype in which that code would have drawn random numbers where it names
+            none.
 
     Yields:
         The active `Promotion`, whose `lowered` names what could not be computed in float64.
@@ -604,22 +505,22 @@ def promoted(working_dtype: torch.dtype = torch.float32) -> Iterator[Promotion]:
     try:
         with torch.compiler.set_stance("force_eager"):
             torch.set_default_dtype(torch.float64)
-            mode.__enter__()
+            mode.__enter__()  # type: ignore[no-untyped-call]
             yield mode
     finally:
         while torch._C._len_torch_dispatch_stack() > depth:
             top = _python_dispatch._get_current_dispatch_mode()
             assert top is not None
-            top.__exit__(None, None, None)
+            top.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         torch.set_default_dtype(default)
 
 
 def promote_module(module: torch.nn.Module) -> None:
     """Cast a module's parameters, buffers and plain tensor attributes to float64 in place.
 
-    Tensors keep their identity, `requires_grad` and shared storage (tied weights stay tied); complex
-    ones become complex128, integers are untouched. Attributes are searched through lists, tuples and
-    mappings.
+    Tensors keep their identity, `requires_grad` and shared storage (tied weights stay tied);
+    complex ones become complex128, integers are untouched. Attributes are searched through lists,
+    tuples and mappings.
     """
     bases: dict[tuple[int, torch.dtype], Tensor] = {}
     seen: set[int] = set()
@@ -667,9 +568,9 @@ def promote_module(module: torch.nn.Module) -> None:
 def promote_tree(batch: Any) -> Any:
     """Return `batch` with low-precision tensors and arrays in any nesting cast to float64.
 
-    Mappings, lists, tuples, namedtuples and dataclasses keep their type; complex becomes complex128;
-    everything else, integer tensors included, is returned as it is. A tensor that occurs twice is one
-    tensor afterwards.
+    Mappings, lists, tuples, namedtuples and dataclasses keep their type; complex becomes
+    complex128; everything else, integer tensors included, is returned as it is. A tensor that
+    occurs twice is one tensor afterwards.
     """
     done: dict[int, Any] = {}
 
