@@ -117,7 +117,7 @@ def _operator(func: Any) -> _Operator:
     )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(slots=True)
 class _Call:
     """One call of an operator under the mode."""
 

@@ -353,14 +353,14 @@ class Exponential(torch.autograd.Function):
 
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
-    def forward(ctx, x, low):  # noqa: D102
+    def forward(ctx, x, low):
         ctx.low = low
         ctx.save_for_backward(x.to(low).exp())
         return x.to(low).exp().to(x.dtype)
 
     @staticmethod
     @torch.amp.custom_bwd(device_type="cpu")
-    def backward(ctx, gradient):  # noqa: D102
+    def backward(ctx, gradient):
         (y,) = ctx.saved_tensors
         return (gradient.to(ctx.low) * y).to(gradient.dtype), None
 
@@ -984,6 +984,29 @@ def test_a_module_is_promoted_in_place_and_tied_weights_stay_tied():
     assert module.head.grad.dtype is torch.float64
     assert (module.phase.dtype, module.count.dtype) == (torch.complex128, torch.int64)
     assert module.table.dtype is module.tables["a"][0].dtype is torch.float64
+
+
+def test_lazy_layers_materialise_in_float64():
+    module = nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d())
+    promote_module(module)
+    with promoted() as mode:
+        module(normal(5, 3)).sum().backward()
+
+    assert {torch.float64} == {p.grad.dtype for p in module.parameters()}
+    assert module[1].running_mean.dtype is torch.float64
+    assert mode.lowered == {}
+
+
+def test_gradients_that_view_a_low_precision_buffer_stay_in_it():
+    """The user's flat buffer, made under the mode, is one float64 storage with its views."""
+    with promoted():
+        flat = torch.zeros(6, dtype=torch.bfloat16)
+        weight = nn.Parameter(torch.ones(3))
+        weight.grad = flat[:3]
+        (weight / 3).sum().backward()
+
+    assert weight.grad.data_ptr() == flat.data_ptr()
+    assert torch.equal(flat[:3], torch.full((3,), 1 / 3, dtype=torch.float64))
 
 
 class Pair(NamedTuple):
