@@ -1,0 +1,146 @@
+"""Results: verdict and exit code of a run, JSON without NaN, atomic files."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from equivcheck import result
+from equivcheck.errors import UsageError
+
+
+def case(verdict, **more):
+    return {"id": "0123456789", "verdict": verdict, **more}
+
+
+INTERNAL = case("error", error={"exit_code": 70})
+PROVED = [{"code": "EQ201", "status": "proved"}]
+
+
+@pytest.mark.parametrize(
+    ("cases", "interrupted", "verdict", "code"),
+    [
+        ([], False, "invalid", 5),
+        ([case("equivalent")], False, "equivalent", 0),
+        ([case("equivalent"), case("expected")], False, "expected", 0),
+        ([case("equivalent"), case("invalid")], False, "invalid", 4),
+        ([case("invalid"), case("inconclusive")], False, "inconclusive", 4),
+        ([case("inconclusive"), case("precision-loss")], False, "precision-loss", 1),
+        ([case("precision-loss"), case("divergent")], False, "divergent", 1),
+        ([case("divergent"), case("error")], False, "error", 3),
+        ([case("divergent")], True, "error", 130),
+        ([], True, "error", 130),
+        ([INTERNAL, case("error")], True, "error", 70),
+        ([case("error", error={"exit_code": 9})], False, "error", 3),
+        ([case("equivalent", expect=["EQ201"])], False, "divergent", 1),
+        ([case("expected", expect=["EQ201"], causes=PROVED)], False, "expected", 0),
+    ],
+)
+def test_the_most_pressing_case_decides(cases, interrupted, verdict, code):
+    """70, 130, 3, 1, 4, 5, 0: the first that applies, for verdict and exit code alike."""
+
+    assert result.run_verdict(cases, interrupted=interrupted) == verdict
+    assert result.exit_code(cases, interrupted=interrupted) == code
+
+
+@given(st.lists(st.sampled_from([case(verdict) for verdict in result.EXIT_CODES])))
+def test_only_good_cases_make_a_good_run(cases):
+    """Exit code 0 means that there were cases, and all of them passed."""
+    good = bool(cases) and all(c["verdict"] in ("equivalent", "expected") for c in cases)
+
+    assert (result.exit_code(cases) == 0) == good
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    )
+)
+def test_anything_becomes_strict_json(value):
+    """No parser meets NaN or Infinity."""
+    json.loads(result.to_json({"value": value}), parse_constant=pytest.fail)
+
+
+def test_non_finite_numbers_are_marked():
+    """Null for infinity stays different from null for nothing."""
+    shown = result.finite({"a": {"relative": math.inf, "scale": 1.0}, "b": {"w": [1, math.nan]}})
+
+    assert shown == {
+        "a": {"relative": None, "scale": 1.0, "finite": False},
+        "b": {"w": [1, None], "finite": False},
+    }
+
+
+def test_a_result_survives_the_disk(tmp_path):
+    """What is written is what is read, folders made, no draft left."""
+    path = tmp_path / "deep" / "result.json"
+    found = result.assemble([case("equivalent")], target="t.py")
+    result.write(path, found)
+    result.write(path, found)
+
+    assert result.load(path) == found
+    assert [p.name for p in path.parent.iterdir()] == ["result.json"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    """A reader sees the old result or the new one."""
+    path = tmp_path / "result.json"
+    path.write_text("old", encoding="utf-8")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        result.write_text(path, "new")
+
+    assert path.read_text(encoding="utf-8") == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_links_and_permissions_are_kept(tmp_path):
+    """A link to a result stays one; a new file has ordinary permissions."""
+    real, link = tmp_path / "real.json", tmp_path / "link.json"
+    link.symlink_to(real)
+    result.write_text(link, "new")
+
+    assert link.is_symlink()
+    assert real.read_text(encoding="utf-8") == "new"
+    assert stat.S_IMODE(real.stat().st_mode) & stat.S_IRUSR
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (None, "No such file"),
+        ("", "is not JSON"),
+        ('{"schema": "equivcheck.result/1", "cases": [', "is not JSON"),
+        ("[]", "has the schema None"),
+        ('{"schema": "equivcheck.result/9"}', "has the schema 'equivcheck.result/9'"),
+        ('{"schema": "equivcheck.result/1"}', "without an id"),
+        ('{"schema": "equivcheck.result/1", "cases": [{"id": "a"}]}', "unknown verdict"),
+    ],
+    ids=["missing", "empty", "truncated", "list", "later", "no-cases", "no-verdict"],
+)
+def test_other_files_are_refused(tmp_path, content, told):
+    """Each with what is wrong about it."""
+    path = tmp_path / "result.json"
+    if content is not None:
+        path.write_text(content, encoding="utf-8")
+    with pytest.raises(UsageError, match=told):
+        result.load(path)
+
+
+def test_bytes_are_refused(tmp_path):
+    """A binary file is a usage error too."""
+    path = tmp_path / "result.json"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UsageError, match="not UTF-8"):
+        result.load(path)
