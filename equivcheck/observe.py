@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim import Optimizer
 
-from equivcheck.measure import Sums, sums
+from equivcheck.differences import Sums, sums
 from equivcheck.noise import coordinates
 from equivcheck.recording import Kept, Recording, Step
 from equivcheck.shadow import shadow_weights

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from equivcheck.feed import Key
-from equivcheck.measure import Sums
+from equivcheck.differences import Sums
 
 
 @dataclass(frozen=True)

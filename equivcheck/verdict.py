@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from equivcheck.measure import Sums
+from equivcheck.differences import Sums
 from equivcheck.noise import SAFETY, UNIT_ROUNDOFF, gamma
 from equivcheck.observe import NOISY_ELEMENT
 from equivcheck.recording import Recording, Step

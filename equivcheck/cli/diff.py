@@ -32,7 +32,7 @@ def execute(options: argparse.Namespace) -> int:
         place = text.printable(f"{case.get('target', '')}  {words.label(case)}")
         print(f"{what:<9} {identity}  {place}")
         before, after = (_told(cases.get(identity)) for cases in (old, new))
-        print(f"          {before} -> {after}")
+        print(f"  was     {before}\n  now     {after}")
     print(f"{len(shown)} changed, {len(changes) - len(shown)} same")
     return 1 if any(what == "broken" for _, what in shown) else 0
 

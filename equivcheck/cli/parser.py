@@ -38,7 +38,8 @@ class Parser(argparse.ArgumentParser):
 
 class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        parser.exit(message=f"equivcheck {environment()['equivcheck']}\n")
+        print(f"equivcheck {environment()['equivcheck']}")  # parser.exit would write to stderr
+        parser.exit()
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

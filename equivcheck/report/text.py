@@ -90,7 +90,7 @@ def render(result: Mapping[str, Any], paint: Paint = plain) -> str:
     for case in cases:
         if case.get("target") != previous:
             previous = case.get("target")
-            lines += ["", printable(previous), ""] if previous else [""]
+            lines += ["", printable(previous)]
         lines.append(line(case, paint))
     parts.append("\n".join(lines))
     parts += ["\n" + block(case, paint) for case in cases if words.failed(case)]

@@ -11,11 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from equivcheck.measure import Sums, difference_of, sums, sums_many
+from equivcheck.differences import Sums, difference_of, sums, sums_many
 from equivcheck.noise import UNIT_ROUNDOFF, gamma
 
 # By name: the package also has a public function of this name.
-measure = importlib.import_module("equivcheck.measure")
+measure = importlib.import_module("equivcheck.differences")
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SHAPES = st.lists(st.integers(0, 7), max_size=4)

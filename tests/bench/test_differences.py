@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from equivcheck.measure import sums, sums_many
+from equivcheck.differences import sums, sums_many
 
 # 400 MB of float32, the size at which memory decides and calls do not.
 LARGE = 100_000_000
