@@ -1,0 +1,133 @@
+"""Mistakes on the command line and in the configuration: refused with what would be right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["rnu"], "unknown command 'rnu'"),
+        (["train_step.py"], "fix       equivcheck run train_step.py"),
+        (["run"], "no target given"),
+        (["run", "nope.py"], "nope.py"),
+        (["run", "train_step.py", "--splt", "even"], "did you mean --split?"),
+        (["run", "train_step.py", "--split", "evn"], "did you mean even?"),
+        (["run", "train_step.py", "--split"], "expected one argument"),
+        (["run", "train_step.py", "--accumulation-steps", "2,0"], "whole numbers of at least 1"),
+        (["run", "train_step.py", "--accumulation-steps", "two"], "--accumulation-steps is 'two'"),
+        (["run", "train_step.py", "--accumulation-steps", ""], "as in 2,4"),
+        (["run", "train_step.py", "--seed", "-1"], "a whole number of at least 0"),
+        (["run", "train_step.py", "--timeout", "nan"], "seconds, more than 0"),
+        (["run", "train_step.py", "--expect", "EQ1O3"], "did you mean EQ1"),
+        (["run", "train_step.py", "-k", "(K=2"], "a parenthesis is not closed"),
+        (["run", "train_step.py", "-k", "K=2 K=4"], "and, or are missing"),
+        (["run", "train_step.py", "-k", "not"], "a word is missing"),
+        (["run", "train_step.py", "--world-size", "2"], "world_size=2 is not supported"),
+        (["run", "train_step.py", "--strategy", "ddp"], "strategy=ddp is not supported"),
+        (["run", "--full", "a", "--accumulated", "b"], "not supported in this version"),
+        (["run", "suite:normalization"], "is a suite or folder"),
+        (["run", "."], "is a suite or folder"),
+        (["list", "train_step.py", "--json", "x"], "unknown argument --json of equivcheck list"),
+        (["replay", "abcd"], "there is no result at reports/latest/result.json"),
+        (["report", "nope.json"], "cannot read the result nope.json"),
+        (["explain", "EQ999"], "there is no cause 'EQ999'"),
+        (["explain", "mean-of-mean"], "equivcheck explain mean-of-means"),
+        (["init"], "train_step.py exists and is left as it is"),
+    ],
+    ids=" ".join,
+)
+def test_a_mistake_is_exit_code_2(cli, engine, arguments, told):
+    """With a sentence on stderr, and nothing was run."""
+    outcome = cli(*arguments)
+
+    assert outcome.code == 2
+    assert outcome.err.startswith("error: ")
+    assert told in outcome.err
+    assert engine.ran == []
+
+
+def test_an_unknown_key_is_refused(cli):
+    """Section, key, closest valid key, valid list."""
+    Path("pyproject.toml").write_text("[tool.equivcheck]\nspilt = 'even'\n", encoding="utf-8")
+    outcome = cli("run", "train_step.py")
+
+    assert outcome.code == 2
+    assert outcome.err.splitlines()[0] == "error: unknown setting spilt"
+    assert "pyproject.toml [tool.equivcheck]" in outcome.err
+    assert "one of accumulation_steps, split," in outcome.err
+    assert "did you mean split?" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("page", "told"),
+    [
+        ("[tool.equivcheck\n", "cannot read the configuration"),
+        ("[tool]\nequivcheck = 3\n", "is not a table"),
+        ("[tool.equivcheck]\nseed = 1.5\n", "seed is 1.5"),
+        ("[tool.equivcheck]\naccumulation_steps = [2, 'x']\n", "accumulation_steps is '2,x'"),
+        ("[tool.equivcheck]\nworld_size = 2\n", "world_size=2 is not supported"),
+    ],
+)
+def test_a_bad_file_is_refused(cli, page, told):
+    """Naming the file and the key."""
+    Path("pyproject.toml").write_text(page, encoding="utf-8")
+    outcome = cli("run", "train_step.py")
+
+    assert outcome.code == 2
+    assert told in outcome.err
+
+
+def test_an_unknown_variable_is_refused(cli, monkeypatch):
+    """A misspelt variable would otherwise be ignored in silence."""
+    monkeypatch.setenv("EQUIVCHECK_SEDE", "3")
+    outcome = cli("run", "train_step.py")
+
+    assert outcome.code == 2
+    assert "unknown setting EQUIVCHECK_SEDE" in outcome.err
+    assert "did you mean seed?" in outcome.err
+
+
+def test_command_line_over_environment_over_file(cli, monkeypatch):
+    """And `--show-config` says which of them it was."""
+    page = "[tool.equivcheck]\nseed = 1\nsplit = 'uneven'\noptimizer_steps = 3\n"
+    Path("pyproject.toml").write_text(page, encoding="utf-8")
+    Path("deep").mkdir()
+    monkeypatch.chdir("deep")
+    monkeypatch.setenv("EQUIVCHECK_SEED", "2")
+    monkeypatch.setenv("EQUIVCHECK_SPLIT", "even")
+    told = cli("run", "--show-config", "--seed", "3").out.splitlines()
+    found = {line.split()[0]: line.split(maxsplit=2)[1:] for line in told}
+
+    assert found["seed"] == ["3", "--seed"]
+    assert found["split"] == ["even", "EQUIVCHECK_SPLIT"]
+    assert found["optimizer_steps"][0] == "3"
+    assert found["optimizer_steps"][1].endswith("pyproject.toml [tool.equivcheck] optimizer_steps")
+    assert found["device"] == ["cpu", "default"]
+
+
+def test_targets_may_stand_between_flags(cli, engine):
+    """`run a.py --seed 1 b.py` runs both."""
+    Path("b.py").write_text(Path("train_step.py").read_text(encoding="utf-8"), encoding="utf-8")
+    outcome = cli("run", "train_step.py", "--seed", "1", "b.py", "--accumulation-steps", "2")
+
+    assert outcome.code == 0
+    assert [case.target for case, *_ in engine.ran] == ["train_step.py", "b.py"]
+
+
+def test_a_bug_in_a_command_is_exit_code_70(cli, monkeypatch):
+    """A short block, and the traceback in a file."""
+
+    def broken(_):
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr("equivcheck.cli.explain.explained", broken)
+    outcome = cli("explain", "EQ103")
+
+    assert outcome.code == 70
+    assert outcome.err.startswith("internal error: ZeroDivisionError: ours\n")
+    assert "Traceback" not in outcome.err
+    assert "Traceback" in Path("reports/latest/equivcheck-crash.txt").read_text(encoding="utf-8")
