@@ -143,8 +143,8 @@ class _Run:
         for case in result["cases"]:
             if words.failed(case) or self._options.verbose:
                 say(self._out, "\n" + text.block(case, self._paint))
-        for note in result["notes"]:
-            say(self._out, f"\nnote  {text.printable(note)}")
+        for remark in text.remarks(result):
+            say(self._out, remark)
         say(self._out, "\n" + text.summary(result))
 
     def _run(self, jobs: list[Job]) -> None:

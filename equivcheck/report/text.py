@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -80,6 +81,22 @@ def summary(result: Mapping[str, Any]) -> str:
     return textwrap.fill(told, WIDTH)
 
 
+def remarks(result: Mapping[str, Any]) -> list[str]:
+    """Return notes and warnings, each once; a failing case's notes are in its block."""
+    said: dict[str, None] = dict.fromkeys(result.get("notes") or ())
+    for case in result["cases"]:
+        place = f"{case.get('target', '')} {words.label(case)}"
+        if not words.failed(case):
+            said.update(dict.fromkeys(case.get("notes") or ()))
+        for warning in case.get("warnings") or ():
+            name = warning.get("name") or name_of(warning["code"])
+            said[f"warning {warning['code']} {name} ({place})"] = None
+    fill = functools.partial(
+        textwrap.fill, width=WIDTH, initial_indent="note  ", subsequent_indent=" " * 6
+    )
+    return ["\n" + fill(printable(remark)) for remark in said]
+
+
 def render(result: Mapping[str, Any], paint: Paint = plain) -> str:
     """Return a whole saved result as text."""
     cases = result["cases"]
@@ -94,8 +111,7 @@ def render(result: Mapping[str, Any], paint: Paint = plain) -> str:
         lines.append(line(case, paint))
     parts.append("\n".join(lines))
     parts += ["\n" + block(case, paint) for case in cases if words.failed(case)]
-    parts += [f"\nnote  {printable(note)}" for note in result.get("notes") or ()]
-    parts.append("\n" + summary(result))
+    parts += [*remarks(result), "\n" + summary(result)]
     return "\n".join(parts)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from types import ModuleType
@@ -91,7 +92,8 @@ class Outcome:
 def engine(monkeypatch):
     stub = Engine()
     module = ModuleType("equivcheck.experiment")
-    module.plan_cases, module.run_case = stub.plan_cases, stub.run_case
+    module.plan_cases = lambda *given, **named: stub.plan_cases(*given, **named)
+    module.run_case = lambda *given, **named: stub.run_case(*given, **named)
     monkeypatch.setitem(sys.modules, "equivcheck.experiment", module)
     return stub
 
@@ -103,7 +105,8 @@ def cli(monkeypatch, tmp_path, capsys, engine):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("NO_COLOR", "1")
-    for name in ("FORCE_COLOR", "GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY"):
+    ours = [name for name in os.environ if name.startswith("EQUIVCHECK_")]
+    for name in ("FORCE_COLOR", "GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY", *ours):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "train_step.py").write_text(SUBJECT, encoding="utf-8")
 

@@ -165,6 +165,34 @@ def test_explain_lists_all(cli):
     assert cli("explain").out.count("\nEQ") == len(CAUSES) - 1
 
 
+def test_doctor_trusts_nothing(cli, engine, monkeypatch):
+    """It runs a right and a wrong loop, and an engine that cannot tell them apart is not well."""
+
+    def honest(subject, case, **_):
+        wrong = "        loss.backward()" in Path(subject.target).read_text(encoding="utf-8")
+        return engine.failing() if wrong else engine.passing()
+
+    blind = cli("doctor")
+    monkeypatch.setattr(engine, "run_case", honest)
+    well = cli("doctor")
+
+    assert (blind.code, well.code) == (70, 0)
+    assert "known-bad              FAILED: equivalent" in blind.out
+    assert "known-good             ok: equivalent" in well.out
+    assert "known-bad              ok: divergent EQ101" in well.out
+
+
+def test_warnings_and_notes_are_said_once(cli, engine):
+    """Also when everything passes."""
+    noted = engine.passing(notes=["dropout is switched off"], warnings=[{"code": "EQ503"}])
+    engine.answers = {2: noted, 4: noted}
+    outcome = cli("run", "train_step.py")
+
+    assert outcome.code == 0
+    assert outcome.out.count("note  dropout is switched off") == 1
+    assert "warning EQ503 redundant-synchronisation (train_step.py K=4)" in outcome.out
+
+
 def test_init_writes_a_starter(cli):
     """Which loads as a subject; nothing is overwritten."""
     outcome = cli("init", "mine.py")

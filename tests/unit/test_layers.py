@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2] / "equivcheck"
 
 LAYERS = (
     {"errors", "case", "causes", "result"},
-    {"split", "measure", "attribution", "noise"},
+    {"split", "differences", "attribution", "noise"},
     {
         *("subject", "feed", "recording", "recorder", "observe", "shadow"),
         *("promotion", "interventions", "neutral", "addends", "execute"),
