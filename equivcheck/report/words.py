@@ -100,8 +100,10 @@ def headline(case: Mapping[str, Any]) -> str:
     name = causes[0].get("name") or name_of(code)
     if scale is not None and cosine is not None and cosine > 1 - 1e-9 and far is not None:
         size = f"{factor(scale)}x the full batch's gradient"
+    elif far is not None:
+        size = f"{far[1]:.0e} relative error of the {far[0].replace('_', ' ')}"
     else:
-        size = f"{far[1]:.0e} relative error of the {far[0].replace('_', ' ')}" if far else given
+        size = given or case["verdict"]
     return f"{code} {name}: {size} ({label(case)})"
 
 

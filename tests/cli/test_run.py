@@ -120,6 +120,53 @@ def test_an_exception_of_the_users_is_shown_as_theirs(cli, engine):
     assert shown(cli("run", "train_step.py", "--accumulation-steps", "4")) == RAISED
 
 
+@pytest.mark.parametrize(
+    ("answer", "code", "headline"),
+    [
+        (
+            {
+                "verdict": "inconclusive",
+                "headline": "the same batch gives other gradients",
+                "causes": [{"code": "EQ602", "status": "proved"}],
+            },
+            4,
+            "EQ602 stochastic-step: the same batch gives other gradients (K=4)",
+        ),
+        (
+            {"verdict": "invalid", "headline": "no optimizer step"},
+            4,
+            "no optimizer step",
+        ),
+        (
+            {
+                "verdict": "divergent",
+                "causes": [{"code": "EQ312", "status": "suspected"}],
+                "divergence": {"gradients": {"relative": 0.0}, "parameters": {"relative": 0.3}},
+            },
+            1,
+            "EQ312 optimizer-state-per-micro-batch: 3e-01 relative error of the parameters",
+        ),
+        (
+            {
+                "verdict": "divergent",
+                "causes": [{"code": "EQ000", "status": "suspected"}],
+                "divergence": {"gradients": {"relative": float("inf"), "scale": float("nan")}},
+            },
+            1,
+            "EQ000 unexplained: divergent (K=4)",
+        ),
+    ],
+    ids=["inconclusive", "invalid", "parameters", "not-finite"],
+)
+def test_every_verdict_has_a_headline(cli, engine, answer, code, headline):
+    """Whatever the engine leaves out."""
+    engine.answers[4] = answer
+    outcome = cli("run", "train_step.py", "--accumulation-steps", "4", "--html", "r.html")
+
+    assert outcome.code == code
+    assert f"\n{headline}" in outcome.out
+
+
 def test_a_fault_of_ours_costs_no_other_case(cli, engine):
     """Exit code 70, the other case is still there, the traceback is in the result."""
     engine.answers[2] = ZeroDivisionError("ours")
