@@ -15,9 +15,9 @@ LAYERS = (
     {"split", "differences", "attribution", "noise"},
     {
         *("subject", "feed", "recording", "recorder", "observe", "shadow"),
-        *("promotion", "interventions", "neutral", "addends", "execute"),
+        *("promotion", "interventions", "neutral", "freeze", "addends", "execute"),
     },
-    {"experiment", "verdict", "diagnose", "detectors"},
+    {"experiment", "verdict", "view", "diagnose", "detectors"},
     {"api", "config", "report"},
     {"cli", "plugin", "__init__", "__main__"},
 )
