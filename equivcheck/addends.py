@@ -69,22 +69,18 @@ def scale_addend(root: torch.Tensor, path: Path, factor: float) -> Any:  # noqa:
 
 
 def addend_gradients(
-    root: torch.Tensor, seeds: Any, parameters: list[torch.Tensor]  # noqa: ANN401
+    root: torch.Tensor, parameters: list[torch.Tensor]
 ) -> dict[Path, list[torch.Tensor | None]]:
     """Return the gradient of each addend alone, w.r.t. the parameters; the graph is kept.
 
-    Nothing is returned for a loss with a single addend.
+    A loss that is no sum has one addend, of the empty path.
     """
     paths = addends(root)
-    if len(paths) < 2:  # noqa: PLR2004
-        return {}
-    found = {}
+    found: dict[Path, list[torch.Tensor | None]] = {}
     for path in paths:
         handles = [scale_addend(root, other, 0.0) for other in paths if other != path]
         try:
-            found[path] = list(
-                torch.autograd.grad(root, parameters, seeds, retain_graph=True, allow_unused=True)
-            )
+            found[path] = list(torch.autograd.grad(root, parameters, retain_graph=True, allow_unused=True))
         finally:
             for handle in handles:
                 if handle is not None:

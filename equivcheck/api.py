@@ -195,7 +195,7 @@ def plan(
     Raises:
         UsageError: A target cannot be loaded or planned.
     """
-    from equivcheck.experiment import plan_cases  # noqa: PLC0415 - torch is loaded only to run
+    from equivcheck.decide import plan_cases  # noqa: PLC0415 - torch is loaded only to run
     from equivcheck.subject import load_subject  # noqa: PLC0415
 
     fields = ("split", "precision", "device", "optimizer_steps", "seed")
@@ -226,7 +226,7 @@ def outcomes(
     A fault of our own becomes a case with the verdict `error` and exit code 70, so that it does
     not cost the other cases.
     """
-    from equivcheck.experiment import run_case  # noqa: PLC0415 - torch is loaded only to run
+    from equivcheck.decide import run_case  # noqa: PLC0415 - torch is loaded only to run
 
     for job in jobs:
         outcome: Mapping[str, Any]

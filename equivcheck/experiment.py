@@ -66,9 +66,18 @@ class Experiment:
         subject: Code under test.
         case: The point of the matrix.
         progress: Told the role that begins.
+        promoted: Judge in float64; otherwise every role computes as written.
     """
 
-    def __init__(self, subject: Subject, case: Case, progress: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(
+        self,
+        subject: Subject,
+        case: Case,
+        progress: Callable[[str], None] = lambda _: None,
+        *,
+        promoted: bool = True,
+    ) -> None:
+        self.is_promoted = promoted
         self.subject = subject
         self.case = case
         self.notes: list[str] = []
@@ -79,7 +88,9 @@ class Experiment:
         code = subject.fresh()
         torch.manual_seed(case.seed)
         self.data = read_batches(code.batches, case.optimizer_steps)
-        self._promoted = Data([promote_tree(batch) for batch in self.data.batches], self.data.rows)
+        self._promoted = (
+            Data([promote_tree(batch) for batch in self.data.batches], self.data.rows) if promoted else self.data
+        )
         self.has_objective = code.objective is not None
         self.wants = set(inspect.signature(code.train).parameters)
         self.plan = plan(self.data.rows, case.accumulation_steps, case.split)
@@ -332,6 +343,7 @@ class Experiment:
 
     def _execute(self, run: Run, observer: Observer) -> Recording:
         self._progress(run.role)
+        run.is_promoted = run.is_promoted and self.is_promoted
         recording = execute(self.subject, self.case, run, observer)
         self.runs.append({"role": run.role, "seconds": recording.seconds})
         return recording
@@ -384,9 +396,10 @@ class Experiment:
     def noise(self) -> Noise:
         """Return what the controls so far measured."""
         if ("noise",) not in self._cache:
-            roundoff = max(
-                roundoff_of(self.reference().lowered.values()), roundoff_of(self.candidate().lowered.values())
-            )
+            lowered = [*self.reference().lowered.values(), *self.candidate().lowered.values()]
+            if not self.is_promoted:
+                lowered.append(self.reference().dtype)
+            roundoff = roundoff_of(lowered)
             self._cache["noise",] = Noise(self.terms(), [self.control()], roundoff)
         return self._cache["noise",]  # type: ignore[no-any-return]
 
@@ -431,8 +444,7 @@ class Experiment:
         def make() -> list[Attribution]:
             pieces = self.pieces(interventions)
             reference = self.reference(interventions)
-            # Interventions that alter the accumulated run only have no part in the fit.
-            candidate = self.candidate(tuple(each for each in interventions if each.both))
+            candidate = self.candidate(interventions)
             data = self.data_for(interventions, promoted=True)
             of_cycle: dict[int, list[frozenset[Key]]] = {}
             cycles = self.cycles(interventions)

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim import Optimizer
 
+from equivcheck.addends import addend_gradients, scale_addend
+
 if TYPE_CHECKING:
     from equivcheck.recorder import Recorder
-    from equivcheck.recording import Recording
+    from equivcheck.recording import Place, Recording
 
 
 class Intervention:
@@ -375,28 +377,69 @@ class Addend(Intervention):
     """Multiply the gradient of one addend of the loss by a factor for its place.
 
     Args:
-        path: Which addend, as the path from the root through the additions.
+        ordinal: Which backward of a micro-step; a loop may have several.
+        path: Which addend, as the path from the root through the additions; empty for the whole root.
         factors: Per cycle, one factor for each micro-step.
     """
 
     name = "reweight an addend"
 
-    def __init__(self, path: tuple[int, ...], factors: Mapping[int, Sequence[float]]) -> None:
+    def __init__(self, ordinal: int, path: tuple[int, ...], factors: Mapping[int, Sequence[float]]) -> None:
+        self._ordinal = ordinal
         self._path = path
         self._factors = factors
 
+    def _factor(self, recorder: Recorder) -> float:
+        place = recorder.place()
+        if place is None or ordinal_of(recorder.schedule, recorder.backwards - 1) != self._ordinal:
+            return 1.0
+        factors = self._factors.get(place.cycle, ())
+        return factors[place.micro_step] if place.micro_step < len(factors) else 1.0
+
+    def root_factor(self, recorder: Recorder) -> float:
+        return 1.0 if self._path else self._factor(recorder)
+
     @contextmanager
     def around_backward(self, recorder: Recorder, outputs: Sequence[Any]) -> Iterator[None]:
-        from equivcheck.addends import scale_addend  # noqa: PLC0415 - walks the autograd graph
-
-        place = recorder.place()
-        factors = self._factors.get(place.cycle, ()) if place is not None else ()
-        if place is None or place.micro_step >= len(factors):
-            yield
-            return
-        handle = scale_addend(outputs[0], self._path, factors[place.micro_step])
+        factor = self._factor(recorder) if self._path else 1.0
+        handle = scale_addend(outputs[0], self._path, factor) if factor != 1.0 else None
         try:
             yield
         finally:
             if handle is not None:
                 handle.remove()
+
+
+class Addends(Intervention):
+    """Takes, at every backward, the gradient of each addend of the loss alone. Changes nothing.
+
+    Attributes:
+        taken: Per backward, the sampled gradient of every addend, by path.
+    """
+
+    name = "take addends"
+
+    def __init__(self) -> None:
+        self.taken: dict[str, list[dict[tuple[int, ...], dict[str, torch.Tensor]]]] = {}
+
+    @contextmanager
+    def around_backward(self, recorder: Recorder, outputs: Sequence[Any]) -> Iterator[None]:
+        parameters = {name: p for name, p in recorder.model.named_parameters() if p.requires_grad}
+        found: dict[tuple[int, ...], dict[str, torch.Tensor]] = {}
+        with recorder.paused():
+            for path, gradients in addend_gradients(outputs[0], list(parameters.values())).items():
+                found[path] = {
+                    name: recorder.observer.take(name, g)
+                    for name, g in zip(parameters, gradients, strict=True)
+                    if g is not None
+                }
+        self.taken.setdefault(recorder.recording.role, []).append(found)
+        yield
+
+
+def ordinal_of(schedule: Sequence[Place], index: int) -> int:
+    """Return which backward of its micro-step a backward is."""
+    place = schedule[index]
+    return sum(
+        1 for each in schedule[:index] if each.cycle == place.cycle and each.micro_step == place.micro_step
+    )

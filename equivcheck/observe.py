@@ -79,6 +79,10 @@ class Observer:
     def start(self, recorder: Recorder) -> None:
         """See the state before the run."""
 
+    def take(self, _name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the coordinates of one parameter's tensor that are looked at, float64."""
+        return tensor.detach().flatten().to(torch.float64, copy=True)
+
     def finish(self, recorder: Recorder) -> None:
         """See the state at the end of the run."""
 

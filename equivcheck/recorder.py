@@ -240,7 +240,9 @@ class Recorder:
     def _look_before_backward(self) -> None:
         """Notice what was done to gradients and parameters since the backward before, without a call."""
         with _quiet():
-            if self._probe is not None:
+            if self._stepped and any(bool(g.any()) for g in self._gradient_probe()):
+                self.note("leftover")
+            elif self._probe is not None and not self._stepped:
                 now = self._gradient_probe()
                 if self._had_gradients and not now:
                     self.note("cleared")
@@ -249,6 +251,8 @@ class Recorder:
             weights = self._parameter_probe()
             if self._weights_probe is not None and not _same(weights, self._weights_probe):
                 self.note("parameters_changed")
+
+    _stepped = False
 
     def _note_edit(self, before: list[torch.Tensor], now: list[torch.Tensor]) -> None:
         if _same(before, now):
@@ -263,6 +267,7 @@ class Recorder:
         self.note("edited", scale=scale, rest=rest)
 
     def _look_after_backward(self) -> None:
+        self._stepped = False
         with _quiet():
             self._probe = self._gradient_probe()
             self._had_gradients = bool(self._probe)
@@ -567,6 +572,7 @@ class Recorder:
             self.observer.after(self, step, optimizer)
         self._snapshots.clear()
         self._weights_probe = None
+        self._stepped = True
 
     def _skipped(self, optimizer: Optimizer) -> None:
         """Note a step that a scaler left out, as a step that changed nothing."""

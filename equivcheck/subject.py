@@ -8,6 +8,7 @@ own folder, so that counters, scalers and optimizers at module level cannot leak
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -316,13 +317,19 @@ def _lies_in(module: ModuleType, root: Path) -> bool:
         return False
     if getattr(module, "__name__", "") == "__main__":
         return False
-    path = str(Path(filename).resolve())
-    return path.startswith(f"{root}/") and not is_library(path)
+    return _real(filename).startswith(f"{root}/") and not is_library(filename)
 
 
+# Some thousand modules are asked about before every run: resolving a path once is enough.
+@functools.lru_cache(maxsize=None)
+def _real(filename: str) -> str:
+    return str(Path(filename).resolve())
+
+
+@functools.lru_cache(maxsize=None)
 def is_library(filename: str) -> bool:
     """Return whether a file belongs to Python, an installed package or equivcheck itself."""
-    path = str(Path(filename).resolve())
+    path = _real(filename)
     return path.startswith((*_LIBRARIES, _OURS)) or "site-packages" in path or filename.startswith("<")
 
 

@@ -91,11 +91,11 @@ class Outcome:
 @pytest.fixture
 def engine(monkeypatch):
     stub = Engine()
-    module = ModuleType("equivcheck.experiment")
+    module = ModuleType("equivcheck.decide")
     # Looked up at each call, so that a test can replace them.
     module.plan_cases = lambda *given, **named: stub.plan_cases(*given, **named)  # noqa: PLW0108
     module.run_case = lambda *given, **named: stub.run_case(*given, **named)  # noqa: PLW0108
-    monkeypatch.setitem(sys.modules, "equivcheck.experiment", module)
+    monkeypatch.setitem(sys.modules, "equivcheck.decide", module)
     return stub
 
 

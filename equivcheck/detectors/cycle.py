@@ -1,0 +1,134 @@
+"""Calls at the wrong time: EQ301, EQ303 to EQ307, EQ310, EQ311, EQ402, EQ403, and rescaled gradients, EQ109."""
+
+from __future__ import annotations
+
+from equivcheck.interventions import Defer, Hold, Retime, Reweight, Shorten
+from equivcheck.recording import Event, Place
+from equivcheck.view import Suspicion, View
+
+
+def suspect(view: View) -> list[Suspicion]:
+    """Return suspicions for every kind of call that was seen inside a cycle."""
+    return [
+        *_steps(view),
+        *_zeroed(view),
+        *_called(view, "clip", "EQ306", 22),
+        *_called(view, "unscale", "EQ403", 22),
+        *_called(view, "scheduler", "EQ307", 24),
+        *_scales(view),
+        *_edited(view),
+    ]
+
+
+def _evidence(calls: list[tuple[Event, Place]]) -> dict[str, object]:
+    event, place = calls[0]
+    return {"calls_inside_cycles": len(calls), "micro_step": place.micro_step, **event.detail}
+
+
+def _after_step(view: View, event: Event) -> bool:
+    """Return whether a step came between the last backward and this event: it belongs to that step."""
+    return any(
+        each.kind in {"step", "skipped"} and each.backwards == event.backwards
+        for each in view.candidate.timeline
+    )
+
+
+def _zeroed(view: View) -> list[Suspicion]:
+    calls = [each for each in view.inside("zero_grad", "cleared") if not _after_step(view, each[0])]
+    if not calls:
+        return []
+    return [Suspicion("EQ301", [(Defer("zero_grad"),), (Hold(),)], _evidence(calls), view.at_step(calls[0][1]), 20)]
+
+
+def _called(view: View, kind: str, code: str, rank: int) -> list[Suspicion]:
+    calls = [each for each in view.inside(kind) if kind == "clip" or not _after_step(view, each[0])]
+    if not calls:
+        return []
+    return [Suspicion(code, [(Defer(kind),)], _evidence(calls), view.at_step(calls[0][1]), rank)]
+
+
+def _scales(view: View) -> list[Suspicion]:
+    """EQ402: the backwards of one cycle carried different loss scales."""
+    factors: dict[int, list[float]] = {}
+    first: tuple[Place, list[float]] | None = None
+    by_cycle: dict[int, list[tuple[Place, float]]] = {}
+    for place, backward in zip(view.places, view.candidate.backwards, strict=False):
+        by_cycle.setdefault(place.cycle, []).append((place, backward.loss_scale))
+    for cycle, carried in by_cycle.items():
+        scales = [scale for _, scale in carried]
+        if len(set(scales)) > 1:
+            factors[cycle] = [scales[-1] / scale for scale in scales]
+            first = first or (carried[0][0], scales)
+    if first is None:
+        return []
+    place, scales = first
+    evidence = {"loss_scales": scales}
+    variants = [(Defer("scaler"),), (Reweight(factors),)]
+    return [Suspicion("EQ402", variants, evidence, view.at_step(place), 21)]
+
+
+def _edited(view: View) -> list[Suspicion]:
+    """Gradients changed between two backwards, without a call that explains it: EQ109, or EQ403 by hand."""
+    explained = {
+        each.backwards for each, _ in view.inside("clip", "unscale", "zero_grad", "step", "skipped", "cleared")
+    }
+    calls = [each for each in view.inside("edited") if each[0].backwards - 0 not in explained]
+    if not calls:
+        return []
+    event, place = calls[0]
+    scale, rest = float(event.detail["scale"]), float(event.detail["rest"])
+    carried = view.candidate.backwards[event.backwards - 1].loss_scale
+    evidence = _evidence(calls)
+    if rest < 1e-6:  # noqa: PLR2004 - one factor for all coordinates looked at
+        by_hand = carried != 1.0 and abs(scale * carried - 1.0) < 1e-6  # noqa: PLR2004
+        return [Suspicion("EQ403" if by_hand else "EQ109", [(Hold(),)], evidence, view.at_step(place), 26)]
+    return [Suspicion("EQ107", [(Hold(),)], evidence, view.at_step(place), 45)]
+
+
+def _steps(view: View) -> list[Suspicion]:
+    """Optimizer steps at other times than the ends of the cycles."""
+    inside = view.inside("step", "skipped")
+    reference, candidate = view.reference, view.candidate
+    matched = {step.matched for step in candidate.steps}
+    missing = [step for step in reference.steps if step.index not in matched]
+    if not inside and not missing:
+        return []
+    ends = {
+        event.backwards
+        for event in candidate.timeline
+        if event.kind in {"step", "skipped"} and 0 < event.backwards <= len(view.places) and view.places[event.backwards - 1].last
+    }
+    found: list[Suspicion] = []
+    consumed = {key for step in candidate.steps for key in step.samples}
+    data = view.experiment.data
+    tail = {sample for sample in range(data.start(len(data.rows) - 1), data.total)} if data.has_tail else set()
+    if missing and tail and all({sample for _, sample in step.samples} <= tail for step in missing):
+        leaked = any({s for _, s in step.samples} & tail and {s for _, s in step.samples} - tail for step in candidate.steps)
+        kept = all(any(key in consumed for key in step.samples) for step in missing) and leaked
+        evidence = {"samples": sum(len(step.samples) for step in missing), "optimizer_steps": len(candidate.steps)}
+        code = "EQ310" if kept else "EQ304"
+        found.append(Suspicion(code, [(Shorten(),)], evidence, missing[0].index, 18))
+    elif missing and tail and _straddles(view, tail):
+        evidence = {"optimizer_steps": len(candidate.steps), "expected": len(reference.steps)}
+        found.append(Suspicion("EQ310", [(Shorten(),)], evidence, missing[0].index, 18))
+    if not inside and not (missing and not found):
+        return found
+    every = len({event.backwards for event, _ in inside}) == sum(not place.last for place in view.places)
+    consumed_per_step = [len({s for s in step.samples}) for step in candidate.steps]
+    evidence = {
+        "optimizer_steps": len(candidate.steps),
+        "expected": len(reference.steps),
+        "samples_per_step": consumed_per_step[:8],
+    }
+    step = view.at_step(inside[0][1]) if inside else missing[0].index
+    code = "EQ303" if inside and every else "EQ311"
+    found.append(Suspicion(code, [(Retime(ends),)], evidence, step, 19))
+    return found
+
+
+def _straddles(view: View, tail: set[int]) -> bool:
+    for step in view.candidate.steps:
+        samples = {sample for _, sample in step.samples}
+        if samples & tail and samples - tail:
+            return True
+    return False

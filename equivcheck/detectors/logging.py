@@ -1,0 +1,101 @@
+"""Logged losses that are wrong by themselves: EQ701."""
+
+from __future__ import annotations
+
+from equivcheck.interventions import Shorten
+from equivcheck.noise import SAFETY
+from equivcheck.recording import Recording
+from equivcheck.view import Suspicion, View
+
+
+def suspect(view: View) -> list[Suspicion]:
+    """Return a suspicion if the log differs although nothing else does, or not as the gradients do."""
+    finding = view.judgement.first("logged")
+    if finding is None or any(isinstance(each, Shorten) for each in view.chosen):
+        return []
+    others = view.judgement.kinds() - {"logged"}
+    if others and _explained_by_weights(view):
+        return []
+    if others:
+        return []
+    rule = _rule(view)
+    evidence = {"relative": finding.relative, "logged": (view.candidate.logged or [])[:8], "full_batch": (view.reference.logged or [])[:8]}
+    if rule:
+        evidence["rule"] = rule
+    return [Suspicion("EQ701", [], evidence, 0, 40, proved=rule is not None, explains=frozenset({"logged"}))]
+
+
+def _alone(view: View) -> list[list[float]] | None:
+    """Return the loss that every micro-batch logs alone, per cycle."""
+    try:
+        recording = view.experiment.pieces_recording(view.chosen)
+    except Exception:  # noqa: BLE001 - without single micro-batches the log is not attributed
+        return None
+    logged = recording.logged
+    micro = view.experiment.micro_batches(view.experiment.data)
+    if logged is None or len(logged) % len(micro):
+        return None
+    found: list[list[float]] = []
+    position = 0
+    for _ in range(len(logged) // len(micro)):
+        for slices in view.experiment.slices(view.experiment.data):
+            found.append(logged[position : position + len(slices)])
+            position += len(slices)
+    return found
+
+
+def _close(a: list[float], b: list[float], limit: float) -> bool:
+    size = max((abs(x) for x in b), default=0.0)
+    return len(a) == len(b) and all(abs(x - y) <= limit * size for x, y in zip(a, b, strict=True))
+
+
+def _limit(view: View) -> float:
+    return SAFETY * view.experiment.noise().floor()
+
+
+def _rule(view: View) -> str | None:
+    """Return the formula that turns the loss of each micro-batch into what was logged."""
+    candidate, reference = view.candidate.logged or [], view.reference.logged or []
+    alone = _alone(view)
+    limit = _limit(view)
+    k = view.steps
+    rules = {"divided by accumulation_steps once too often": [x / k for x in reference], "summed, not averaged": [x * k for x in reference]}
+    if alone is not None:
+        rules |= {
+            "the last micro-batch's loss": [each[-1] for each in alone],
+            "the first micro-batch's loss": [each[0] for each in alone],
+            "the mean of the micro-batches' means": [sum(each) / len(each) for each in alone],
+            "the sum of the micro-batches' losses": [sum(each) for each in alone],
+            "the last micro-batch's loss, divided by accumulation_steps": [each[-1] / len(each) for each in alone],
+            "the micro-batches' losses over accumulation_steps, in the tail too": [sum(each) / k for each in alone],
+        }
+    found = next((name for name, values in rules.items() if _close(candidate, values, limit)), None)
+    if found is None and reference and all(reference):
+        ratios = [a / b for a, b in zip(candidate, reference, strict=True)]
+        if _close(ratios, [ratios[0]] * len(ratios), limit):
+            found = f"{ratios[0]:.6g} times the loss, at every optimizer step"
+    return found
+
+
+def _explained_by_weights(view: View) -> bool:
+    """Return whether the weights of the gradients give the logged losses too: it is then one fault."""
+    alone = _alone(view)
+    logged = view.candidate.logged
+    if alone is None or logged is None:
+        return False
+    limit = _limit(view)
+    size = max(abs(x) for x in logged) if logged else 0.0
+    for each in view.attributions:
+        if each.matched < len(alone) and each.matched < len(logged) and len(alone[each.matched]) == len(each.w.solution):
+            value = sum(w * x for w, x in zip(each.w.solution, alone[each.matched], strict=True))
+            if abs(value - logged[each.matched]) > limit * size:
+                return False
+    return True
+
+
+def explained(view: View) -> bool:
+    """Return whether what is left in the log is the gradients' own fault, seen a second time."""
+    return _explained_by_weights(view)
+
+
+__all__ = ["Recording", "explained", "suspect"]

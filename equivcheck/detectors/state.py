@@ -1,0 +1,78 @@
+"""State that advances with every micro-batch: EQ309, EQ312; and gradients that are absent in one run, EQ508."""
+
+from __future__ import annotations
+
+import torch
+
+from equivcheck.detectors.coupling import norm_buffers
+from equivcheck.interventions import Restitute, Rewind, ZerosToNone
+from equivcheck.view import Suspicion, View
+
+
+def suspect(view: View) -> list[Suspicion]:
+    """Return suspicions for parameters, optimizer state, buffers and shadow weights that moved inside a cycle."""
+    found = []
+    judgement = view.judgement
+    norms = norm_buffers(view)
+    buffers = [f for f in judgement.findings if f.kind == "buffers" and set(f.names) - norms]
+    if buffers:
+        names = [name for name in buffers[0].names if name not in norms]
+        evidence = {"buffers": names[:5], "relative": buffers[0].relative}
+        found.append(Suspicion("EQ309", [(Rewind("buffers"),)], evidence, buffers[0].matched, 23))
+    shadows = judgement.first("shadows")
+    if shadows is not None:
+        evidence = {"shadow_weights": list(shadows.names[:5]), "relative": shadows.relative}
+        # What was copied after one step is seen before the next.
+        found.append(Suspicion("EQ309", [(Rewind("shadows"),)], evidence, max(shadows.matched - 1, 0), 23))
+    stepped = {event.backwards for event, _ in view.inside("step")}
+    moved = [each for each in view.inside("parameters_changed") if each[0].backwards not in stepped]
+    updates = judgement.first("parameters", "state")
+    rates = judgement.first("learning_rates")
+    if moved or (updates is not None and (rates is None or updates.matched != rates.matched)):
+        step = view.at_step(moved[0][1]) if moved else (updates.matched if updates is not None else 0)
+        names = list(updates.names[:5]) if updates is not None else []
+        evidence = {"changed_inside_cycles": len(moved), "tensors": names}
+        variants = [(Rewind("state"),), (Rewind("parameters"),), (Rewind("parameters", "state"),)]
+        found.append(Suspicion("EQ312", variants, evidence, step, 32))
+    found += _unused(view)
+    found += _lost(view)
+    return found
+
+
+def _unused(view: View) -> list[Suspicion]:
+    none = view.judgement.first("none")
+    if none is None:
+        return []
+    evidence = {"parameters": list(none.names[:5])}
+    return [Suspicion("EQ508", [(ZerosToNone(set(none.names)),)], evidence, none.matched, 17)]
+
+
+def _lost(view: View) -> list[Suspicion]:
+    """EQ305: the gradient is right but for micro-batches of weight zero, which are added back from their pieces."""
+    cleared = [e for e, _ in view.inside("zero_grad", "cleared", "step")]
+    if cleared or not view.divergent:
+        return []
+    missing: dict[int, dict[str, torch.Tensor]] = {}
+    evidence: dict[str, object] = {}
+    step = 0
+    for each in view.divergent:
+        right = view.right(each)
+        if right is None:
+            return []
+        lost = [k for k, w in enumerate(each.w.solution) if abs(w) <= 1e-9 * max(abs(x) for x in right)]
+        kept = [0.0 if k in lost else v for k, v in enumerate(right)]
+        if not lost or not view.fits(each, kept):
+            return []
+        total = torch.zeros_like(each.reference)
+        for k in lost:
+            total += right[k] * each.pieces[k]
+        begin, parts = 0, {}
+        for name, length in each.names:
+            parts[name] = total[begin : begin + length]
+            begin += length
+        count = view.candidate.steps[each.step].backwards
+        missing[count] = parts
+        if not evidence:
+            evidence = {"lost_micro_steps": lost, "weights": each.w.values}
+            step = each.step
+    return [Suspicion("EQ305", [(Restitute(missing),)], evidence, step, 27)]

@@ -1,0 +1,159 @@
+"""Wrong factors: EQ101 to EQ105, EQ108. The weights of the pieces tell which."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+
+from equivcheck.attribution import ratio
+from equivcheck.experiment import Attribution
+from equivcheck.interventions import Reweight
+from equivcheck.view import Suspicion, View
+
+Predict = Callable[[Attribution, Sequence[float]], list[float]]
+
+
+def suspect(view: View) -> list[Suspicion]:
+    """Return a suspicion for every hypothesis whose weights predict the accumulated gradients."""
+    if not view.divergent:
+        return []
+    found = []
+    tails_only = all(not view.full_size(each) for each in view.divergent) and any(
+        view.full_size(each) for each in view.attributions
+    )
+    k = view.steps
+    if tails_only:
+        tail: list[Predict] = [lambda a, v: [x * len(v) / k for x in v], lambda _, v: [1 / k] * len(v)]
+        found += _hypotheses(view, "EQ105", tail, rank=10)
+    ones: list[Predict] = [lambda _, v: [1.0] * len(v), lambda _, v: [x * len(v) for x in v]]
+    found += _hypotheses(view, "EQ101", ones, rank=12)
+    sums: list[Predict] = [lambda _, v: [1.0 / len(v)] * len(v)]
+    if _all_ones(view):
+        found += _hypotheses(view, "EQ108", sums, rank=11)
+    else:
+        found += _hypotheses(view, "EQ103", [*sums, *_shares(view)], rank=15)
+    twice: list[Predict] = [lambda _, v: [x / len(v) for x in v], lambda _, v: [1.0 / len(v) ** 2] * len(v)]
+    found += _hypotheses(view, "EQ102", twice, rank=14)
+    if not found:
+        found += _denominator(view)
+    return found
+
+
+def _shares(view: View) -> list[Predict]:
+    """Weights in proportion to something that is counted, and is not what the loss is a mean over."""
+    return [
+        lambda a, v, values=values: _share(values, a.matched, len(v))  # type: ignore[misc]
+        for values in view.counts().values()
+    ]
+
+
+def _share(values: list[list[int]], cycle: int, length: int) -> list[float]:
+    counts = values[cycle % len(values)]
+    return [x / (sum(counts) or 1) for x in counts] if len(counts) == length else [0.0] * length
+
+
+def _all_ones(view: View) -> bool:
+    """Return whether the full batch adds its micro-batches up: its loss is a sum."""
+    return all(
+        view.spans(each, reference=True) and all(abs(x - 1.0) < 1e-6 for x in each.v.solution)
+        for each in view.divergent
+        if each.v.unique
+    ) and any(each.v.unique for each in view.divergent)
+
+
+def _hypotheses(view: View, code: str, predictions: list[Predict], rank: int) -> list[Suspicion]:
+    for predict in predictions:
+        factors: dict[int, list[float]] = {}
+        shown: list[Attribution] = []
+        for each in view.attributions:
+            right = view.right(each)
+            if right is None:
+                return []
+            wrong = predict(each, right)
+            if view.fits(each, wrong):
+                if each in view.divergent:
+                    shown.append(each)
+                if all(x != 0 for x in wrong):
+                    factors[each.matched] = [v / w for v, w in zip(right, wrong, strict=True)]
+        if shown and len(shown) == len(view.divergent):
+            evidence = {"weights": shown[0].w.values, "true_weights": shown[0].v.values}
+            return [Suspicion(code, [(Reweight(_by_cycle(view, factors)),)], evidence, shown[0].step, rank)]
+    return []
+
+
+def _by_cycle(view: View, factors: dict[int, list[float]]) -> dict[int, list[float]]:
+    """Key factors by the first reference step of a cycle: two optimizers may share its samples."""
+    first = {
+        step.index: min((view.cycles[key] for key in step.samples if key in view.cycles), default=step.index)
+        for step in view.reference.steps
+    }
+    return {first.get(matched, matched): values for matched, values in factors.items()}
+
+
+def _denominator(view: View) -> list[Suspicion]:
+    """EQ104: every weight too small or too large by one ratio p/q of whole numbers."""
+    factors: dict[int, list[float]] = {}
+    rules: list[tuple[Attribution, Fraction]] = []
+    for each in view.attributions:
+        right = view.right(each)
+        if right is None:
+            return []
+        size = float(each.reference @ each.reference)
+        scale = float(each.candidate @ each.reference) / size if size else 0.0
+        if each not in view.divergent:
+            continue
+        if not scale or not view.fits(each, [x * scale for x in right]):
+            return []
+        found = ratio(scale, max(view.tolerance(each), 1e-12))
+        if found is None:
+            return []
+        rules.append((each, found))
+        factors[each.matched] = [1.0 / scale] * len(right)
+    if not rules:
+        return []
+    first, fraction = rules[0]
+    evidence = {"ratio": f"{fraction.numerator}/{fraction.denominator}", "scale": float(fraction)}
+    confirmed = _confirmed(view, first, float(fraction))
+    evidence["rule"] = confirmed or "none of the rules tried holds at a second number of accumulation steps"
+    variants = [(Reweight(_by_cycle(view, factors)),)] if confirmed else []
+    return [Suspicion("EQ104", variants, evidence, first.step, rank=30)]
+
+
+def _confirmed(view: View, shown: Attribution, scale: float) -> str | None:
+    """Return the rule, read from one K, that predicts the factor at another K exactly."""
+    k = view.steps
+    other = 2 if k != 2 else 3  # noqa: PLR2004
+    if other > min(view.experiment.data.rows):
+        return None
+    try:
+        recording, _ = view.experiment.at(other)
+    except Exception:  # noqa: BLE001 - the user's own loop may refuse another K; the rule is then unconfirmed
+        return None
+    step = next((each for each in recording.steps if each.matched == shown.matched and each.gradients), None)
+    if step is None:
+        return None
+    total = sum((each for each in step.gradients.values()), start=type(next(iter(step.gradients.values())))())
+    measured = total.scale
+    limit = view.tolerance(shown)
+    excess = 1.0 / scale - 1.0
+    rules = {
+        "the same at every K": scale,
+        "in proportion to K": scale * other / k,
+        "in inverse proportion to K": scale * k / other,
+        "the excess of the denominator is in proportion to K": 1.0 / (1.0 + excess * other / k),
+    }
+    for label, values in view.counts().items():
+        cycle = shown.matched % len(values)
+        total_count = sum(values[cycle])
+        if total_count >= max(k, other):
+            for name, rule in _divisions(total_count).items():
+                if abs(rule(k) - scale) <= limit * max(scale, 1.0):
+                    rules[f"{name} of {total_count} ({label})"] = rule(other)
+    return next((name for name, value in rules.items() if abs(value - measured) <= limit * max(abs(value), 1.0)), None)
+
+
+def _divisions(total: int) -> dict[str, Callable[[int], float]]:
+    return {
+        "integer division": lambda k: total / (k * (total // k)),
+        "rounded-up division": lambda k: total / (k * -(-total // k)),
+    }

@@ -1,0 +1,239 @@
+"""Name the causes of a divergence, and prove them by putting them right.
+
+A set of causes is proved when all its interventions together bring the accumulated run back within noise and leaving
+out any one of them does not. Sets of one are tried first, then of two and three; each run that was partly put right is
+looked at again, because a second fault may show its signature only then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from equivcheck.causes import CAUSES
+from equivcheck.detectors import suspect
+from equivcheck.detectors.logging import explained
+from equivcheck.errors import EquivcheckError
+from equivcheck.experiment import Experiment, Interventions
+from equivcheck.verdict import Judgement
+from equivcheck.view import Suspicion, View
+
+LARGEST_SET: Final = 3
+# Runs spent on proofs; a tiny subject takes some 20 ms each.
+TRIALS: Final = 60
+FRONTIER: Final = 6
+
+
+@dataclass(frozen=True)
+class Node:
+    """Some suspicions, each with the way in which it is put right."""
+
+    parts: tuple[tuple[Suspicion, Interventions], ...] = ()
+
+    @property
+    def interventions(self) -> Interventions:
+        """All interventions together."""
+        return tuple(each for _, variant in self.parts for each in variant)
+
+    @property
+    def codes(self) -> set[str]:
+        """The codes put right."""
+        return {suspicion.code for suspicion, _ in self.parts}
+
+    def without(self, index: int) -> Node:
+        """Return the node without one part."""
+        return Node((*self.parts[:index], *self.parts[index + 1 :]))
+
+
+@dataclass
+class Diagnosis:
+    """Causes in order, what was tried, and what was ruled out."""
+
+    causes: list[dict[str, Any]] = field(default_factory=list)
+    trials: list[dict[str, Any]] = field(default_factory=list)
+    ruled_out: list[str] = field(default_factory=list)
+
+
+class Search:
+    """The search for a set of causes of one experiment."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self._experiment = experiment
+        self._root = View(experiment)
+        self._tried: dict[tuple[int, ...], Judgement | None] = {}
+        self.diagnosis = Diagnosis()
+
+    def run(self) -> Diagnosis:
+        """Search, and return what was found."""
+        frontier = [Node()]
+        for _ in range(LARGEST_SET):
+            following: list[tuple[float, Node]] = []
+            for node in frontier:
+                found = self._expand(node, following)
+                if found is not None:
+                    self._report(*found)
+                    return self.diagnosis
+            following.sort(key=lambda item: item[0])
+            frontier = [node for _, node in following[:FRONTIER]]
+            if not frontier:
+                break
+        self._unproved()
+        return self.diagnosis
+
+    def _expand(
+        self, node: Node, following: list[tuple[float, Node]]
+    ) -> tuple[Node, list[Suspicion]] | None:
+        try:
+            suspicions = suspect(View(self._experiment, node.interventions))
+        except EquivcheckError:
+            return None
+        specials = [each for each in suspicions if each.proved and each.explains and each.code not in node.codes]
+        if self._resolved(self._judge(node), specials):
+            kept = self._needed(node, specials)
+            if kept is not None and (node.parts or kept):
+                return node, kept
+        for suspicion in suspicions:
+            if suspicion.code in node.codes:
+                continue
+            for variant in suspicion.variants:
+                trial = Node((*node.parts, (suspicion, variant)))
+                judgement = self._judge(trial)
+                if judgement is None:
+                    continue
+                later = self._specials(trial, judgement)
+                if self._resolved(judgement, later) and self._minimal(trial, later):
+                    kept = self._needed(trial, later)
+                    if kept is not None:
+                        return trial, kept
+                following.append((_size(judgement), trial))
+        return None
+
+    def _specials(self, node: Node, judgement: Judgement) -> list[Suspicion]:
+        if judgement.same:
+            return []
+        try:
+            suspicions = suspect(View(self._experiment, node.interventions))
+        except EquivcheckError:
+            return []
+        return [each for each in suspicions if each.proved and each.explains and each.code not in node.codes]
+
+    def _needed(self, node: Node, specials: list[Suspicion]) -> list[Suspicion] | None:
+        judgement = self._judge(node)
+        if judgement is None:
+            return None
+        return [each for each in specials if each.explains & judgement.kinds()]
+
+    def _judge(self, node: Node) -> Judgement | None:
+        """Run the loop with a node's interventions and judge it; None if the loop does not survive them."""
+        key = tuple(id(each) for each in node.interventions)
+        if key not in self._tried:
+            if len(self._tried) > TRIALS:
+                return None
+            try:
+                judgement = self._experiment.judgement(node.interventions)
+            except EquivcheckError:
+                judgement = None
+            self._tried[key] = judgement
+            if node.parts:
+                self.diagnosis.trials.append(
+                    {
+                        "codes": sorted(node.codes),
+                        "put_right": [each.name for each in node.interventions],
+                        "within_noise": judgement is not None and judgement.same,
+                        "relative": None if judgement is None else _size(judgement),
+                    }
+                )
+        return self._tried[key]
+
+    def _resolved(self, judgement: Judgement | None, specials: Sequence[Suspicion]) -> bool:
+        if judgement is None:
+            return False
+        left = set(judgement.kinds())
+        for each in specials:
+            left -= each.explains
+        if "logged" in left and left == {"logged"} and explained(self._root):
+            left.clear()
+        return not left
+
+    def _minimal(self, node: Node, specials: Sequence[Suspicion]) -> bool:
+        """Return whether leaving out any one part leaves a divergence."""
+        if len(node.parts) == 1:
+            return True
+        return not any(self._resolved(self._judge(node.without(i)), specials) for i in range(len(node.parts)))
+
+    def _report(self, node: Node, specials: list[Suspicion]) -> None:
+        ordered: list[tuple[float, str, dict[str, Any]]] = []
+        before = self._judge(Node())
+        for index, (suspicion, variant) in enumerate(node.parts):
+            rest = self._judge(node.without(index))
+            size = _size(rest) if rest is not None else 0.0
+            after = self._judge(node)
+            evidence = {
+                **suspicion.evidence,
+                "put_right": [each.name for each in variant],
+                "relative_before": _size(before) if before is not None else None,
+                "relative_after": _noise(after),
+            }
+            ordered.append((size, suspicion.code, cause(suspicion, "proved", evidence)))
+        for suspicion in specials:
+            own = [f.relative for f in (before.findings if before else []) if f.kind in suspicion.explains]
+            ordered.append((max(own, default=0.0), suspicion.code, cause(suspicion, "proved", suspicion.evidence)))
+        ordered.sort(key=lambda item: (-item[0], item[1]))
+        self.diagnosis.causes = [entry for *_, entry in ordered]
+
+    def _unproved(self) -> None:
+        """Nothing was proved: name what could not be tested, and list what was ruled out."""
+        try:
+            suspicions = suspect(self._root)
+        except EquivcheckError:
+            suspicions = []
+        before = self._judge(Node())
+        size = _size(before) if before is not None else 0.0
+        seen: set[str] = set()
+        for each in suspicions:
+            if each.code in seen:
+                continue
+            results = [self._judge(Node(((each, variant),))) for variant in each.variants]
+            helped = any(r is not None and (_size(r) < size / 2 or len(r.kinds()) < len(before.kinds() if before else ())) for r in results)
+            if helped or not each.variants:
+                seen.add(each.code)
+                self.diagnosis.causes.append(cause(each, "suspected", each.evidence))
+            else:
+                self.diagnosis.ruled_out.append(each.code)
+        if not self.diagnosis.causes:
+            step = before.findings[0].matched if before is not None and before.findings else 0
+            evidence = {"ruled_out": sorted(set(self.diagnosis.ruled_out))}
+            self.diagnosis.causes = [cause(Suspicion("EQ000", step=max(step, 0)), "suspected", evidence)]
+
+
+def _size(judgement: Judgement) -> float:
+    """Return one number for how much is left: the largest relative difference."""
+    return max((min(each.relative, 1e30) for each in judgement.findings), default=0.0)
+
+
+def _noise(judgement: Judgement | None) -> float | None:
+    if judgement is None:
+        return None
+    return _size(judgement)
+
+
+def cause(suspicion: Suspicion, status: str, evidence: dict[str, Any]) -> dict[str, Any]:
+    """Return the entry of a cause in the result."""
+    entry = CAUSES[suspicion.code]
+    if suspicion.shared:
+        evidence = {**evidence, "shared": True}
+    return {
+        "code": suspicion.code,
+        "name": entry.name,
+        "status": status,
+        "optimizer_step": suspicion.step,
+        "evidence": evidence,
+        "because": entry.because,
+        "fix": entry.fix,
+    }
+
+
+def diagnose(experiment: Experiment) -> Diagnosis:
+    """Return the causes of the divergence of an experiment, with proofs."""
+    return Search(experiment).run()

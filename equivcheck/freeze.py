@@ -1,0 +1,221 @@
+"""Take what couples rows out of both runs, and find where rows are coupled.
+
+*Freeze* normalizes both runs with the statistics of the full batch, held constant. *Fingerprint* compares what every
+module puts out for a row in the full batch and alone in its micro-batch. *Statistics* predicts running statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from equivcheck.interventions import Intervention
+from equivcheck.noise import SAFETY, gamma
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from equivcheck.feed import Key
+    from equivcheck.recorder import Recorder
+
+
+class _PerCycle(Intervention):
+    """Counts calls since a cycle began."""
+
+    both = True
+
+    def __init__(self, cycles: Mapping[Key, int]) -> None:
+        self._cycles = cycles
+        self._cycle = -1
+        self._ordinal = 0
+
+    def _enter(self, recorder: Recorder) -> int:
+        keys = recorder.recording.fetched[-1] if recorder.recording.fetched else []
+        cycle = self._cycles.get(keys[0], -1) if keys else -1
+        if cycle != self._cycle:
+            self._cycle, self._ordinal = cycle, 0
+        self._ordinal += 1
+        return self._ordinal - 1
+
+
+class Freeze(_PerCycle):
+    """Normalize with the statistics of the full batch, in both runs; running statistics stay as they are.
+
+    Attributes:
+        used: Whether any normalization was frozen.
+    """
+
+    name = "freeze"
+
+    def __init__(self, cycles: Mapping[Key, int]) -> None:
+        super().__init__(cycles)
+        self.used = False
+        self._learned: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    @contextmanager
+    def installed(self, recorder: Recorder) -> Iterator[None]:
+        learn = recorder.recording.role == "reference"
+        self._cycle, self._ordinal = -1, 0
+        batch, instance = torch.batch_norm, torch.instance_norm
+
+        def frozen(
+            input: torch.Tensor, weight: Any, bias: Any, mean: Any, var: Any, training: bool, momentum: float,  # noqa: A002, ANN401, FBT001
+            eps: float, cudnn: bool  # noqa: FBT001
+        ) -> torch.Tensor:
+            if not training:
+                return batch(input, weight, bias, mean, var, training, momentum, eps, cudnn)
+            self.used = True
+            ordinal = self._enter(recorder)
+            if learn:
+                dims = [d for d in range(input.dim()) if d != 1]
+                value = input.detach()
+                taken = (value.mean(dims), value.var(dims, unbiased=False))
+                self._learned.setdefault(self._cycle, []).append(taken)
+            else:
+                known = self._learned.get(self._cycle, [])
+                if not known:
+                    return batch(input, weight, bias, mean, var, training, momentum, eps, cudnn)
+                taken = known[ordinal % len(known)]
+            return batch(input, weight, bias, *taken, False, momentum, eps, cudnn)
+
+        def alone(
+            input: torch.Tensor, weight: Any, bias: Any, mean: Any, var: Any, use_input_stats: bool,  # noqa: A002, ANN401, FBT001
+            momentum: float, eps: float, cudnn: bool  # noqa: FBT001
+        ) -> torch.Tensor:
+            # Instances do not interact; only the running statistics are kept from advancing.
+            if not use_input_stats:
+                return instance(input, weight, bias, mean, var, use_input_stats, momentum, eps, cudnn)
+            self.used = True
+            return instance(input, weight, bias, None, None, True, momentum, eps, cudnn)
+
+        torch.batch_norm, torch.instance_norm = frozen, alone  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            torch.batch_norm, torch.instance_norm = batch, instance
+
+    def before_step(self, recorder: Recorder, _optimizer: Optimizer) -> None:
+        for module in recorder.model.modules():
+            counter = getattr(module, "num_batches_tracked", None)
+            if isinstance(module, _NormBase) and isinstance(counter, torch.Tensor):
+                counter.zero_()
+
+
+class Statistics(Intervention):
+    """Predicts running statistics from the inputs of every normalization, and compares.
+
+    Attributes:
+        as_predicted: Whether every running statistic followed its own micro-batches.
+    """
+
+    name = "watch statistics"
+
+    def __init__(self) -> None:
+        self.as_predicted = True
+
+    @contextmanager
+    def installed(self, _recorder: Recorder) -> Iterator[None]:
+        batch = torch.batch_norm
+
+        def watched(
+            input: torch.Tensor, weight: Any, bias: Any, mean: Any, var: Any, training: bool, momentum: float,  # noqa: A002, ANN401, FBT001
+            eps: float, cudnn: bool  # noqa: FBT001
+        ) -> torch.Tensor:
+            if not training or mean is None:
+                return batch(input, weight, bias, mean, var, training, momentum, eps, cudnn)
+            dims = [d for d in range(input.dim()) if d != 1]
+            with torch.no_grad():
+                wanted = mean + momentum * (input.mean(dims) - mean), var + momentum * (input.var(dims) - var)
+            result = batch(input, weight, bias, mean, var, training, momentum, eps, cudnn)
+            limit = SAFETY * gamma(input.numel(), 2.0**-53)
+            for expected, now in zip(wanted, (mean, var), strict=True):
+                if float((expected - now).norm()) > limit * (float(expected.norm()) + float(input.detach().abs().max())):
+                    self.as_predicted = False
+            return result
+
+        torch.batch_norm = watched  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            torch.batch_norm = batch
+
+
+class Fingerprint(_PerCycle):
+    """Notes, for every module, a number per row of its output: in the full batch, and alone."""
+
+    name = "fingerprint"
+
+    def __init__(self, cycles: Mapping[Key, int]) -> None:
+        super().__init__(cycles)
+        self._full: dict[tuple[str, int, Key], tuple[int, torch.Tensor]] = {}
+        self._alone: dict[tuple[str, int, Key], tuple[int, torch.Tensor]] = {}
+        self._calls: dict[str, int] = {}
+        self._order = 0
+
+    def before_fetch(self, recorder: Recorder) -> None:
+        if recorder.recording.role == "reference" or recorder.recording.role == "pieces":
+            self._calls = {}
+
+    @contextmanager
+    def installed(self, recorder: Recorder) -> Iterator[None]:
+        handles = []
+        kept = self._full if recorder.recording.role == "reference" else self._alone
+        if recorder.recording.role in {"reference", "pieces"}:
+            for name, module in recorder.model.named_modules():
+                handles.append(module.register_forward_hook(self._hook(recorder, name, kept)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, recorder: Recorder, name: str, kept: dict[Any, Any]) -> Any:  # noqa: ANN401
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:  # noqa: ANN401
+            tensor = _first_tensor(output)
+            keys = recorder.recording.fetched[-1] if recorder.recording.fetched else []
+            call = self._calls.get(name, 0)
+            self._calls[name] = call + 1
+            self._order += 1
+            if tensor is None or not keys or not tensor.dim() or tensor.shape[0] % len(keys):
+                return
+            with torch.no_grad():
+                rows = tensor.detach().double().reshape(len(keys), -1)
+                values = torch.stack([rows.sum(1), rows.norm(dim=1)], dim=1)
+            for key, value in zip(keys, values, strict=True):
+                kept[name, call, key] = (self._order, value)
+
+        return hook
+
+    def first_difference(self, terms: int) -> tuple[str | None, float]:
+        """Return the first module, in order of calls, whose output for a row differs, and by how much."""
+        limit = SAFETY * gamma(max(terms, 1), 2.0**-53) * 100
+        worst: dict[tuple[int, str], float] = {}
+        for key, (order, value) in self._full.items():
+            if key not in self._alone:
+                continue
+            other = self._alone[key][1]
+            size = float(value.norm()) or 1.0
+            relative = float((value - other).norm()) / size
+            if relative > limit:
+                worst[order, key[0]] = max(worst.get((order, key[0]), 0.0), relative)
+        if not worst:
+            return None, 0.0
+        first = min(worst)
+        return first[1] or "(the model itself)", worst[first]
+
+
+def _first_tensor(output: Any) -> torch.Tensor | None:  # noqa: ANN401
+    if isinstance(output, torch.Tensor):
+        return output if output.is_floating_point() else None
+    values = output.values() if hasattr(output, "values") else output
+    if isinstance(values, (list, tuple)) or hasattr(output, "values"):
+        for each in values:
+            found = _first_tensor(each)
+            if found is not None:
+                return found
+    return None

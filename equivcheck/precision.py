@@ -1,0 +1,135 @@
+"""Judge what accumulating costs in the precision that the code is written in.
+
+The accumulation alone is looked at: the accumulated gradient as written, against the very contributions that arrived
+from each backward, combined in float64. What is left is rounding of the accumulation, in units of the unit roundoff of
+the parameters' dtype.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+
+from equivcheck.attribution import solve
+from equivcheck.experiment import Experiment
+from equivcheck.noise import growth
+from equivcheck.recording import Recording, Step
+from equivcheck.verdict import overall, roundoff_of
+
+# Correct code stays below 1 unit times the growth (see the calibration in the tests); the next lower dtype
+# that anyone accumulates in is 2**13 times coarser. Eight lies far from both.
+UNITS: Final = 8.0
+# Dtypes at least this coarse are judged against the full run's own error too.
+COARSE: Final = 2.0**-11
+
+
+@dataclass
+class Precision:
+    """Rounding of the accumulation, and of the whole run.
+
+    Attributes:
+        units: Largest rounding of the accumulation, in unit roundoffs times the growth in K.
+        accumulation: Median relative rounding of the accumulation.
+        full_batch: Median relative error of native_reference against float64.
+        accumulated: Median relative error of native_candidate against float64.
+        loss: EQ401 with its evidence, or None.
+        gap: Largest relative difference of the two native gradients.
+        noise: What native code differs by anyway.
+    """
+
+    units: float
+    accumulation: float
+    full_batch: float
+    accumulated: float
+    gap: float
+    noise: float
+    loss: dict[str, Any] | None
+
+
+def judge_precision(experiment: Experiment) -> Precision:
+    """Compare the two native runs of a case with each other and with float64."""
+    full, accumulated = experiment.native("native_reference"), experiment.native("native_candidate")
+    unit = roundoff_of([full.dtype])
+    k = experiment.case.accumulation_steps
+    residuals = [r for step in accumulated.steps if (r := _rounding(step)) is not None and math.isfinite(r)]
+    own = _errors(full)
+    accumulation = statistics.median(residuals) if residuals else 0.0
+    full_error = statistics.median(own) if own else 0.0
+    units = max(residuals, default=0.0) / unit / growth(k)
+    gap = native_gap(full, accumulated)
+    loss = None
+    evidence = {
+        "accumulation": accumulation,
+        "full_batch": full_error,
+        "unit_roundoffs": accumulation / unit,
+        "dtype": full.dtype,
+        "widened": "the same contributions summed in float64 leave none of it",
+    }
+    if units > UNITS or (unit >= COARSE and k > 1 and accumulation > full_error > 0.0):
+        loss = evidence
+    return Precision(
+        units,
+        accumulation,
+        full_error,
+        statistics.median(_errors(accumulated) or [0.0]),
+        gap,
+        max(full_error, accumulation, unit),
+        loss,
+    )
+
+
+def _errors(recording: Recording) -> list[float]:
+    found = []
+    for step in recording.steps:
+        if step.matched is not None and not step.skipped:
+            whole = overall(step.gradients)
+            if whole.finite and whole.rr:
+                found.append(whole.relative)
+    return found
+
+
+def _rounding(step: Step) -> float | None:
+    """Return what is left of a gradient after the best combination of the contributions that arrived."""
+    if step.matched is None or step.skipped or not step.contributions:
+        return None
+    names = [name for name, sample in step.sample.items() if sample is not None]
+    names = [name for name in names if any(name in each for each in step.contributions)]
+    if not names:
+        return None
+    target = torch.cat([t for name in names if (t := step.sample[name]) is not None])
+    rows = [
+        torch.cat([each.get(name, torch.zeros(_length(step, name), dtype=torch.float64)) for name in names])
+        for each in step.contributions
+    ]
+    matrix = torch.stack(rows)
+    if matrix.shape[0] * 4 > matrix.shape[1] or not bool(torch.isfinite(matrix).all()):
+        return None
+    return solve(matrix, target).residual
+
+
+def _length(step: Step, name: str) -> int:
+    sample = step.sample[name]
+    return 0 if sample is None else len(sample)
+
+
+def native_gap(full: Recording, accumulated: Recording) -> float:
+    """Return the largest relative difference of the two native gradients, at the sampled coordinates."""
+    by_match = {step.matched: step for step in full.steps if step.matched is not None}
+    worst = 0.0
+    for step in accumulated.steps:
+        other = by_match.get(step.matched) if step.matched is not None else None
+        if other is None or step.skipped or other.skipped:
+            continue
+        names = [n for n, s in other.sample.items() if s is not None and step.sample.get(n) is not None]
+        if not names:
+            continue
+        a = torch.cat([t for n in names if (t := other.sample[n]) is not None])
+        b = torch.cat([t for n in names if (t := step.sample[n]) is not None])
+        size = float(a.norm())
+        if size and math.isfinite(size):
+            worst = max(worst, float((a - b).norm()) / size)
+    return worst

@@ -1,0 +1,167 @@
+"""What a detector looks at: one accumulated run, as written or with some things already put right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from equivcheck.attribution import predict
+from equivcheck.experiment import Attribution, Experiment, Interventions
+from equivcheck.noise import SAFETY
+from equivcheck.recording import Event, Place, Recording
+from equivcheck.verdict import Judgement
+
+
+@dataclass
+class Suspicion:
+    """A cause that would explain what was seen, and how to put it right.
+
+    Attributes:
+        code: EQnnn.
+        variants: Ways to put it right, each a tuple of interventions; the first that works proves it.
+        evidence: Numbers and places that speak for it.
+        step: Optimizer step that shows it first.
+        rank: Order of trial: specific signatures first.
+        shared: The full batch has it too.
+        proved: Proved by means of its own (a repeat, the reference); no intervention is needed.
+        explains: Kinds of findings that a cause proved by its own means accounts for.
+    """
+
+    code: str
+    variants: list[Interventions] = field(default_factory=list)
+    evidence: dict[str, Any] = field(default_factory=dict)
+    step: int = 0
+    rank: int = 50
+    shared: bool = False
+    proved: bool = False
+    explains: frozenset[str] = frozenset()
+
+
+class View:
+    """One accumulated run and what follows from it, computed when asked for."""
+
+    def __init__(self, experiment: Experiment, chosen: Interventions = ()) -> None:
+        self.experiment = experiment
+        self.chosen = chosen
+        self.steps = experiment.case.accumulation_steps
+
+    @cached_property
+    def reference(self) -> Recording:
+        """The full-batch run."""
+        return self.experiment.reference(self.chosen)
+
+    @cached_property
+    def candidate(self) -> Recording:
+        """The accumulated run."""
+        return self.experiment.candidate(self.chosen)
+
+    @cached_property
+    def judgement(self) -> Judgement:
+        """What differs between them."""
+        return self.experiment.judgement(self.chosen)
+
+    @cached_property
+    def places(self) -> list[Place]:
+        """Where every backward of the accumulated run stands."""
+        return self.experiment.schedule()
+
+    @cached_property
+    def cycles(self) -> dict[tuple[int, int], int]:
+        """The reference step of every sample."""
+        return self.experiment.cycles()
+
+    @cached_property
+    def attributions(self) -> list[Attribution]:
+        """The weights of every matched step."""
+        return self.experiment.attributions(self.chosen)
+
+    @cached_property
+    def divergent(self) -> list[Attribution]:
+        """The weights of those steps whose gradient differs."""
+        bad = {each.step for each in self.judgement.findings if each.kind in {"gradients", "applied"}}
+        return [each for each in self.attributions if each.step in bad]
+
+    def inside(self, *kinds: str) -> list[tuple[Event, Place]]:
+        """Return the events of some kinds that happened inside a cycle, with the backward before each."""
+        found = []
+        for event in self.candidate.timeline:
+            if event.kind in kinds and 0 < event.backwards <= len(self.places):
+                place = self.places[event.backwards - 1]
+                if not place.last:
+                    found.append((event, place))
+        return found
+
+    def at_step(self, place: Place) -> int:
+        """Return the optimizer step that a place belongs to."""
+        return place.cycle
+
+    def tolerance(self, attribution: Attribution) -> float:
+        """Return the relative error that a predicted gradient may have: noise of the pieces it is made of."""
+        noise = self.experiment.noise()
+        sizes = attribution.pieces.norm(dim=1).sum() * max(1.0, max((abs(x) for x in attribution.w.solution), default=1.0))
+        size = float(attribution.candidate.norm()) or 1.0
+        base = max(noise.floor(), SAFETY * noise.total(attribution.matched, lambda s: s.gradients))
+        return base * max(1.0, float(sizes) / size)
+
+    def fits(self, attribution: Attribution, weights: Iterable[float]) -> bool:
+        """Return whether these weights predict the accumulated gradient to within noise."""
+        weights = list(weights)
+        if len(weights) != attribution.pieces.shape[0]:
+            return False
+        predicted = predict(attribution.pieces, weights)
+        size = float(attribution.candidate.norm())
+        return float((predicted - attribution.candidate).norm()) <= self.tolerance(attribution) * (size or 1.0)
+
+    def spans(self, attribution: Attribution, *, reference: bool) -> bool:
+        """Return whether a gradient lies in the span of the pieces."""
+        fit = attribution.v if reference else attribution.w
+        return fit.residual is not None and fit.residual <= self.tolerance(attribution)
+
+    def right(self, attribution: Attribution) -> list[float] | None:
+        """Return the true weights: those of the full batch; None if they do not make it."""
+        return attribution.v.solution if self.spans(attribution, reference=True) else None
+
+    def full_size(self, attribution: Attribution) -> bool:
+        """Return whether a cycle is complete."""
+        return attribution.pieces.shape[0] == self.steps
+
+    def counts(self) -> dict[str, list[list[int]]]:
+        """Return what each micro-batch holds of what may be counted: rows, labels, masked entries; per cycle."""
+        experiment = self.experiment
+        found: dict[str, list[list[int]]] = {"rows": []}
+        for batch, slices in zip(experiment.data.batches, experiment.slices(experiment.data), strict=True):
+            found["rows"].append([stop - start for start, stop in slices])
+            for path, tensor in _leaves("", batch):
+                for label, mask in _masks(path, tensor):
+                    rows = mask.flatten(1).sum(1) if mask.dim() > 1 else mask
+                    found.setdefault(label, []).append([int(rows[start:stop].sum()) for start, stop in slices])
+        return {label: values for label, values in found.items() if len(values) == len(experiment.data.rows)}
+
+
+def _leaves(path: str, value: Any) -> list[tuple[str, torch.Tensor]]:  # noqa: ANN401
+    if isinstance(value, torch.Tensor):
+        return [(path or "batch", value)] if value.dim() else []
+    items: Any = ()
+    if hasattr(value, "items"):
+        items = value.items()
+    elif isinstance(value, (list, tuple)):
+        items = enumerate(value)
+    return [leaf for key, inner in items for leaf in _leaves(f"{path}.{key}" if path else str(key), inner)]
+
+
+def _masks(path: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    if tensor.is_floating_point() or tensor.is_complex():
+        values = bool(((tensor == 0) | (tensor == 1)).all())
+        return [(f"{path} != 0", tensor != 0)] if values else []
+    found = [(f"{path} entries", torch.ones_like(tensor, dtype=torch.bool))]
+    if tensor.dtype == torch.bool or int(tensor.min()) >= 0:
+        found.append((f"{path} != 0", tensor != 0))
+    if tensor.dtype != torch.bool and bool((tensor < 0).any()):
+        found.append((f"{path} >= 0", tensor >= 0))
+        if tensor.dim() > 1 and tensor.shape[1] > 1:
+            found.append((f"{path}[:, 1:] >= 0", tensor[:, 1:] >= 0))
+    return found
