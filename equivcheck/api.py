@@ -206,7 +206,7 @@ def plan(
         cases, remarks = plan_cases(
             subject,
             list(values.get("accumulation_steps") or DEFAULT_ACCUMULATION_STEPS),
-            explicit,
+            explicit=explicit,
             **{name: values[name] for name in fields if name in values},
         )
         jobs += [Job(subject, case, values.get("train")) for case in cases]
