@@ -15,25 +15,25 @@ _SCALES = ("DivBackward0", "MulBackward0", "NegBackward0", "ToCopyBackward0", "V
            "UnsqueezeBackward0", "CloneBackward0", "AliasBackward0")
 
 Path = tuple[int, ...]
+# A penalty is often a sum over all parameters: its terms need not be told apart, and each costs a backward.
+MOST = 8
 
 
 def addends(root: torch.Tensor) -> list[Path]:
-    """Return the path of every addend of a scalar loss; one empty path if it is no sum."""
+    """Return the paths of the addends of a scalar loss, the outermost `MOST`; one empty path if it is no sum."""
     found: list[Path] = []
-
-    def walk(node: Any, path: Path) -> None:  # noqa: ANN401 - an autograd node
+    open_ = [((), root.grad_fn)] if root.grad_fn is not None else []
+    while open_:
+        path, node = open_.pop(0)
         kind = type(node).__name__
         edges = [(i, edge) for i, (edge, _) in enumerate(getattr(node, "next_functions", ())) if edge is not None]
-        if kind in _SUMS and len(edges) > 1:
-            for i, edge in edges:
-                walk(edge, (*path, i))
+        if kind in _SUMS and len(edges) > 1 and len(found) + len(open_) + len(edges) <= MOST:
+            open_ += [((*path, i), edge) for i, edge in edges]
         elif kind in (*_SUMS, *_SCALES) and len(edges) == 1 and _below(edges[0][1]):
-            walk(edges[0][1], (*path, edges[0][0]))
+            open_.insert(0, ((*path, edges[0][0]), edges[0][1]))
         else:
             found.append(path)
-
-    walk(root.grad_fn, ())
-    return found
+    return found or [()]
 
 
 def _below(node: Any) -> bool:  # noqa: ANN401

@@ -15,6 +15,7 @@ from torch import nn
 
 from equivcheck.errors import EquivcheckError, StepError, UsageError
 from equivcheck.feed import Data, Feed, Key
+from equivcheck.entropy import watch_entropy
 from equivcheck.neutral import functional_dropout_off, switch_off_modules
 from equivcheck.observe import Observer, Pieces
 from equivcheck.promotion import promote_module, promoted
@@ -65,8 +66,12 @@ def execute(subject: Subject, case: Case, run: Run, observer: Observer) -> Recor
     """
     started = time.perf_counter()
     recording = Recording(role=run.role)
-    code = subject.fresh()
-    with torch.random.fork_rng(devices=[]):
+
+    def unseeded() -> None:
+        recording.unseeded = True
+
+    with torch.random.fork_rng(devices=[]), watch_entropy(unseeded):
+        code = subject.fresh()
         return _execute(subject, case, run, observer, code, recording, started)
 
 

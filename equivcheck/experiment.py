@@ -24,11 +24,11 @@ from equivcheck.errors import EquivcheckError, UsageError
 from equivcheck.execute import Run, execute
 from equivcheck.feed import Data, Key, read_batches
 from equivcheck.interventions import Intervention
-from equivcheck.noise import UNIT_ROUNDOFF
+from equivcheck.noise import UNIT_ROUNDOFF, coordinates
 from equivcheck.observe import Comparer, Keeper, Observer, Pieces
 from equivcheck.promotion import promote_tree
 from equivcheck.recorder import Recorder
-from equivcheck.recording import Place, Recording, Step
+from equivcheck.recording import Kept, Place, Recording, Step
 from equivcheck.split import block_permutation, plan
 from equivcheck.subject import Subject
 from equivcheck.verdict import Judgement, Noise, judge, overall, roundoff_of, unfit
@@ -57,6 +57,19 @@ class Attribution:
     v: Weights
     w: Weights
     names: list[tuple[str, int]]
+    weights_piece: torch.Tensor | None = None
+
+    def only(self, names: frozenset[str]) -> Attribution:
+        """Return the fit over some parameters alone."""
+        index, kept, begin = [], [], 0
+        for name, length in self.names:
+            if name in names:
+                index.append(torch.arange(begin, begin + length))
+                kept.append((name, length))
+            begin += length
+        chosen = torch.cat(index) if index else torch.zeros(0, dtype=torch.long)
+        pieces, r, c = self.pieces[:, chosen], self.reference[chosen], self.candidate[chosen]
+        return Attribution(self.step, self.matched, pieces, r, c, solve(pieces, r), solve(pieces, c), kept)
 
 
 class Experiment:
@@ -84,6 +97,7 @@ class Experiment:
         self.runs: list[dict[str, Any]] = []
         self._progress = progress
         self._cache: dict[Any, Any] = {}
+        self.remembered: dict[Any, Any] = {}
         self._keepers: list[Keeper] = []
         code = subject.fresh()
         torch.manual_seed(case.seed)
@@ -434,6 +448,14 @@ class Experiment:
         except EquivcheckError:
             self.notes.append("the micro-batches could not be run alone: no weights, and a coarser noise floor")
 
+    def _sampled(self, reference: Recording, name: str, start: Kept | None) -> torch.Tensor | None:
+        if start is None or name not in start.after:
+            return None
+        chosen = coordinates({each: tensor.numel() for each, tensor in start.after.items()}).get(name)
+        flat = start.after[name].flatten()
+        del reference
+        return (flat if chosen is None else flat[chosen]).double()
+
     def fit(self) -> float | None:
         """Return how far the control is off, or None if it can be relied on."""
         return unfit(self.control(), self.reference(), self.terms(), self.noise().roundoff)
@@ -466,20 +488,39 @@ class Experiment:
                 steps = [pieces.get((step.optimizer, keys)) for keys in micro]
                 if not steps or any(each is None for each in steps):
                     continue
-                found.append(_attribution(step, target, [each for each in steps if each is not None]))
+                start = reference.kept[cycle - 1] if cycle > 0 else reference.initial
+                weights = {name: self._sampled(reference, name, start) for name in target.sample}
+                found.append(_attribution(step, target, [each for each in steps if each is not None], weights))
             return found
 
         return self._once(("attributions", interventions), make)  # type: ignore[no-any-return]
 
 
-def _attribution(step: Step, target: Step, pieces: Sequence[Step]) -> Attribution:
+def _attribution(
+    step: Step, target: Step, pieces: Sequence[Step], weights: dict[str, torch.Tensor | None]
+) -> Attribution:
     names = [(name, len(s)) for name, s in target.sample.items() if s is not None]
     matrix = torch.stack([_flat(piece, names) for piece in pieces])
     reference, candidate = _flat(target, names), _flat(step, names)
     assert step.matched is not None
-    return Attribution(
-        step.index, step.matched, matrix, reference, candidate, solve(matrix, reference), solve(matrix, candidate), names
-    )
+    v, w, extra = solve(matrix, reference), solve(matrix, candidate), None
+    if v.residual is not None and v.residual > BEYOND_ROUNDING:
+        # A penalty on the weights, put into the gradients: the weights themselves are then a piece.
+        theta = torch.cat([_or_zeros(weights.get(name), length) for name, length in names])
+        with_theta = solve(torch.cat([matrix, theta[None]]), reference)
+        if with_theta.residual is not None and with_theta.residual <= BEYOND_ROUNDING:
+            k = matrix.shape[0]
+            extra = theta
+            v = replace(with_theta, values=with_theta.values[:k], solution=with_theta.solution[:k])
+    return Attribution(step.index, step.matched, matrix, reference, candidate, v, w, names, extra)
+
+
+# Residuals of fits lie at 1e-15 for what is in the span and at 1e-3 and more for what is not.
+BEYOND_ROUNDING = 1e-9
+
+
+def _or_zeros(tensor: torch.Tensor | None, length: int) -> torch.Tensor:
+    return torch.zeros(length, dtype=torch.float64) if tensor is None else tensor
 
 
 def _flat(step: Step, names: Sequence[tuple[str, int]]) -> torch.Tensor:

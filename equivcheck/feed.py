@@ -134,7 +134,9 @@ class Feed:
     def loader(self, length: int | None = None) -> DataLoader[Any]:
         """Return a loader over the micro-batches, whose `len` may be stated otherwise."""
         sampler = _Batches(self.micro_batches, length)
-        return DataLoader(_Rows(self), batch_sampler=sampler, collate_fn=_same)
+        # A generator of its own: making an iterator must not advance the one that the user's code draws from.
+        generator = torch.Generator()
+        return DataLoader(_Rows(self), batch_sampler=sampler, collate_fn=_same, generator=generator)
 
     def dataset(self) -> Dataset[Any]:
         """Return all samples, map-style, one without its batch dimension at each position."""

@@ -152,8 +152,8 @@ class Fingerprint(_PerCycle):
 
     def __init__(self, cycles: Mapping[Key, int]) -> None:
         super().__init__(cycles)
-        self._full: dict[tuple[str, int, Key], tuple[int, torch.Tensor]] = {}
-        self._alone: dict[tuple[str, int, Key], tuple[int, torch.Tensor]] = {}
+        self._full: dict[tuple[str, int, Key, int], tuple[int, torch.Tensor]] = {}
+        self._alone: dict[tuple[str, int, Key, int], tuple[int, torch.Tensor]] = {}
         self._calls: dict[str, int] = {}
         self._order = 0
 
@@ -187,7 +187,7 @@ class Fingerprint(_PerCycle):
                 rows = tensor.detach().double().reshape(len(keys), -1)
                 values = torch.stack([rows.sum(1), rows.norm(dim=1)], dim=1)
             for key, value in zip(keys, values, strict=True):
-                kept[name, call, key] = (self._order, value)
+                kept[name, call, key, rows.shape[1]] = (self._order, value)
 
         return hook
 

@@ -17,6 +17,7 @@ import torch
 from torch.optim import Optimizer
 
 from equivcheck.addends import addend_gradients, scale_addend
+from equivcheck.shadow import shadow_weights
 
 if TYPE_CHECKING:
     from equivcheck.recorder import Recorder
@@ -85,19 +86,38 @@ class Reweight(Intervention):
 
     Args:
         factors: Per cycle, one factor for each micro-step: the true weight over the weight that a hypothesis predicts.
+        names: The parameters whose gradients are concerned; None for all, by way of the root.
     """
 
     name = "reweight"
 
-    def __init__(self, factors: Mapping[int, Sequence[float]]) -> None:
+    def __init__(self, factors: Mapping[int, Sequence[float]], names: frozenset[str] | None = None) -> None:
         self._factors = factors
+        self._names = names
 
-    def root_factor(self, recorder: Recorder) -> float:
+    def _factor(self, recorder: Recorder) -> float:
         place = recorder.place()
         if place is None:
             return 1.0
         factors = self._factors.get(place.cycle, ())
         return factors[place.micro_step] if place.micro_step < len(factors) else 1.0
+
+    def root_factor(self, recorder: Recorder) -> float:
+        return self._factor(recorder) if self._names is None else 1.0
+
+    @contextmanager
+    def around_backward(self, recorder: Recorder, _outputs: Sequence[Any]) -> Iterator[None]:
+        factor = self._factor(recorder)
+        handles = []
+        if self._names is not None and factor != 1.0:
+            for parameter in recorder.gradient_holders():
+                if recorder.names.get(id(parameter)) in self._names:
+                    handles.append(parameter.register_hook(lambda gradient: gradient * factor))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 class Defer(Intervention):
@@ -114,6 +134,68 @@ class Defer(Intervention):
 
     def allows(self, kind: str, recorder: Recorder) -> bool:
         return kind not in self._kinds or not recorder.inside()
+
+
+class Ration(Defer):
+    """Leave out calls of one kind inside a cycle, and at its end all beyond what the full batch makes.
+
+    Args:
+        kind: As for Defer.
+        most: Calls that the full-batch run makes per cycle.
+    """
+
+    name = "ration"
+
+    def __init__(self, kind: str, most: int) -> None:
+        super().__init__(kind)
+        self._kind = kind
+        self._most = most
+        self._made: dict[int, int] = {}
+
+    @contextmanager
+    def installed(self, _recorder: Recorder) -> Iterator[None]:
+        self._made = {}
+        yield
+
+    def allows(self, kind: str, recorder: Recorder) -> bool:
+        if not super().allows(kind, recorder):
+            return False
+        if kind != self._kind or not recorder.backwards:
+            return True
+        self._made[recorder.backwards] = self._made.get(recorder.backwards, 0) + 1
+        return self._made[recorder.backwards] <= self._most
+
+
+class Before(Intervention):
+    """Start every optimizer step from the parameters and the state that the full batch starts it from."""
+
+    name = "state before the step"
+    both = True
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, int], list[torch.Tensor]] = {}
+        self._count: dict[str, int] = {}
+
+    @contextmanager
+    def installed(self, _recorder: Recorder) -> Iterator[None]:
+        self._count = {}
+        yield
+
+    def before_step(self, recorder: Recorder, optimizer: Optimizer) -> None:
+        key = recorder.key_of(optimizer)
+        index = self._count.get(key, 0)
+        self._count[key] = index + 1
+        tensors = [p.detach() for p in recorder.gradient_holders()]
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            entries = optimizer.state.get(parameter, {})
+            tensors += [each.detach() for _, each in sorted(entries.items()) if isinstance(each, torch.Tensor)]
+        with torch.no_grad():
+            if recorder.recording.role == "reference":
+                self._known[key, index] = [each.clone() for each in tensors]
+            elif recorder.recording.role == "candidate":
+                for mine, theirs in zip(tensors, self._known.get((key, index), []), strict=False):
+                    if mine.shape == theirs.shape:
+                        mine.copy_(theirs)
 
 
 class Hold(Intervention):
@@ -222,15 +304,31 @@ class Rewind(Intervention):
         self._what = what
         self._saved: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._entries: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        self._ended = True
+        self._done = -1
+
+    @contextmanager
+    def installed(self, recorder: Recorder) -> Iterator[None]:
+        # Before every forward: a loop may have fetched the whole cycle long before.
+        handle = recorder.model.register_forward_pre_hook(lambda *_: self._rewind(recorder))
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def before_fetch(self, recorder: Recorder) -> None:
+        self._rewind(recorder)
+
+    def _rewind(self, recorder: Recorder) -> None:
+        if recorder.backwards == self._done:
+            return
+        self._done = recorder.backwards
         with torch.no_grad():
             if recorder.inside():
                 for tensor, value in self._saved:
                     tensor.copy_(value)
-                for entries, value in self._entries:
-                    entries.update(value)
+                for entries, values in self._entries:
+                    # Fresh copies each time: the loop may change in place what is put back.
+                    entries.update({k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in values.items()})
             else:
                 self._save(recorder)
 
@@ -249,7 +347,8 @@ class Rewind(Intervention):
                     numbers = {k: v for k, v in entries.items() if isinstance(v, (int, float))}
                     self._entries.append((entries, numbers))
         if "shadows" in self._what:
-            for holder in recorder.__dict__.get("_shadow_holders", {}).values():
+            shadow_weights(recorder)
+            for holder in recorder.shadow_holders.values():
                 tensors += self._holder(holder)
         self._saved = [(tensor, tensor.clone()) for tensor in tensors]
 

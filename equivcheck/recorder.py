@@ -70,6 +70,7 @@ class Recorder:
         self.code: Code | None = None
         self.data: Data | None = None
         self.schedule = schedule or []
+        self.shadow_holders: dict[str, Any] = {}
         self.names: dict[int, str] = {id(p): name for name, p in model.named_parameters()}
         self.optimizers: dict[int, str] = {}
         self.alive: dict[str, weakref.ref[Optimizer]] = {}
@@ -213,7 +214,9 @@ class Recorder:
     ) -> Any:  # noqa: ANN401
         self._look_before_backward()
         loss, root = _root_value(outputs, args[0])
-        record = Backward(self.backwards, len(self.recording.fetched), loss / self._loss_scale, self._loss_scale, root)
+        record = Backward(
+            self.backwards, len(self.recording.fetched), loss / self._loss_scale, self._loss_scale, root, _root_scalar(outputs)
+        )
         self.recording.backwards.append(record)
         factor = 1.0
         for each in self.interventions:
@@ -646,6 +649,20 @@ def _root_value(outputs: list[Any], seeds: Any) -> tuple[float, str]:  # noqa: A
             value = output.detach()
             total += float((value if seed is None else value * seed.detach()).double().sum())
     return total, name
+
+
+def _root_scalar(outputs: list[Any]) -> float:
+    """Return the number that the loss was multiplied with last: a loss scale by hand; 1 if it was not."""
+    node = outputs[0].grad_fn if len(outputs) == 1 and isinstance(outputs[0], torch.Tensor) else None
+    if type(node).__name__ != "MulBackward0":
+        return 1.0
+    try:
+        other = node._saved_other
+    except RuntimeError:  # The graph was freed: a second backward through it.
+        return 1.0
+    # Outside of any mode: torch hands a number that was wrapped as a tensor to modes as a number again.
+    with _quiet():
+        return float(other) if other is not None and other.numel() == 1 and not other.requires_grad else 1.0
 
 
 def _scaled(seeds: Any, outputs: list[Any], factor: float) -> tuple[Any, ...]:  # noqa: ANN401

@@ -108,7 +108,7 @@ class Backward:
     loss: float
     loss_scale: float
     root: str
-    addends: int = 1
+    root_scalar: float = 1.0
 
 
 @dataclass

@@ -32,7 +32,7 @@ def shadow_weights(recorder: Recorder, *, ended: bool = False) -> dict[str, torc
         recorder: The recorder of the run; it remembers what was found while the frames were alive.
         ended: The run is over, its frames are gone: read again what was found before.
     """
-    holders: dict[str, Any] = recorder.__dict__.setdefault("_shadow_holders", {})
+    holders = recorder.shadow_holders
     if not ended:
         for name, value in _variables(sys._getframe(1)):
             if name not in holders or holders[name] is not value:

@@ -53,18 +53,18 @@ def _altered(experiment: Experiment, code: str, intervention: Intervention) -> l
 
 def skipped_steps(experiment: Experiment) -> list[Suspicion]:
     """EQ404: a step that float64 takes is left out in the arithmetic as written."""
-    reference = experiment.reference()
-    for role in ("native_reference", "native_candidate"):
+    for role, promoted in (
+        ("native_reference", experiment.reference()),
+        ("native_candidate", experiment.candidate()),
+    ):
         native = experiment.native(role)
         took = {step.matched for step in native.steps if step.matched is not None and not step.skipped}
-        left_out = [step.index for step in reference.steps if step.index not in took and not step.skipped]
-        if not left_out or len(left_out) == len(reference.steps) == 0:
-            continue
-        infinite = any(not step.finite for step in native.steps) or any(
-            event.kind == "skipped" for event in native.timeline
-        )
-        missing = len(native.steps) < len(reference.steps)
-        if infinite or missing:
+        left_out = [
+            step.matched
+            for step in promoted.steps
+            if step.matched is not None and step.matched not in took and not step.skipped
+        ]
+        if left_out and len(native.steps) <= len(promoted.steps):
             scales = sorted({each.loss_scale for each in native.backwards})
             evidence = {"role": role, "optimizer_steps": left_out[:8], "loss_scales": scales[:8]}
             return [Suspicion("EQ404", [], evidence, left_out[0], shared=role == "native_reference", proved=True)]

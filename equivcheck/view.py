@@ -48,6 +48,7 @@ class View:
         self.experiment = experiment
         self.chosen = chosen
         self.steps = experiment.case.accumulation_steps
+        self.names: frozenset[str] | None = None
 
     @cached_property
     def reference(self) -> Recording:
@@ -112,9 +113,12 @@ class View:
         weights = list(weights)
         if len(weights) != attribution.pieces.shape[0]:
             return False
-        predicted = predict(attribution.pieces, weights)
+        rest = attribution.candidate - predict(attribution.pieces, weights)
+        theta = attribution.weights_piece
+        if theta is not None and float(theta @ theta):
+            rest = rest - theta * (float(rest @ theta) / float(theta @ theta))
         size = float(attribution.candidate.norm())
-        return float((predicted - attribution.candidate).norm()) <= self.tolerance(attribution) * (size or 1.0)
+        return float(rest.norm()) <= self.tolerance(attribution) * (size or 1.0)
 
     def spans(self, attribution: Attribution, *, reference: bool) -> bool:
         """Return whether a gradient lies in the span of the pieces."""
@@ -140,6 +144,20 @@ class View:
                     rows = mask.flatten(1).sum(1) if mask.dim() > 1 else mask
                     found.setdefault(label, []).append([int(rows[start:stop].sum()) for start, stop in slices])
         return {label: values for label, values in found.items() if len(values) == len(experiment.data.rows)}
+
+
+class Part(View):
+    """The same run, seen through some of its parameters only."""
+
+    def __init__(self, whole: View, names: frozenset[str]) -> None:
+        super().__init__(whole.experiment, whole.chosen)
+        self._whole = whole
+        self.names = names
+
+    @cached_property
+    def attributions(self) -> list[Attribution]:
+        """The weights of every matched step, fitted over those parameters."""
+        return [each.only(self.names or frozenset()) for each in self._whole.attributions]
 
 
 def _leaves(path: str, value: Any) -> list[tuple[str, torch.Tensor]]:  # noqa: ANN401

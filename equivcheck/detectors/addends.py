@@ -2,62 +2,123 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from equivcheck.attribution import predict, solve
-from equivcheck.interventions import Addend, Addends, ordinal_of
-from equivcheck.recording import Place, Recording
+from equivcheck.errors import EquivcheckError
+from equivcheck.interventions import Addend, Addends, Intervention, ordinal_of
+from equivcheck.recording import Place
 from equivcheck.view import Suspicion, View
 
 Component = tuple[int, tuple[int, ...]]
-Taken = dict[tuple[int, ...], dict[str, torch.Tensor]]
+ByPlace = dict[tuple[int, int], dict[Component, torch.Tensor]]
+
+
+@dataclass
+class Parts:
+    """Gradients of every addend: of the micro-batches alone, accumulated, and of the full batch."""
+
+    alone: ByPlace
+    accumulated: ByPlace
+    whole: ByPlace
+
+    @property
+    def components(self) -> list[Component]:
+        """Every addend that any micro-batch has."""
+        return sorted({component for by_place in self.alone.values() for component in by_place})
 
 
 def suspect(view: View) -> list[Suspicion]:
     """Return a suspicion if some addends of the loss agree with the full batch and others do not."""
-    experiment = view.experiment
     if not view.divergent or any(isinstance(each, Addend) for each in view.chosen):
         return []
-    names = view.divergent[0].names
-    try:
-        alone = _taken(view, "pieces", names)
-        accumulated = _taken(view, "candidate", names)
-        whole = _taken(view, "reference", names)
-    except Exception:  # noqa: BLE001 - a graph that cannot be walked twice has no addends to tell apart
+    parts = addend_parts(view)
+    if parts is None:
         return []
-    components = sorted({component for by_place in alone.values() for component in by_place})
-    if len(components) < 2:  # noqa: PLR2004
+    wrong = {component: _wrong(view, component, parts) for component in parts.components}
+    if not any(wrong.values()) or all(wrong.values()) or any(each is False for each in wrong.values()):
+        # Nothing wrong; or the whole loss is; or something that no factor explains.
         return []
     found = []
-    for component in components:
-        suspicion = _wrong(view, component, alone, accumulated, whole)
-        if suspicion is not None:
-            found.append(suspicion)
-    # If every addend is wrong, it is the whole loss that is.
-    del experiment
-    return found if len(found) < len(components) else []
+    for code, same in (("EQ107", True), ("EQ106", False)):
+        mine = {c: each for c, each in wrong.items() if isinstance(each, _Wrong) and each.same is same}
+        if mine:
+            interventions: tuple[Intervention, ...] = tuple(Addend(*c, each.factors) for c, each in mine.items())
+            first = next(iter(mine.values()))
+            evidence = {
+                "addends": [list(path) or f"backward {ordinal}" for ordinal, path in mine][:4],
+                "times": first.times,
+                "same_in_every_micro_batch": same,
+            }
+            found.append(Suspicion(code, [interventions], evidence, first.step, 16))
+    return found
 
 
-def _taken(
-    view: View, role: str, names: list[tuple[str, int]]
-) -> dict[tuple[int, int], dict[Component, torch.Tensor]]:
+def addend_parts(view: View) -> Parts | None:
+    """Return the gradients of the addends, or None where the loss has only one, or the graph cannot be walked."""
+    cache = view.experiment.remembered
+    key = ("addends", tuple(id(each) for each in view.chosen))
+    if key not in cache:
+        cache[key] = _parts(view)
+    return cache[key]  # type: ignore[no-any-return]
+
+
+def _parts(view: View) -> Parts | None:
+    attributions = view.attributions
+    if not attributions:
+        return None
+    names = attributions[0].names
+    try:
+        alone = _taken(view, "pieces", names)
+        if max((len(each) for each in alone.values()), default=0) < 2:  # noqa: PLR2004
+            return None
+        return Parts(alone, _taken(view, "candidate", names), _taken(view, "reference", names))
+    except (EquivcheckError, RuntimeError):
+        # A graph that cannot be walked twice has no addends to tell apart.
+        return None
+
+
+def spanned(view: View) -> bool:
+    """Return whether the full batch is made of the micro-batches' addends, each with weights of its own."""
+    parts = addend_parts(view)
+    if parts is None:
+        return False
+    for each in view.attributions:
+        cycle = _cycle(view, each.matched)
+        total = torch.zeros_like(each.reference)
+        matrix = []
+        for component in parts.components:
+            pieces = [parts.alone.get((cycle, i), {}).get(component) for i in range(each.pieces.shape[0])]
+            if any(x is None for x in pieces):
+                return False
+            matrix += [x for x in pieces if x is not None]
+        fit = solve(torch.stack(matrix), each.reference)
+        del total
+        if fit.residual is None or fit.residual > view.tolerance(each):
+            return False
+    return True
+
+
+def _cycle(view: View, matched: int) -> int:
+    return min((view.cycles[key] for key in view.reference.steps[matched].samples if key in view.cycles), default=matched)
+
+
+def _taken(view: View, role: str, names: list[tuple[str, int]]) -> ByPlace:
     """Return, by cycle and micro-step, the gradient of every addend."""
     experiment = view.experiment
     taker = Addends()
     taker.both = role != "candidate"
     chosen = (*view.chosen, taker)
-    recording: Recording
     if role == "reference":
-        recording = experiment.reference(chosen)
-        places = recording.places(view.cycles)
+        places = experiment.reference(chosen).places(view.cycles)
     elif role == "pieces":
-        experiment.pieces(chosen)
-        recording = experiment.pieces_recording(chosen)
-        places = recording.places(view.cycles)
+        places = experiment.pieces_recording(chosen).places(view.cycles)
     else:
-        recording = experiment.candidate(chosen)
+        experiment.candidate(chosen)
         places = view.places
-    found: dict[tuple[int, int], dict[Component, torch.Tensor]] = {}
+    found: ByPlace = {}
     for index, (place, by_path) in enumerate(zip(places, taker.taken.get(role, []), strict=False)):
         here = found.setdefault((place.cycle, place.micro_step), {})
         for path, gradients in by_path.items():
@@ -70,50 +131,45 @@ def _ordinal(places: list[Place], index: int) -> int:
     return ordinal_of(places, index)
 
 
-def _wrong(
-    view: View,
-    component: Component,
-    alone: dict[tuple[int, int], dict[Component, torch.Tensor]],
-    accumulated: dict[tuple[int, int], dict[Component, torch.Tensor]],
-    whole: dict[tuple[int, int], dict[Component, torch.Tensor]],
-) -> Suspicion | None:
-    factors: dict[int, list[float]] = {}
-    evidence: dict[str, object] = {}
-    same_everywhere = True
-    step = 0
+@dataclass
+class _Wrong:
+    same: bool
+    times: float
+    step: int
+    factors: dict[int, list[float]]
+
+
+def _wrong(view: View, component: Component, parts: Parts) -> _Wrong | bool | None:
+    """Return how one addend is wrong; None if it is right, False if no factor explains it."""
+    found: _Wrong | None = None
     for each in view.attributions:
-        cycle = min((view.cycles[key] for key in view.reference.steps[each.matched].samples), default=each.matched)
+        cycle = _cycle(view, each.matched)
         k = each.pieces.shape[0]
-        pieces = [alone.get((cycle, i), {}).get(component) for i in range(k)]
-        parts = [accumulated.get((cycle, i), {}).get(component) for i in range(k)]
-        target = whole.get((cycle, 0), {}).get(component)
-        if target is None or any(x is None for x in pieces) or any(x is None for x in parts):
-            return None
+        pieces = [parts.alone.get((cycle, i), {}).get(component) for i in range(k)]
+        mine = [parts.accumulated.get((cycle, i), {}).get(component) for i in range(k)]
+        target = parts.whole.get((cycle, 0), {}).get(component)
+        if target is None or any(x is None for x in pieces) or any(x is None for x in mine):
+            return False
         matrix = torch.stack([x for x in pieces if x is not None])
-        total = torch.stack([x for x in parts if x is not None]).sum(0)
-        size = float(target.norm())
+        total = torch.stack([x for x in mine if x is not None]).sum(0)
+        size = max(float(target.norm()), float(matrix.norm()))
         limit = view.tolerance(each)
-        if not size or float((total - target).norm()) <= limit * max(size, float(matrix.norm())):
+        if float((total - target).norm()) <= limit * size:
             continue
         same = float((matrix - matrix[0]).norm()) <= limit * float(matrix.norm())
-        same_everywhere &= same
         right = [1.0 / k] * k if same else solve(matrix, target).solution
-        ones, scaled = [1.0] * k, [x * k for x in right]
-        for wrong in (ones, scaled, [x / k for x in right]):
-            gap = float((predict(matrix, wrong) - total).norm())
-            if gap <= limit * max(float(total.norm()), float(matrix.norm())):
-                factors[cycle] = [v / w if w else 1.0 for v, w in zip(right, wrong, strict=True)]
-                if not evidence:
-                    evidence = {
-                        "addend": list(component[1]) or f"backward {component[0]}",
-                        "times": float(total.norm()) / size,
-                        "same_in_every_micro_batch": same,
-                    }
-                    step = each.step
-                break
-        else:
-            return None
-    if not factors:
-        return None
-    code = "EQ107" if same_everywhere else "EQ106"
-    return Suspicion(code, [(Addend(*component, factors),)], evidence, step, 16)
+        wrongs = [[1.0] * k, [x * k for x in right], [x / k for x in right], [1.0 / k] * k]
+        for values in view.counts().values():
+            counts = values[each.matched % len(values)]
+            if len(counts) == k and sum(counts):
+                wrongs.append([x / sum(counts) for x in counts])
+        fitting = next(
+            (w for w in wrongs if float((predict(matrix, w) - total).norm()) <= limit * max(size, float(total.norm()))), None
+        )
+        if fitting is None:
+            return False
+        if found is None:
+            found = _Wrong(same, float(total.norm()) / (float(target.norm()) or 1.0), each.step, {})
+        found.same &= same
+        found.factors[cycle] = [v / w if w else 1.0 for v, w in zip(right, fitting, strict=True)]
+    return found

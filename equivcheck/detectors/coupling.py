@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
+from equivcheck.detectors.addends import spanned
+from equivcheck.errors import EquivcheckError
+from equivcheck.experiment import Attribution
 from equivcheck.freeze import Fingerprint, Freeze, Statistics
 from equivcheck.view import Suspicion, View
 
@@ -19,6 +24,8 @@ def suspect(view: View) -> list[Suspicion]:
     if any(isinstance(each, Freeze) for each in view.chosen):
         return []
     outside = [each for each in view.attributions if not view.spans(each, reference=True)]
+    if outside and spanned(view):
+        outside = []
     norms = norm_buffers(view)
     statistics = [f for f in view.judgement.findings if f.kind == "buffers" and set(f.names) <= norms]
     found: list[Suspicion] = []
@@ -63,28 +70,52 @@ def _freezable(view: View, freeze: Freeze) -> bool:
     return freeze.used
 
 
-def _weighted_right(view: View, attribution: object) -> bool:
-    """Return whether the accumulated gradient is in the span, with weights that add up as a mean's do."""
-    from equivcheck.experiment import Attribution  # noqa: PLC0415
+def _weighted_right(view: View, attribution: Attribution) -> bool:
+    """Return whether the accumulated gradient is in the span, with weights that are right for the loss.
 
-    assert isinstance(attribution, Attribution)
+    Where rows interact the true weights cannot be read from the gradient. They are those of a mean, in equal parts or
+    by a count, or of a sum; which, the losses tell: with right weights those of the micro-batches add up to the full
+    batch's, but for the interaction, which changes a loss by far less than a factor of K.
+    """
     if not view.spans(attribution, reference=False):
         return False
     k = attribution.pieces.shape[0]
-    choices = [[1.0 / k] * k]
+    choices = [[1.0 / k] * k, [1.0] * k]
     for values in view.counts().values():
         counts = values[attribution.matched % len(values)]
         if len(counts) == k and sum(counts):
             choices.append([x / sum(counts) for x in counts])
-    return any(view.fits(attribution, weights) for weights in choices)
+    return any(
+        view.fits(attribution, weights) and _losses_agree(view, attribution, weights) for weights in choices
+    )
+
+
+def _losses_agree(view: View, attribution: Attribution, weights: list[float]) -> bool:
+    target = view.reference.steps[attribution.matched]
+    whole = sum(b.loss for b in view.reference.backwards[target.first_backward : target.backwards])
+    alone = view.experiment.pieces_recording(view.chosen)
+    cycle = min((view.cycles[key] for key in target.samples if key in view.cycles), default=attribution.matched)
+    losses: dict[int, float] = {}
+    for place, backward in zip(alone.places(view.cycles), alone.backwards, strict=False):
+        if place.cycle == cycle:
+            losses[place.micro_step] = losses.get(place.micro_step, 0.0) + backward.loss
+    total = sum(w * losses.get(i, 0.0) for i, w in enumerate(weights))
+    if not whole or not total or (whole > 0) != (total > 0):
+        return True
+    # Halfway, on the scale of factors, between right and wrong by K.
+    return abs(math.log(total / whole)) < math.log(max(len(weights), 2)) / 2
 
 
 def _first_coupled(view: View) -> tuple[str | None, float]:
     """Return the first module whose output for a row depends on the other rows, and by how much."""
-    print_ = Fingerprint(view.experiment.cycles())
-    try:
-        view.experiment.reference((print_,))
-        view.experiment.pieces((print_,))
-    except Exception:  # noqa: BLE001 - a module that cannot be watched is not named; the verdict stands without
-        return None, 0.0
-    return print_.first_difference(view.experiment.terms())
+    experiment = view.experiment
+    if "fingerprint" not in experiment.remembered:
+        print_ = Fingerprint(experiment.cycles())
+        try:
+            experiment.reference((print_,))
+            experiment.pieces((print_,))
+            experiment.remembered["fingerprint"] = print_.first_difference(experiment.terms())
+        except (EquivcheckError, RuntimeError):
+            # A module that cannot be watched is not named; the verdict stands without.
+            experiment.remembered["fingerprint"] = (None, 0.0)
+    return experiment.remembered["fingerprint"]  # type: ignore[no-any-return]

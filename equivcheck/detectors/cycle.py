@@ -14,7 +14,6 @@ def suspect(view: View) -> list[Suspicion]:
         *_zeroed(view),
         *_called(view, "clip", "EQ306", 22),
         *_called(view, "unscale", "EQ403", 22),
-        *_called(view, "scheduler", "EQ307", 24),
         *_scales(view),
         *_edited(view),
     ]
@@ -77,10 +76,12 @@ def _edited(view: View) -> list[Suspicion]:
         return []
     event, place = calls[0]
     scale, rest = float(event.detail["scale"]), float(event.detail["rest"])
-    carried = view.candidate.backwards[event.backwards - 1].loss_scale
+    backward = view.candidate.backwards[event.backwards - 1]
     evidence = _evidence(calls)
     if rest < 1e-6:  # noqa: PLR2004 - one factor for all coordinates looked at
-        by_hand = carried != 1.0 and abs(scale * carried - 1.0) < 1e-6  # noqa: PLR2004
+        # Divided by what the loss was multiplied with: a loss scale, of a scaler or by hand.
+        carried = {backward.loss_scale, backward.root_scalar} - {1.0}
+        by_hand = any(abs(scale * each - 1.0) < 1e-6 for each in carried)  # noqa: PLR2004
         return [Suspicion("EQ403" if by_hand else "EQ109", [(Hold(),)], evidence, view.at_step(place), 26)]
     return [Suspicion("EQ107", [(Hold(),)], evidence, view.at_step(place), 45)]
 

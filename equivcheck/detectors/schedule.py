@@ -1,17 +1,72 @@
-"""Learning rates over the wrong horizon: EQ308."""
+"""Learning rates: advanced by micro-batches, EQ307, or over the wrong horizon, EQ308."""
 
 from __future__ import annotations
 
-from equivcheck.interventions import Construct, Length, Repeat
+from collections import Counter
+
+from equivcheck.errors import EquivcheckError
+from equivcheck.interventions import Construct, Length, Ration, Repeat
+from equivcheck.recording import Recording
 from equivcheck.view import Suspicion, View
+
+UPDATES = frozenset({"learning_rates", "parameters", "state"})
 
 
 def suspect(view: View) -> list[Suspicion]:
-    """Return a suspicion if learning rates differ and no scheduler was stepped inside a cycle."""
+    """Return suspicions if learning rates differ."""
     finding = view.judgement.first("learning_rates")
+    calls = view.inside("scheduler")
+    calls = [each for each in calls if not any(e.kind == "step" and e.backwards == each[0].backwards for e in view.candidate.timeline)]
+    most = max(_per_cycle(view.reference).values(), default=1)
+    extra = {count for count in _per_cycle(view.candidate).values() if count > most}
     if finding is None:
         return []
-    experiment = view.experiment
+    found = []
+    if calls or extra:
+        evidence: dict[str, object] = {
+            "scheduler_steps": sum(e.kind == "scheduler" for e in view.candidate.timeline),
+            "full_batch": sum(e.kind == "scheduler" for e in view.reference.timeline),
+            "relative": finding.relative,
+        }
+        found.append(Suspicion("EQ307", [(Ration("scheduler", most),)], evidence, finding.matched, 24))
+    else:
+        found += _counted(view)
+    found += _horizon(view, finding.matched, finding.relative, quiet=bool(calls or extra))
+    return found
+
+
+def _per_cycle(recording: Recording) -> Counter[int]:
+    return Counter(event.backwards for event in recording.timeline if event.kind == "scheduler" and event.backwards)
+
+
+def _counted(view: View) -> list[Suspicion]:
+    """EQ307 without a scheduler: the rate is a function of a count of micro-batches.
+
+    The loop run at accumulation_steps 1 shows that function; the accumulated rates are its values at every K-th place.
+    """
+    if any(event.kind == "scheduler" for event in view.candidate.timeline):
+        return []
+    try:
+        alone = [step.learning_rates for step in view.experiment.pieces_recording(view.chosen).steps]
+    except EquivcheckError:
+        return []
+    places = view.places
+    for shift in (0, -1, 1):
+        taken = []
+        for step in view.candidate.steps:
+            micro = sum(1 for place in places[: step.backwards] if place.last or True) - 1 + shift
+            if not 0 <= micro < len(alone):
+                break
+            taken.append(alone[micro])
+        else:
+            reference = [step.learning_rates for step in view.reference.steps]
+            if taken == [step.learning_rates for step in view.candidate.steps] and alone[: len(reference)] == reference:
+                evidence = {"rule": "the rate follows a count of micro-batches", "rates": taken[:8], "full_batch": reference[:8]}
+                return [Suspicion("EQ307", [], evidence, 0, 25, proved=True, explains=UPDATES)]
+    return []
+
+
+def _horizon(view: View, step: int, relative: float, *, quiet: bool) -> list[Suspicion]:
     reference, candidate = view.reference.schedulers, view.candidate.schedulers
     variants = []
     differing = [
@@ -19,15 +74,14 @@ def suspect(view: View) -> list[Suspicion]:
         for a, b in zip(reference, candidate, strict=False)
         if a["arguments"] != b["arguments"]
     ]
+    if quiet and not differing:
+        return []
     if differing:
         variants.append((Construct(view.experiment.reference()),))
     if candidate:
         variants.append((Repeat(view.steps),))
-    variants.append((Length(len(experiment.data.rows)),))
-    evidence: dict[str, object] = {"relative": finding.relative}
+    variants.append((Length(len(view.experiment.data.rows)),))
+    evidence: dict[str, object] = {"relative": relative}
     if differing:
         evidence["schedulers"] = differing
-    inside = view.inside("scheduler")
-    if inside and not differing:
-        return []
-    return [Suspicion("EQ308", list(variants), evidence, finding.matched, 28)]
+    return [Suspicion("EQ308", list(variants), evidence, step, 28)]

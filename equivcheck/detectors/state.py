@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from equivcheck.attribution import predict
 from equivcheck.detectors.coupling import norm_buffers
-from equivcheck.interventions import Restitute, Rewind, ZerosToNone
+from equivcheck.interventions import Before, Intervention, Restitute, Rewind, ZerosToNone
 from equivcheck.view import Suspicion, View
 
 
@@ -32,7 +33,7 @@ def suspect(view: View) -> list[Suspicion]:
         step = view.at_step(moved[0][1]) if moved else (updates.matched if updates is not None else 0)
         names = list(updates.names[:5]) if updates is not None else []
         evidence = {"changed_inside_cycles": len(moved), "tensors": names}
-        variants = [(Rewind("state"),), (Rewind("parameters"),), (Rewind("parameters", "state"),)]
+        variants = [(Rewind("state"),), (Rewind("parameters"),), (Rewind("parameters", "state"),), (Before(),)]
         found.append(Suspicion("EQ312", variants, evidence, step, 32))
     found += _unused(view)
     found += _lost(view)
@@ -44,7 +45,19 @@ def _unused(view: View) -> list[Suspicion]:
     if none is None:
         return []
     evidence = {"parameters": list(none.names[:5])}
-    return [Suspicion("EQ508", [(ZerosToNone(set(none.names)),)], evidence, none.matched, 17)]
+    names = {name for f in view.judgement.findings if f.kind == "none" for name in f.names}
+    variants: list[tuple[Intervention, ...]] = [(ZerosToNone(names),)]
+    missing: dict[int, dict[str, torch.Tensor]] = {}
+    for each in view.attributions:
+        right = view.right(each)
+        absent = {name for name in names if view.candidate.steps[each.step].sample.get(name) is None}
+        if right is not None and absent:
+            total = predict(each.pieces, right)
+            parts = dict(zip((name for name, _ in each.names), total.split([n for _, n in each.names]), strict=True))
+            missing[view.candidate.steps[each.step].backwards] = {n: g for n, g in parts.items() if n in absent}
+    if missing:
+        variants.append((Restitute(missing),))
+    return [Suspicion("EQ508", variants, evidence, none.matched, 17)]
 
 
 def _lost(view: View) -> list[Suspicion]:

@@ -8,7 +8,7 @@ from fractions import Fraction
 from equivcheck.attribution import ratio
 from equivcheck.experiment import Attribution
 from equivcheck.interventions import Reweight
-from equivcheck.view import Suspicion, View
+from equivcheck.view import Part, Suspicion, View
 
 Predict = Callable[[Attribution, Sequence[float]], list[float]]
 
@@ -17,7 +17,27 @@ def suspect(view: View) -> list[Suspicion]:
     """Return a suspicion for every hypothesis whose weights predict the accumulated gradients."""
     if not view.divergent:
         return []
-    found = []
+    found = _in_all(view)
+    return found or _in_some(view)
+
+
+def _in_some(view: View) -> list[Suspicion]:
+    """Return suspicions for the parameters that differ, where others do not."""
+    everything = {name for each in view.divergent for name, _ in each.names}
+    names = frozenset(
+        name for each in view.judgement.findings if each.kind == "gradients" for name in each.names
+    )
+    if not names or names >= everything:
+        return []
+    part = Part(view, names)
+    found = _in_all(part)
+    for each in found:
+        each.evidence["parameters"] = sorted(names)[:5]
+    return found
+
+
+def _in_all(view: View) -> list[Suspicion]:
+    found: list[Suspicion] = []
     tails_only = all(not view.full_size(each) for each in view.divergent) and any(
         view.full_size(each) for each in view.attributions
     )
@@ -77,7 +97,8 @@ def _hypotheses(view: View, code: str, predictions: list[Predict], rank: int) ->
                     factors[each.matched] = [v / w for v, w in zip(right, wrong, strict=True)]
         if shown and len(shown) == len(view.divergent):
             evidence = {"weights": shown[0].w.values, "true_weights": shown[0].v.values}
-            return [Suspicion(code, [(Reweight(_by_cycle(view, factors)),)], evidence, shown[0].step, rank)]
+            reweight = Reweight(_by_cycle(view, factors), view.names)
+            return [Suspicion(code, [(reweight,)], evidence, shown[0].step, rank)]
     return []
 
 
@@ -115,7 +136,7 @@ def _denominator(view: View) -> list[Suspicion]:
     evidence = {"ratio": f"{fraction.numerator}/{fraction.denominator}", "scale": float(fraction)}
     confirmed = _confirmed(view, first, float(fraction))
     evidence["rule"] = confirmed or "none of the rules tried holds at a second number of accumulation steps"
-    variants = [(Reweight(_by_cycle(view, factors)),)] if confirmed else []
+    variants = [(Reweight(_by_cycle(view, factors), view.names),)] if confirmed else []
     return [Suspicion("EQ104", variants, evidence, first.step, rank=30)]
 
 
