@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from equivcheck.errors import EquivcheckError, StepError, UsageError
 from equivcheck.feed import Data, Feed, Key
 from equivcheck.entropy import watch_entropy
 from equivcheck.neutral import functional_dropout_off, switch_off_modules
+from equivcheck.noise import UNIT_ROUNDOFF
 from equivcheck.observe import Observer, Pieces
 from equivcheck.promotion import promote_module, promoted
 from equivcheck.recorder import Recorder
@@ -70,9 +71,20 @@ def execute(subject: Subject, case: Case, run: Run, observer: Observer) -> Recor
     def unseeded() -> None:
         recording.unseeded = True
 
-    with torch.random.fork_rng(devices=[]), watch_entropy(unseeded):
+    with torch.random.fork_rng(devices=[]), _defaults(), watch_entropy(unseeded):
         code = subject.fresh()
         return _execute(subject, case, run, observer, code, recording, started)
+
+
+@contextmanager
+def _defaults() -> Iterator[None]:
+    """Put back what user code may set for the whole process: the default dtype and gradient mode."""
+    dtype, enabled = torch.get_default_dtype(), torch.is_grad_enabled()
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(enabled)
 
 
 def _execute(
@@ -125,12 +137,20 @@ def _execute(
             for each in run.interventions:
                 each.finish(recorder)
             observer.finish(recorder)
+        if not run.is_promoted and recorder.trained:
+            recording.dtype = _coarsest(recorder.trained)
+        recording.autocast = _coarsest(recorder.autocast) if recorder.autocast else ""
         recording.random_drawn = not _equal_states(states, _random_states())
         if run.is_promoted:
             recording.lowered = {name: str(dtype).removeprefix("torch.") for name, dtype in mode.lowered.items()}
     recording.logged = _logged(returned)
     recording.seconds = time.perf_counter() - started
     return recording
+
+
+def _coarsest(dtypes: Iterable[torch.dtype]) -> str:
+    """Return the name of the dtype with the largest rounding."""
+    return str(max(dtypes, key=lambda dtype: UNIT_ROUNDOFF.get(dtype, 0.0))).removeprefix("torch.")
 
 
 def _call_train(code: Code, given: Mapping[str, object]) -> Any:  # noqa: ANN401

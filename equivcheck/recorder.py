@@ -88,6 +88,9 @@ class Recorder:
         self._probe: list[torch.Tensor] | None = None
         self._had_gradients = False
         self._weights_probe: list[torch.Tensor] | None = None
+        self._repeated: int | None = None
+        self.trained: set[torch.dtype] = set()
+        self.autocast: set[torch.dtype] = set()
 
     # ---- installing ----------------------------------------------------------------------------
 
@@ -127,6 +130,7 @@ class Recorder:
                 self._replace(each, "step", self._scheduler_step(each.step))
             if "__init__" in vars(each):
                 self._replace(each, "__init__", self._scheduler_init(each.__init__))
+        self._replace(torch.autocast, "__enter__", self._enter_autocast(torch.autocast.__enter__))
         if any(each.controls_steps for each in self.interventions):
             for each in _optimizer_classes():
                 if "step" in vars(each):
@@ -143,8 +147,12 @@ class Recorder:
 
     @property
     def backwards(self) -> int:
-        """Root backwards that have run, or begun."""
-        return len(self.recording.backwards)
+        """Root backwards that have run, or begun.
+
+        A closure that an optimizer evaluates again goes through the same micro-steps again: it is counted from where
+        its first evaluation began.
+        """
+        return len(self.recording.backwards) if self._repeated is None else self._repeated
 
     def place(self) -> Place | None:
         """Return the place of the backward that ran last, or is running; None before the first."""
@@ -217,19 +225,25 @@ class Recorder:
         record = Backward(
             self.backwards, len(self.recording.fetched), loss / self._loss_scale, self._loss_scale, root, _root_scalar(outputs)
         )
-        self.recording.backwards.append(record)
+        repeated = self._repeated is not None
+        if self._repeated is None:
+            self.recording.backwards.append(record)
+        else:
+            self._repeated = min(self._repeated + 1, len(self.recording.backwards))
         factor = 1.0
         for each in self.interventions:
             factor *= each.root_factor(self)
         if factor != 1.0:
             args = (_scaled(args[0], outputs, factor), *args[1:])
             record.loss *= factor
-        self.note("backward", loss=record.loss, loss_scale=record.loss_scale)
+        self.note("repeat" if repeated else "backward", loss=record.loss, loss_scale=record.loss_scale)
         self._snapshots.clear()
         with ExitStack() as around:
             for each in self.interventions:
                 around.enter_context(each.around_backward(self, outputs))
-            if kwargs.get("accumulate_grad", False):
+            if repeated:
+                result = engine(tuple(outputs), *args, **kwargs)
+            elif kwargs.get("accumulate_grad", False):
                 with self.observer.contributions(self):
                     result = engine(tuple(outputs), *args, **kwargs)
             else:
@@ -356,6 +370,17 @@ class Recorder:
             return original(owner, *args, **kwargs)
 
         return zero_grad
+
+    # ---- precision -----------------------------------------------------------------------------
+
+    def _enter_autocast(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def enter(owner: Any) -> Any:  # noqa: ANN401
+            if owner._enabled and isinstance(owner.fast_dtype, torch.dtype):
+                self.autocast.add(owner.fast_dtype)
+            return original(owner)
+
+        return enter
 
     # ---- loss scaling --------------------------------------------------------------------------
 
@@ -525,8 +550,18 @@ class Recorder:
         with _quiet():
             self.observer.before(self, step, optimizer)
 
+        begin: int | None = None
+
         @functools.wraps(closure)
         def first_seen(*inner: Any, **named: Any) -> Any:  # noqa: ANN401
+            nonlocal begin
+            if begin is not None:
+                self._repeated = begin
+                try:
+                    return closure(*inner, **named)
+                finally:
+                    self._repeated = None
+            begin = self.backwards
             result = closure(*inner, **named)
             if not step.sample:
                 step.samples |= frozenset(
@@ -553,6 +588,8 @@ class Recorder:
                 for parameter in group["params"]:
                     name = self.names[id(parameter)]
                     now = None if parameter.grad is None else _dense(parameter.grad.detach())
+                    if now is not None:
+                        self.trained.add(parameter.dtype)
                     now = now if now is None or factor == 1.0 else now * factor
                     applied[name] = now
                     if id(parameter) in self._snapshots and now is not None:

@@ -20,7 +20,7 @@ class Event:
     """One call that was seen, in order.
 
     Attributes:
-        kind: fetch, backward, zero_grad, cleared, edited, unscale, clip, step, skipped, scheduler, scaler.
+        kind: fetch, backward, repeat (a closure evaluated again), zero_grad, cleared, edited, unscale, clip, step, skipped, scheduler, scaler.
         backwards: Root backwards that had run before it.
         fetches: Micro-batches that had been handed out before it.
         detail: Scalars that belong to it.
@@ -131,6 +131,7 @@ class Recording:
     unseeded: bool = False
     parameters: int = 0
     dtype: str = "float32"
+    autocast: str = ""
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
 
