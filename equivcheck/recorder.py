@@ -30,6 +30,7 @@ from torch.optim.optimizer import (
 )
 from torch.utils._python_dispatch import _disable_current_modes
 
+from equivcheck.noise import SAFETY, UNIT_ROUNDOFF, gamma
 from equivcheck.recording import Backward, Event, Place, Recording, Step
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ class Recorder:
         self._had_gradients = False
         self._weights_probe: list[torch.Tensor] | None = None
         self._repeated: int | None = None
+        self._evaluated: list[tuple[float, float]] = []
         self.trained: set[torch.dtype] = set()
         self.autocast: set[torch.dtype] = set()
 
@@ -233,6 +235,7 @@ class Recorder:
         factor = 1.0
         for each in self.interventions:
             factor *= each.root_factor(self)
+        self._evaluated.append((loss, factor))
         if factor != 1.0:
             args = (_scaled(args[0], outputs, factor), *args[1:])
             record.loss *= factor
@@ -555,14 +558,15 @@ class Recorder:
         @functools.wraps(closure)
         def first_seen(*inner: Any, **named: Any) -> Any:  # noqa: ANN401
             nonlocal begin
+            self._evaluated = []
             if begin is not None:
                 self._repeated = begin
                 try:
-                    return closure(*inner, **named)
+                    return _reweighted(closure(*inner, **named), self._evaluated)
                 finally:
                     self._repeated = None
             begin = self.backwards
-            result = closure(*inner, **named)
+            result = _reweighted(closure(*inner, **named), self._evaluated)
             if not step.sample:
                 step.samples |= frozenset(
                     each for keys in self.recording.fetched[self._consumed[step.optimizer] :] for each in keys
@@ -708,6 +712,27 @@ def _scaled(seeds: Any, outputs: list[Any], factor: float) -> tuple[Any, ...]:  
             torch.full_like(output, factor) if seed is None else seed * factor
             for output, seed in zip(outputs, seeds, strict=False)
         )
+
+
+def _reweighted(result: Any, evaluated: list[tuple[float, float]]) -> Any:  # noqa: ANN401
+    """Return what a closure gives to its optimizer, with the factors that its backwards were given.
+
+    Args:
+        result: The loss as the loop computed it: the sum of the backward roots, or the last of them; any other value
+            is returned as it is.
+        evaluated: Per backward of this evaluation, the loss it started from and its factor.
+    """
+    if all(factor == 1.0 for _, factor in evaluated) or not isinstance(result, (torch.Tensor, float)):
+        return result
+    value = _number(result)
+    unit = UNIT_ROUNDOFF.get(result.dtype, 0.0) if isinstance(result, torch.Tensor) else UNIT_ROUNDOFF[torch.float32]
+    close = SAFETY * gamma(len(evaluated), unit)
+    for terms in (evaluated, evaluated[-1:]):
+        written = sum(loss for loss, _ in terms)
+        if written and abs(value - written) <= close * sum(abs(loss) for loss, _ in terms):
+            with _quiet():
+                return result * (sum(loss * factor for loss, factor in terms) / written)
+    return result
 
 
 def _plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
