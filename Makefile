@@ -44,6 +44,7 @@ detection: $(STAMP)
 
 readme: $(STAMP)
 	$(BIN)/python -m equivcheck.causes README.md
+	$(BIN)/python tests/readme_blocks.py README.md
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -16,7 +16,7 @@ from equivcheck.detectors import suspect
 from equivcheck.detectors.logging import explained
 from equivcheck.errors import EquivcheckError
 from equivcheck.experiment import Experiment, Interventions
-from equivcheck.verdict import Judgement
+from equivcheck.verdict import Judgement, overall
 from equivcheck.view import Suspicion, View
 
 LARGEST_SET: Final = 3
@@ -141,10 +141,19 @@ class Search:
                         "codes": sorted(node.codes),
                         "put_right": [each.name for each in node.interventions],
                         "within_noise": judgement is not None and judgement.same,
-                        "relative": None if judgement is None else _size(judgement),
+                        "relative": self._remaining(node, judgement),
                     }
                 )
         return self._tried[key]
+
+    def _remaining(self, node: Node, judgement: Judgement | None) -> float | None:
+        """Return what is left: of a run within noise, the noise itself."""
+        if judgement is None:
+            return None
+        if not judgement.same:
+            return _size(judgement)
+        steps = self._experiment.candidate(node.interventions).steps
+        return max((overall(step.gradients).relative for step in steps if step.matched is not None), default=0.0)
 
     def _resolved(self, judgement: Judgement | None, specials: Sequence[Suspicion]) -> bool:
         if judgement is None:
@@ -171,9 +180,11 @@ class Search:
             after = self._judge(node)
             evidence = {
                 **suspicion.evidence,
-                "put_right": [each.name for each in variant],
-                "relative_before": _size(before) if before is not None else None,
-                "relative_after": _noise(after),
+                "intervention": {
+                    "put_right": [each.name for each in variant],
+                    "relative_before": _size(before) if before is not None else None,
+                    "relative_after": self._remaining(node, after),
+                },
             }
             ordered.append((size, suspicion.code, cause(suspicion, "proved", evidence)))
         for suspicion in specials:
@@ -210,12 +221,6 @@ class Search:
 def _size(judgement: Judgement) -> float:
     """Return one number for how much is left: the largest relative difference."""
     return max((min(each.relative, 1e30) for each in judgement.findings), default=0.0)
-
-
-def _noise(judgement: Judgement | None) -> float | None:
-    if judgement is None:
-        return None
-    return _size(judgement)
 
 
 def cause(suspicion: Suspicion, status: str, evidence: dict[str, Any]) -> dict[str, Any]:

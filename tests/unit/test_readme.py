@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 from equivcheck.causes.__main__ import BEGIN, END, updated
@@ -15,3 +16,15 @@ def test_the_table_of_causes_is_the_catalogue():
 
     assert page.count(BEGIN) == page.count(END) == 1
     assert page == updated(page)
+
+
+def test_the_example_prints_what_the_page_shows():
+    """The subject on the page is run, and both blocks are what it prints (durations and noise apart)."""
+    spec = importlib.util.spec_from_file_location("readme_blocks", README.parent / "tests" / "readme_blocks.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    page = README.read_text(encoding="utf-8")
+
+    for name, text in tool.blocks(page).items():
+        shown = tool.between(name).search(page)[2].strip()
+        assert tool.steady(shown) == tool.steady(text)
