@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -30,6 +30,9 @@ from equivcheck.verdict import Judgement, overall, rate_difference
 from equivcheck.view import Suspicion, View
 
 Progress = Callable[[str], None]
+
+# A run that would not have seen a gradient that is missing altogether has compared nothing.
+BLIND: Final = 1.0
 
 
 def plan_cases(
@@ -376,10 +379,23 @@ def _natively(
         if off is not None:
             _inconclusive(native, entry, off)
             return
-        _conclude(native, entry, native.judgement(), None, expect, progress)
+        judgement = native.judgement()
+        if judgement.same and not judgement.power < BLIND:
+            _too_coarse(native, entry, judgement)
+            return
+        _conclude(native, entry, judgement, None, expect, progress)
     finally:
         experiment.runs += native.runs
         native.close()
+
+
+def _too_coarse(experiment: Experiment, entry: dict[str, Any], judgement: Judgement) -> None:
+    """The runs as written agree, in noise so large that any fault would have agreed too."""
+    _measure(experiment, entry, judgement)
+    entry["verdict"] = "inconclusive"
+    entry["headline"] = f"too-coarse: as written, faults below {judgement.power:.1e} cannot be seen"
+    entry["because"] = "the case could not be judged in float64, and in its own precision the noise is as large"
+    entry["fix"] = "let train run in float64: no asserted dtype, no dtype taken for granted"
 
 
 # ---- numbers -----------------------------------------------------------------------------------

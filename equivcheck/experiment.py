@@ -412,9 +412,11 @@ class Experiment:
         if ("noise",) not in self._cache:
             lowered = [*self.reference().lowered.values(), *self.candidate().lowered.values()]
             if not self.is_promoted:
-                lowered.append(self.reference().dtype)
+                lowered += [self.reference().dtype, self.reference().autocast]
             roundoff = roundoff_of(lowered)
-            self._cache["noise",] = Noise(self.terms(), [self.control()], roundoff)
+            self._cache["noise",] = Noise(
+                self.terms(), [self.control()], roundoff, self.case.accumulation_steps
+            )
         return self._cache["noise",]  # type: ignore[no-any-return]
 
     def judgement(self, interventions: Interventions = (), *, logged: bool = True) -> Judgement:

@@ -22,6 +22,7 @@ __all__ = [
     "UNIT_ROUNDOFF",
     "allowed",
     "coordinates",
+    "floor",
     "gamma",
     "growth",
 ]
@@ -50,6 +51,11 @@ UNIT_ROUNDOFF: Final[dict[torch.dtype, float]] = {
 # shows. Two decades: correct code measures 1e-16 to 3e-11 and the smallest planted fault (0.1 %)
 # 1e-3, so a decade more or less changes no verdict.
 SAFETY: Final = 100.0
+
+# How many unit roundoffs times the growth in K low-precision code may lose. Correct code stays
+# below 1 (see the calibration in tests/bench); the next lower dtype that anyone accumulates in is
+# 2**13 times coarser. Eight lies far from both.
+UNITS: Final = 8.0
 
 # A parameter below this size is kept whole when coordinates are sampled: fits per parameter need
 # more coordinates than pieces, and K = 64 is the largest case in the test matrix.
@@ -121,6 +127,30 @@ def allowed(control: float, terms: int, condition: float = 1.0) -> float:
     """
     floor = gamma(terms, UNIT_ROUNDOFF[torch.float64]) * condition
     return SAFETY * max(control, floor)
+
+
+def floor(terms: int, unit_roundoff: float, accumulation_steps: int = 1) -> float:
+    """Return the relative difference that correct code may show, however small its control is.
+
+    Args:
+        terms: Length n of the longest sum behind the numbers compared, at least 1.
+        unit_roundoff: Unit roundoff u of the lowest precision that computed.
+        accumulation_steps: K, at least 1.
+
+    Returns:
+        SAFETY * gamma(n, u) where u is that of float32 or finer; below that
+        SAFETY * gamma(n, 2**-24) + UNITS * sqrt(K) * u.
+
+    Notes:
+        Kernels that take bfloat16 or float16 operands form their sums in float32 (the accumulate
+        type of aten/src/ATen/AccumulateType.h) and round the result once, so that n does not
+        multiply u: 300 rows of bfloat16 would otherwise allow any difference at all.
+    """
+    fine = min(unit_roundoff, UNIT_ROUNDOFF[torch.float32])
+    result = SAFETY * gamma(terms, fine)
+    if unit_roundoff > fine:
+        result += UNITS * growth(accumulation_steps) * unit_roundoff
+    return result
 
 
 def coordinates(

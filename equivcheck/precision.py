@@ -16,13 +16,10 @@ import torch
 
 from equivcheck.attribution import solve
 from equivcheck.experiment import Experiment
-from equivcheck.noise import growth
+from equivcheck.noise import UNITS, growth
 from equivcheck.recording import Recording, Step
 from equivcheck.verdict import overall, roundoff_of
 
-# Correct code stays below 1 unit times the growth (see the calibration in the tests); the next lower dtype
-# that anyone accumulates in is 2**13 times coarser. Eight lies far from both.
-UNITS: Final = 8.0
 # Dtypes at least this coarse are judged against the full run's own error too.
 COARSE: Final = 2.0**-11
 

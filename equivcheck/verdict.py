@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from equivcheck.differences import Sums
-from equivcheck.noise import SAFETY, UNIT_ROUNDOFF, gamma
+from equivcheck.noise import SAFETY, UNIT_ROUNDOFF, floor, gamma
 from equivcheck.observe import NOISY_ELEMENT
 from equivcheck.recording import Recording, Step
 
@@ -89,17 +89,19 @@ class Noise:
         terms: Samples (times the length of a sample) behind one step.
         roundoff: Unit roundoff of the lowest precision that really computed.
         controls: Recordings of permuted full-batch runs; the largest difference counts.
+        accumulation_steps: K; only low precision loses more with it.
         pieces_norm: Per step and parameter, the summed norms of the pieces, if they were taken.
     """
 
     terms: int
     controls: Sequence[Recording]
     roundoff: float = _ROUNDOFF
+    accumulation_steps: int = 1
     pieces_norm: dict[tuple[int, str], float] = field(default_factory=dict)
 
     def floor(self) -> float:
         """Return what sums over that many terms can differ by, relative to their largest partial sums."""
-        return SAFETY * gamma(max(self.terms, 1), self.roundoff)
+        return floor(max(self.terms, 1), self.roundoff, self.accumulation_steps)
 
     def of(self, matched: int, which: Callable[[Step], dict[str, Sums]], name: str) -> float:
         """Return the largest absolute difference of one tensor over the controls."""
@@ -154,7 +156,7 @@ def judge(reference: Recording, candidate: Recording, noise: Noise, *, logged: b
         if step.none_mismatch:
             names = tuple(step.none_mismatch)
             result.findings.append(Finding("none", step.index, matched, names, 1.0, 0.0))
-        powers.append(SAFETY * max(noise.total(matched, _gradients), gamma(max(noise.terms, 1), noise.roundoff)))
+        powers.append(max(SAFETY * noise.total(matched, _gradients), noise.floor()))
         before = len(result.findings)
         _judge_gradients(step, noise, result, "gradients", _gradients)
         if step.applied is not step.gradients and len(result.findings) == before:
@@ -328,7 +330,7 @@ def unfit(control: Recording, reference: Recording, terms: int, roundoff: float)
 
     Gradients and learning rates of every step count, and logged losses.
     """
-    limit = UNFIT * max(roundoff, gamma(max(terms, 1), roundoff) / 16)
+    limit = UNFIT * max(roundoff, floor(max(terms, 1), roundoff) / SAFETY / 16)
     worst = 0.0
     for step in control.steps:
         if step.matched is None:
