@@ -185,9 +185,11 @@ def _decide(experiment: Experiment, entry: dict[str, Any], expect: tuple[str, ..
         except StepError as error:
             entry["notes"].append(f"as written the code raises: {error.message}")
             raise
-        if _promotion_changed(experiment, judgement, precision):
-            _natively(experiment, entry, expect, progress, "float64 and the native runs disagree")
-            return
+    if _differs_from_itself(experiment, entry, judgement):
+        return
+    if precision is not None and _promotion_changed(experiment, judgement, precision):
+        _natively(experiment, entry, expect, progress, "float64 and the native runs disagree")
+        return
     _conclude(experiment, entry, judgement, precision, expect, progress)
 
 
@@ -305,6 +307,9 @@ def _inconclusive(experiment: Experiment, entry: dict[str, Any], off: float) -> 
     bitwise = _identical(repeat)
     entry["verdict"] = "inconclusive"
     shown = f"{off:.1e}" if math.isfinite(off) else "not finite"
+    if not bitwise and not experiment.subject.repeatable:
+        _state_survives(experiment, entry, None, f"two full_batch runs differ by {shown}")
+        return
     if bitwise:
         reseeded = experiment.control(permuted=False, seed_offset=1)
         if not _identical(reseeded):
@@ -320,6 +325,48 @@ def _inconclusive(experiment: Experiment, entry: dict[str, Any], off: float) -> 
         suspicion = Suspicion(code, evidence={"relative": off, "repeat": "the same full batch gives other gradients"})
     entry["causes"] = [cause(suspicion, "proved", suspicion.evidence)]
     entry["headline"] = f"{suspicion.code} {entry['causes'][0]['name']}: two full_batch runs differ by {shown}"
+
+
+def _differs_from_itself(experiment: Experiment, entry: dict[str, Any], judgement: Judgement) -> bool:
+    """Run the candidate once more at the end, where the code cannot be executed anew; write the case if it differs."""
+    difference = None if experiment.subject.repeatable else _again(experiment)
+    if difference is None:
+        return False
+    _state_survives(experiment, entry, judgement, f"the accumulated run differs from itself, {difference}")
+    return True
+
+
+def _again(experiment: Experiment) -> str | None:
+    """Return what differs between a second accumulated run and the first, or None."""
+    first, second = experiment.candidate(), experiment.candidate_again()
+    limit = experiment.noise().floor()
+    if [step.samples for step in first.steps] != [step.samples for step in second.steps]:
+        return "it steps after other samples"
+    for a, b in zip(first.steps, second.steps, strict=True):
+        for kind in ("gradients", "applied", "parameters", "state", "buffers"):
+            x, y = overall(getattr(a, kind)), overall(getattr(b, kind))
+            # Both runs are measured against the same reference, by their parts along it and in all.
+            if max(abs(x.rd - y.rd), abs(x.dd - y.dd)) > limit * x.rr:
+                return f"{kind} of optimizer_step {a.index}"
+        if a.learning_rates != b.learning_rates:
+            return f"learning rates of optimizer_step {a.index}"
+    logged = (first.logged, second.logged)
+    return None if logged[0] == logged[1] or any(each is None for each in logged) else "logged losses"
+
+
+def _state_survives(
+    experiment: Experiment, entry: dict[str, Any], judgement: Judgement | None, difference: str
+) -> None:
+    """An object's code cannot be executed anew for every run, and its runs differ."""
+    if judgement is not None:
+        _measure(experiment, entry, judgement)
+    entry["verdict"] = "inconclusive"
+    entry["headline"] = f"state-survives: {difference}"
+    entry["because"] = (
+        f"{experiment.subject.target} is an object, which cannot be executed again: state survives between runs, "
+        "or a random generator of its own does"
+    )
+    entry["fix"] = "check it as a file, FILE.py or package.module: those are executed anew for every run"
 
 
 def _identical(recording: Recording) -> bool:
@@ -380,6 +427,8 @@ def _natively(
             _inconclusive(native, entry, off)
             return
         judgement = native.judgement()
+        if _differs_from_itself(native, entry, judgement):
+            return
         if judgement.same and not judgement.power < BLIND:
             _too_coarse(native, entry, judgement)
             return

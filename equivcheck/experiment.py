@@ -228,6 +228,10 @@ class Experiment:
 
         return self._once(("candidate", interventions), make)
 
+    def candidate_again(self) -> Recording:
+        """Return the accumulated run once more: state that survived from earlier runs makes it differ."""
+        return self._accumulated("candidate", Comparer(self.reference()), self.data_for((), promoted=True), (), [])
+
     def at(self, accumulation_steps: int) -> tuple[Recording, Judgement]:
         """Return the accumulated run with another K, and its judgement."""
 

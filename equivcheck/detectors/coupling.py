@@ -74,23 +74,29 @@ def _weighted_right(view: View, attribution: Attribution) -> bool:
     """Return whether the accumulated gradient is in the span, with weights that are right for the loss.
 
     Where rows interact the true weights cannot be read from the gradient. They are those of a mean, in equal parts or
-    by a count, or of a sum; which, the losses tell: with right weights those of the micro-batches add up to the full
-    batch's, but for the interaction, which changes a loss by far less than a factor of K.
+    by a count; or all 1, of a sum. A sum shows in the losses, or in the gradients' norms: they add up to the full
+    batch's, but for the interaction, which changes one of the two by far less than a factor of K.
     """
     if not view.spans(attribution, reference=False):
         return False
     k = attribution.pieces.shape[0]
-    choices = [[1.0 / k] * k, [1.0] * k]
+    if view.fits(attribution, [1.0] * k):
+        return _adds_up(view, attribution)
+    choices = [[1.0 / k] * k]
     for values in view.counts().values():
         counts = values[attribution.matched % len(values)]
         if len(counts) == k and sum(counts):
             choices.append([x / sum(counts) for x in counts])
-    return any(
-        view.fits(attribution, weights) and _losses_agree(view, attribution, weights) for weights in choices
-    )
+    return any(view.fits(attribution, weights) for weights in choices)
 
 
-def _losses_agree(view: View, attribution: Attribution, weights: list[float]) -> bool:
+def _adds_up(view: View, attribution: Attribution) -> bool:
+    """Return whether losses or gradients of the micro-batches add up to about the full batch's, not to K times it."""
+    # Halfway, on the scale of factors, between right and wrong by K.
+    limit = math.log(max(attribution.pieces.shape[0], 2)) / 2
+    sizes = float(attribution.candidate.norm()), float(attribution.reference.norm())
+    if all(sizes) and abs(math.log(sizes[0] / sizes[1])) < limit:
+        return True
     target = view.reference.steps[attribution.matched]
     whole = sum(b.loss for b in view.reference.backwards[target.first_backward : target.backwards])
     alone = view.experiment.pieces_recording(view.chosen)
@@ -99,11 +105,8 @@ def _losses_agree(view: View, attribution: Attribution, weights: list[float]) ->
     for place, backward in zip(alone.places(view.cycles), alone.backwards, strict=False):
         if place.cycle == cycle:
             losses[place.micro_step] = losses.get(place.micro_step, 0.0) + backward.loss
-    total = sum(w * losses.get(i, 0.0) for i, w in enumerate(weights))
-    if not whole or not total or (whole > 0) != (total > 0):
-        return True
-    # Halfway, on the scale of factors, between right and wrong by K.
-    return abs(math.log(total / whole)) < math.log(max(len(weights), 2)) / 2
+    total = sum(losses.values())
+    return bool(whole) and total / whole > 0 and abs(math.log(total / whole)) < limit
 
 
 def _first_coupled(view: View) -> tuple[str | None, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from equivcheck.errors import EquivcheckError
 from equivcheck.interventions import Defer, Hold, Retime, Reweight, Shorten
 from equivcheck.recording import Event, Place
 from equivcheck.view import Suspicion, View
@@ -122,9 +123,22 @@ def _steps(view: View) -> list[Suspicion]:
         "samples_per_step": consumed_per_step[:8],
     }
     step = view.at_step(inside[0][1]) if inside else missing[0].index
-    code = "EQ303" if inside and every else "EQ311"
+    code = "EQ303" if inside and every and _every_at_another(view) else "EQ311"
     found.append(Suspicion(code, [(Retime(ends),)], evidence, step, 19))
     return found
+
+
+def _every_at_another(view: View) -> bool:
+    """Return whether the loop steps at every micro-batch with another K too: only then K has no part in it."""
+    rows = min(view.experiment.data.rows)
+    other = next((k for k in (4, 3, 6) if k != view.steps and k <= rows), None)
+    if other is None or "dataset" in view.experiment.wants:
+        return True
+    try:
+        recording, _ = view.experiment.at(other)
+    except EquivcheckError:
+        return True
+    return len(recording.steps) >= len(recording.backwards)
 
 
 def _straddles(view: View, tail: set[int]) -> bool:

@@ -637,3 +637,45 @@ def test_an_object_without_state_is_decided():
     case = run_case(load_subject(Closure(leaks=False)), Case("Closure", 4))
 
     assert told(case) == "equivalent"
+
+
+def test_state_that_survives_between_runs():
+    """Is told from a divergence, whichever run notices it first."""
+    case = run_case(load_subject(Closure(leaks=True)), Case("Closure", 4))
+
+    assert (case["verdict"], case["causes"]) == ("inconclusive", [])
+    assert case["headline"].startswith("state-survives: two full_batch runs differ")
+    assert "cannot be executed again" in case["because"]
+
+
+class Counter(Closure):
+    """Counts micro-batches over all runs, which the full batch does not notice."""
+
+    def __init__(self):
+        super().__init__(leaks=False)
+        self.count = 0
+
+    def train(self, model, loader, accumulation_steps):
+        import torch
+
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for batch in loader:
+            (model(batch).square().mean() / accumulation_steps).backward()
+            self.count += 1
+            if self.count % accumulation_steps == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+
+
+@pytest.mark.parametrize(
+    ("accumulation_steps", "verdict"), [(2, "equivalent"), (4, "inconclusive"), (8, "inconclusive")]
+)
+def test_a_counter_in_an_object(accumulation_steps, verdict):
+    """With K=2 it stands at a multiple of K whenever a run begins; else nobody can tell."""
+    case = run_case(load_subject(Counter()), Case("Counter", accumulation_steps))
+
+    assert told(case) == verdict
+    if verdict == "inconclusive":
+        assert case["headline"] == (
+            "state-survives: the accumulated run differs from itself, it steps after other samples"
+        )
