@@ -69,7 +69,9 @@ class Attribution:
             begin += length
         chosen = torch.cat(index) if index else torch.zeros(0, dtype=torch.long)
         pieces, r, c = self.pieces[:, chosen], self.reference[chosen], self.candidate[chosen]
-        return Attribution(self.step, self.matched, pieces, r, c, solve(pieces, r), solve(pieces, c), kept)
+        return Attribution(
+            self.step, self.matched, pieces, r, c, solve(pieces, r), solve(pieces, c), kept
+        )
 
 
 class Experiment:
@@ -103,7 +105,9 @@ class Experiment:
         torch.manual_seed(case.seed)
         self.data = read_batches(code.batches, case.optimizer_steps)
         self._promoted = (
-            Data([promote_tree(batch) for batch in self.data.batches], self.data.rows) if promoted else self.data
+            Data([promote_tree(batch) for batch in self.data.batches], self.data.rows)
+            if promoted
+            else self.data
         )
         self.has_objective = code.objective is not None
         self.wants = set(inspect.signature(code.train).parameters)
@@ -117,18 +121,18 @@ class Experiment:
         k = self.case.accumulation_steps
         if self.case.split != "even":
             raise UsageError(
-                f"uneven-split: train takes {' and '.join(named)}, which promises slices of one size",
-                expected="--split even",
-                because="a framework that batches by itself cannot be given uneven slices",
+                f"uneven-split: train takes {' and '.join(named)}, which promises slices of one
+                size", expected="--split even", because="a framework that batches by itself cannot
+                be given uneven slices",
             )
         rows = self.data.rows[:-1] if self.data.has_tail else self.data.rows
         for index, count in enumerate(rows):
             if count % k:
                 raise UsageError(
-                    f"indivisible-batch: full batch {index} has {count} rows, not a multiple of {k}",
-                    where=self.subject.location,
-                    expected=f"rows divisible by accumulation_steps={k}, because train takes {' and '.join(named)}",
-                    fix=f"--accumulation-steps {next(d for d in range(2, count + 1) if count % d == 0)}",
+                    f"indivisible-batch: full batch {index} has {count} rows, not a multiple of
+                    {k}", where=self.subject.location, expected=f"rows divisible by
+                    accumulation_steps={k}, because train takes {' and '.join(named)}", fix=f"--
+                    accumulation-steps {next(d for d in range(2, count + 1) if count % d == 0)}",
                 )
 
     def close(self) -> None:
@@ -157,7 +161,9 @@ class Experiment:
 
     def full_batches(self, data: Data) -> list[list[int]]:
         """Return the samples of every full batch."""
-        return [list(range(data.start(b), data.start(b) + rows)) for b, rows in enumerate(data.rows)]
+        return [
+            list(range(data.start(b), data.start(b) + rows)) for b, rows in enumerate(data.rows)
+        ]
 
     @property
     def micro_batch_size(self) -> int:
@@ -182,7 +188,9 @@ class Experiment:
         schedule = self.reference().places(self.cycles())
         return self._once(
             ("altered", interventions),
-            lambda: self._full("reference", Comparer(self.reference()), interventions, schedule=schedule),
+            lambda: self._full(
+                "reference", Comparer(self.reference()), interventions, schedule=schedule
+            ),
         )
 
     def control(self, which: int = 0, *, seed_offset: int = 0, permuted: bool = True) -> Recording:
@@ -193,12 +201,19 @@ class Experiment:
             full: list[list[int]] = []
             order = list(range(data.total))
             for batch, slices in enumerate(self.slices(data)):
-                rows = block_permutation(slices, which) if permuted else list(range(data.rows[batch]))
+                rows = (
+                    block_permutation(slices, which) if permuted else list(range(data.rows[batch]))
+                )
                 full.append([data.start(batch) + row for row in rows])
             if permuted and "dataset" in self.wants:
                 order = self._permuted_order(which)
             return self._full(
-                "control", Comparer(self.reference()), (), micro_batches=full, order=order, seed_offset=seed_offset
+                "control",
+                Comparer(self.reference()),
+                (),
+                micro_batches=full,
+                order=order,
+                seed_offset=seed_offset,
             )
 
         return self._once(("control", which, seed_offset, permuted), make)
@@ -209,7 +224,11 @@ class Experiment:
         seen: set[int] = set()
         fetched = [sample for keys in self.reference().fetched for _, sample in keys]
         for step in self.reference().steps:
-            mine = [s for s in dict.fromkeys(fetched) if any((p, s) in step.samples for p in (0, 1, 2)) and s not in seen]
+            mine = [
+                s
+                for s in dict.fromkeys(fetched)
+                if any((p, s) in step.samples for p in (0, 1, 2)) and s not in seen
+            ]
             seen.update(mine)
             size = -(-len(mine) // self.case.accumulation_steps)
             blocks = [(i, min(i + size, len(mine))) for i in range(0, len(mine), size)]
@@ -224,13 +243,17 @@ class Experiment:
         def make() -> Recording:
             schedule = self.schedule() if interventions else []
             data = self.data_for(interventions, promoted=True)
-            return self._accumulated("candidate", Comparer(reference), data, interventions, schedule)
+            return self._accumulated(
+                "candidate", Comparer(reference), data, interventions, schedule
+            )
 
         return self._once(("candidate", interventions), make)
 
     def candidate_again(self) -> Recording:
         """Return the accumulated run once more: state that survived from earlier runs makes it differ."""
-        return self._accumulated("candidate", Comparer(self.reference()), self.data_for((), promoted=True), (), [])
+        return self._accumulated(
+            "candidate", Comparer(self.reference()), self.data_for((), promoted=True), (), []
+        )
 
     def at(self, accumulation_steps: int) -> tuple[Recording, Judgement]:
         """Return the accumulated run with another K, and its judgement."""
@@ -240,7 +263,9 @@ class Experiment:
             other.__dict__.update(self.__dict__)
             other.case = replace(self.case, accumulation_steps=accumulation_steps)
             other.plan = plan(self.data.rows, accumulation_steps, self.case.split)
-            other._cache = {key: value for key, value in self._cache.items() if key[0] == "reference"}
+            other._cache = {
+                key: value for key, value in self._cache.items() if key[0] == "reference"
+            }
             candidate = other.candidate()
             return candidate, judge(self.reference(), candidate, self.noise())
 
@@ -250,7 +275,9 @@ class Experiment:
         """Return native_reference or native_candidate: as written, from the reference's states."""
 
         def make() -> Recording:
-            comparer = Comparer(self.reference(), native=True, contributions=role == "native_candidate")
+            comparer = Comparer(
+                self.reference(), native=True, contributions=role == "native_candidate"
+            )
             if role == "native_reference":
                 return self._full(role, comparer, (), promoted=False)
             return self._accumulated(role, comparer, self.data, (), [], promoted=False)
@@ -303,7 +330,7 @@ class Experiment:
         self.pieces(interventions)
         return self._cache["pieces_recording", interventions]  # type: ignore[no-any-return]
 
-    def _once(self, key: Any, make: Callable[[], Any]) -> Any:  # noqa: ANN401
+    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
         if key not in self._cache:
             self._cache[key] = make()
         return self._cache[key]
@@ -380,10 +407,14 @@ class Experiment:
         buffers = {name: buffer.detach().clone() for name, buffer in recorder.model.named_buffers()}
         with recorder.paused(), torch.enable_grad(), torch.random.fork_rng(devices=[]):
             loss = recorder.code.objective(recorder.model, recorder.data.batches[batches.pop()])
-            gradients = torch.autograd.grad(loss, [parameters[name] for name in wanted], allow_unused=True)
+            gradients = torch.autograd.grad(
+                loss, [parameters[name] for name in wanted], allow_unused=True
+            )
         for name, buffer in recorder.model.named_buffers():
             buffer.detach().copy_(buffers[name])
-        return dict(zip(wanted, (None if g is None else g.detach() for g in gradients), strict=True))
+        return dict(
+            zip(wanted, (None if g is None else g.detach() for g in gradients), strict=True)
+        )
 
     # ---- what follows from the runs ------------------------------------------------------------
 
@@ -449,15 +480,21 @@ class Experiment:
                     block = attribution.pieces[:, begin : begin + length]
                     whole = self.reference().kept[attribution.matched].gradients[name]
                     share = (whole.numel() / length) ** 0.5 if whole is not None and length else 1.0
-                    noise.pieces_norm[attribution.matched, name] = float(block.norm(dim=1).sum()) * share
+                    noise.pieces_norm[attribution.matched, name] = (
+                        float(block.norm(dim=1).sum()) * share
+                    )
                     begin += length
         except EquivcheckError:
-            self.notes.append("the micro-batches could not be run alone: no weights, and a coarser noise floor")
+            self.notes.append(
+                "the micro-batches could not be run alone: no weights, and a coarser noise floor"
+            )
 
     def _sampled(self, reference: Recording, name: str, start: Kept | None) -> torch.Tensor | None:
         if start is None or name not in start.after:
             return None
-        chosen = coordinates({each: tensor.numel() for each, tensor in start.after.items()}).get(name)
+        chosen = coordinates({each: tensor.numel() for each, tensor in start.after.items()}).get(
+            name
+        )
         flat = start.after[name].flatten()
         del reference
         return (flat if chosen is None else flat[chosen]).double()
@@ -496,7 +533,11 @@ class Experiment:
                     continue
                 start = reference.kept[cycle - 1] if cycle > 0 else reference.initial
                 weights = {name: self._sampled(reference, name, start) for name in target.sample}
-                found.append(_attribution(step, target, [each for each in steps if each is not None], weights))
+                found.append(
+                    _attribution(
+                        step, target, [each for each in steps if each is not None], weights
+                    )
+                )
             return found
 
         return self._once(("attributions", interventions), make)  # type: ignore[no-any-return]
@@ -537,7 +578,7 @@ def _flat(step: Step, names: Sequence[tuple[str, int]]) -> torch.Tensor:
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
 
 
-def _tensors(value: Any) -> list[torch.Tensor]:  # noqa: ANN401
+def _tensors(value: Any) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]
     if hasattr(value, "values"):

@@ -679,3 +679,27 @@ def test_a_counter_in_an_object(accumulation_steps, verdict):
         assert case["headline"] == (
             "state-survives: the accumulated run differs from itself, it steps after other samples"
         )
+
+
+LOW = {
+    "bfloat16 autocast": ("(loss /", "float32"),
+    "pure bfloat16": ("(loss /", "bfloat16"),
+}
+
+
+@pytest.mark.parametrize("rows", [16, 300])
+@pytest.mark.parametrize(
+    ("loss", "verdict"),
+    [("loss / accumulation_steps", "equivalent"), ("loss", "divergent EQ101 proved")],
+)
+@pytest.mark.parametrize("name", LOW)
+def test_low_precision_can_be_judged_as_written(decide, name, loss, verdict, rows):
+    """An asserted dtype keeps float64 out; what is left still tells right from wrong, and how finely."""
+    before, dtype = LOW[name]
+    asserted = f"assert loss.dtype == torch.{dtype}\n        {before}"
+    source = EQUIVALENT[name].replace(before, asserted).replace("loss / accumulation_steps", loss)
+    case = decide(source, head=HEAD.replace("(i, 16)", f"(i, {rows})"))
+
+    assert told(case) == verdict
+    assert case["judged"] == "native"
+    assert case["detection_power"] < 1
