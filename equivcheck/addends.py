@@ -1,7 +1,7 @@
 """Walk the additions at the root of a loss, and take or scale the gradient of one addend.
 
-`loss = (ce + aux_weight * router) / K + penalty` has three addends: the walk goes down through additions and
-subtractions, and through scaling by a number, until something else made the value.
+`loss = (ce + aux_weight * router) / K + penalty` has three addends: the walk goes down through
+additions and subtractions, and through scaling by a number, until something else made the value.
 """
 
 from __future__ import annotations
@@ -11,11 +11,21 @@ from typing import Any
 import torch
 
 _SUMS = ("AddBackward0", "SubBackward0", "RsubBackward1")
-_SCALES = ("DivBackward0", "MulBackward0", "NegBackward0", "ToCopyBackward0", "ViewBackward0", "SqueezeBackward0",
-           "UnsqueezeBackward0", "CloneBackward0", "AliasBackward0")
+_SCALES = (
+    "DivBackward0",
+    "MulBackward0",
+    "NegBackward0",
+    "ToCopyBackward0",
+    "ViewBackward0",
+    "SqueezeBackward0",
+    "UnsqueezeBackward0",
+    "CloneBackward0",
+    "AliasBackward0",
+)
 
 Path = tuple[int, ...]
-# A penalty is often a sum over all parameters: its terms need not be told apart, and each costs a backward.
+# A penalty is often a sum over all parameters: its terms need not be told apart, and each costs a
+# backward.
 MOST = 8
 
 
@@ -26,7 +36,11 @@ def addends(root: torch.Tensor) -> list[Path]:
     while open_:
         path, node = open_.pop(0)
         kind = type(node).__name__
-        edges = [(i, edge) for i, (edge, _) in enumerate(getattr(node, "next_functions", ())) if edge is not None]
+        edges = [
+            (i, edge)
+            for i, (edge, _) in enumerate(getattr(node, "next_functions", ()))
+            if edge is not None
+        ]
         if kind in _SUMS and len(edges) > 1 and len(found) + len(open_) + len(edges) <= MOST:
             open_ += [((*path, i), edge) for i, edge in edges]
         elif kind in (*_SUMS, *_SCALES) and len(edges) == 1 and _below(edges[0][1]):
@@ -36,7 +50,7 @@ def addends(root: torch.Tensor) -> list[Path]:
     return found or [()]
 
 
-def _below(node: Any) -> bool:  # noqa: ANN401
+def _below(node: Any) -> bool:
     """Return whether a sum stands under this node, reached by scalings only."""
     while node is not None:
         kind = type(node).__name__
@@ -49,7 +63,7 @@ def _below(node: Any) -> bool:  # noqa: ANN401
     return False
 
 
-def scale_addend(root: torch.Tensor, path: Path, factor: float) -> Any:  # noqa: ANN401
+def scale_addend(root: torch.Tensor, path: Path, factor: float) -> Any:
     """Multiply the gradient that flows into one addend; return the handle of the hook, or None if it is not there."""
     if not path:
         return None
@@ -80,7 +94,9 @@ def addend_gradients(
     for path in paths:
         handles = [scale_addend(root, other, 0.0) for other in paths if other != path]
         try:
-            found[path] = list(torch.autograd.grad(root, parameters, retain_graph=True, allow_unused=True))
+            found[path] = list(
+                torch.autograd.grad(root, parameters, retain_graph=True, allow_unused=True)
+            )
         finally:
             for handle in handles:
                 if handle is not None:

@@ -36,7 +36,7 @@ BLIND: Final = 1.0
 
 
 def plan_cases(
-    subject: Subject, accumulation_steps: Sequence[int], *, explicit: bool, **fields: Any  # noqa: ANN401
+    subject: Subject, accumulation_steps: Sequence[int], *, explicit: bool, **fields: Any
 ) -> tuple[list[Case], list[str]]:
     """Return the cases of a subject, and notes on those left out.
 

@@ -1,8 +1,9 @@
 """Name the causes of a divergence, and prove them by putting them right.
 
-A set of causes is proved when all its interventions together bring the accumulated run back within noise and leaving
-out any one of them does not. Sets of one are tried first, then of two and three; each run that was partly put right is
-looked at again, because a second fault may show its signature only then.
+A set of causes is proved when all its interventions together bring the accumulated run back within
+noise and leaving out any one of them does not. Sets of one are tried first, then of two and three;
+each run that was partly put right is looked at again, because a second fault may show its signature
+only then.
 """
 
 from __future__ import annotations
@@ -88,7 +89,11 @@ class Search:
             suspicions = suspect(View(self._experiment, node.interventions))
         except EquivcheckError:
             return None
-        specials = [each for each in suspicions if each.proved and each.explains and each.code not in node.codes]
+        specials = [
+            each
+            for each in suspicions
+            if each.proved and each.explains and each.code not in node.codes
+        ]
         if self._resolved(self._judge(node), specials):
             kept = self._needed(node, specials)
             if kept is not None and (node.parts or kept):
@@ -116,7 +121,11 @@ class Search:
             suspicions = suspect(View(self._experiment, node.interventions))
         except EquivcheckError:
             return []
-        return [each for each in suspicions if each.proved and each.explains and each.code not in node.codes]
+        return [
+            each
+            for each in suspicions
+            if each.proved and each.explains and each.code not in node.codes
+        ]
 
     def _needed(self, node: Node, specials: list[Suspicion]) -> list[Suspicion] | None:
         judgement = self._judge(node)
@@ -153,7 +162,10 @@ class Search:
         if not judgement.same:
             return _size(judgement)
         steps = self._experiment.candidate(node.interventions).steps
-        return max((overall(step.gradients).relative for step in steps if step.matched is not None), default=0.0)
+        return max(
+            (overall(step.gradients).relative for step in steps if step.matched is not None),
+            default=0.0,
+        )
 
     def _resolved(self, judgement: Judgement | None, specials: Sequence[Suspicion]) -> bool:
         if judgement is None:
@@ -169,7 +181,9 @@ class Search:
         """Return whether leaving out any one part leaves a divergence."""
         if len(node.parts) == 1:
             return True
-        return not any(self._resolved(self._judge(node.without(i)), specials) for i in range(len(node.parts)))
+        return not any(
+            self._resolved(self._judge(node.without(i)), specials) for i in range(len(node.parts))
+        )
 
     def _report(self, node: Node, specials: list[Suspicion]) -> None:
         ordered: list[tuple[float, str, dict[str, Any]]] = []
@@ -188,8 +202,18 @@ class Search:
             }
             ordered.append((size, suspicion.code, cause(suspicion, "proved", evidence)))
         for suspicion in specials:
-            own = [f.relative for f in (before.findings if before else []) if f.kind in suspicion.explains]
-            ordered.append((max(own, default=0.0), suspicion.code, cause(suspicion, "proved", suspicion.evidence)))
+            own = [
+                f.relative
+                for f in (before.findings if before else [])
+                if f.kind in suspicion.explains
+            ]
+            ordered.append(
+                (
+                    max(own, default=0.0),
+                    suspicion.code,
+                    cause(suspicion, "proved", suspicion.evidence),
+                )
+            )
         ordered.sort(key=lambda item: (-item[0], item[1]))
         self.diagnosis.causes = [entry for *_, entry in ordered]
 
@@ -206,7 +230,11 @@ class Search:
             if each.code in seen:
                 continue
             results = [self._judge(Node(((each, variant),))) for variant in each.variants]
-            helped = any(r is not None and (_size(r) < size / 2 or len(r.kinds()) < len(before.kinds() if before else ())) for r in results)
+            helped = any(
+                r is not None
+                and (_size(r) < size / 2 or len(r.kinds()) < len(before.kinds() if before else ()))
+                for r in results
+            )
             if helped or not each.variants:
                 seen.add(each.code)
                 self.diagnosis.causes.append(cause(each, "suspected", each.evidence))
@@ -215,7 +243,9 @@ class Search:
         if not self.diagnosis.causes:
             step = before.findings[0].matched if before is not None and before.findings else 0
             evidence = {"ruled_out": sorted(set(self.diagnosis.ruled_out))}
-            self.diagnosis.causes = [cause(Suspicion("EQ000", step=max(step, 0)), "suspected", evidence)]
+            self.diagnosis.causes = [
+                cause(Suspicion("EQ000", step=max(step, 0)), "suspected", evidence)
+            ]
 
 
 def _size(judgement: Judgement) -> float:

@@ -39,7 +39,7 @@ def watch_entropy(seen: Callable[[], None]) -> Iterator[None]:
             setattr(owner, name, original)
 
 
-def _generator(original: Any, seen: Callable[[], None]) -> Any:  # noqa: ANN401
+def _generator(original: Any, seen: Callable[[], None]) -> Any:
     class Generator(original):  # type: ignore[misc]
         def seed(self) -> int:
             seen()
@@ -48,11 +48,11 @@ def _generator(original: Any, seen: Callable[[], None]) -> Any:  # noqa: ANN401
     return Generator
 
 
-def _watched(original: Any, seen: Callable[[], None], *, seedable: bool) -> Any:  # noqa: ANN401
+def _watched(original: Any, seen: Callable[[], None], *, seedable: bool) -> Any:
     if isinstance(original, type):
         # A class stays one, so that isinstance and subclasses go on working.
         class Watched(original):  # type: ignore[misc]
-            def __new__(cls, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401, ANN204
+            def __new__(cls, *args: Any, **kwargs: Any) -> Any:
                 if not seedable or _no_seed(args, kwargs):
                     seen()
                 return original(*args, **kwargs)
@@ -60,7 +60,7 @@ def _watched(original: Any, seen: Callable[[], None], *, seedable: bool) -> Any:
         return Watched
 
     @functools.wraps(original)
-    def watched(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def watched(*args: Any, **kwargs: Any) -> Any:
         if not seedable or _no_seed(args, kwargs):
             seen()
         return original(*args, **kwargs)

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from equivcheck.entropy import watch_entropy
 from equivcheck.errors import EquivcheckError, StepError, UsageError
 from equivcheck.feed import Data, Feed, Key
-from equivcheck.entropy import watch_entropy
 from equivcheck.neutral import functional_dropout_off, switch_off_modules
 from equivcheck.noise import UNIT_ROUNDOFF
 from equivcheck.observe import Observer, Pieces
@@ -153,7 +153,7 @@ def _coarsest(dtypes: Iterable[torch.dtype]) -> str:
     return str(max(dtypes, key=lambda dtype: UNIT_ROUNDOFF.get(dtype, 0.0))).removeprefix("torch.")
 
 
-def _call_train(code: Code, given: Mapping[str, object]) -> Any:  # noqa: ANN401
+def _call_train(code: Code, given: Mapping[str, object]) -> Any:
     returned = code.train(**given)
     if hasattr(returned, "__next__"):
         returned = list(returned)
@@ -216,7 +216,7 @@ def _step_error(error: Exception, recording: Recording, run: Run) -> StepError:
     )
 
 
-def _logged(returned: Any) -> list[float] | None:  # noqa: ANN401
+def _logged(returned: Any) -> list[float] | None:
     """Return the losses that `train` returned or yielded, as numbers; None if it gave none."""
     if isinstance(returned, Mapping):
         returned = next((returned[key] for key in ("loss", "losses", "train_loss") if key in returned), None)

@@ -121,18 +121,19 @@ class Experiment:
         k = self.case.accumulation_steps
         if self.case.split != "even":
             raise UsageError(
-                f"uneven-split: train takes {' and '.join(named)}, which promises slices of one
-                size", expected="--split even", because="a framework that batches by itself cannot
-                be given uneven slices",
+                f"uneven-split: train takes {' and '.join(named)}: slices of one size",
+                expected="--split even",
+                because="a framework that batches by itself cannot be given uneven slices",
             )
         rows = self.data.rows[:-1] if self.data.has_tail else self.data.rows
         for index, count in enumerate(rows):
             if count % k:
+                fitting = next(d for d in range(2, count + 1) if count % d == 0)
                 raise UsageError(
-                    f"indivisible-batch: full batch {index} has {count} rows, not a multiple of
-                    {k}", where=self.subject.location, expected=f"rows divisible by
-                    accumulation_steps={k}, because train takes {' and '.join(named)}", fix=f"--
-                    accumulation-steps {next(d for d in range(2, count + 1) if count % d == 0)}",
+                    f"indivisible-batch: full batch {index} has {count} rows, not a multiple of {k}",
+                    where=self.subject.location,
+                    expected=f"rows divisible by {k}, because train takes {' and '.join(named)}",
+                    fix=f"--accumulation-steps {fitting}",
                 )
 
     def close(self) -> None:

@@ -142,14 +142,14 @@ class Feed:
         """Return all samples, map-style, one without its batch dimension at each position."""
         return _Samples(self)
 
-    def rows(self, samples: Sequence[int]) -> Any:  # noqa: ANN401 - any nesting
+    def rows(self, samples: Sequence[int]) -> Any:
         """Hand out samples of one full batch as a micro-batch of its own storage."""
         places = [self.data.locate(sample) for sample in samples]
         batch = places[0][0]
         self.on_fetch([self._key(sample) for sample in samples])
         return take(self.data.batches[batch], [row for _, row in places])
 
-    def sample(self, position: int) -> Any:  # noqa: ANN401 - any nesting
+    def sample(self, position: int) -> Any:
         """Hand out one sample, without its batch dimension."""
         if not -self.data.total <= position < self.data.total:
             raise IndexError(position)
@@ -173,7 +173,7 @@ class _Batches:
         self._micro_batches = micro_batches
         self._length = length
 
-    def __iter__(self) -> Any:  # noqa: ANN401
+    def __iter__(self) -> Any:
         return iter(self._micro_batches)
 
     def __len__(self) -> int:
@@ -184,10 +184,10 @@ class _Rows(Dataset[Any]):
     def __init__(self, feed: Feed) -> None:
         self._feed = feed
 
-    def __getitem__(self, position: int) -> Any:  # noqa: ANN401
+    def __getitem__(self, position: int) -> Any:
         return self._feed.sample(position)
 
-    def __getitems__(self, samples: list[int]) -> Any:  # noqa: ANN401
+    def __getitems__(self, samples: list[int]) -> Any:
         return self._feed.rows(samples)
 
     def __len__(self) -> int:
@@ -198,18 +198,18 @@ class _Samples(Dataset[Any]):
     def __init__(self, feed: Feed) -> None:
         self._feed = feed
 
-    def __getitem__(self, position: int) -> Any:  # noqa: ANN401
+    def __getitem__(self, position: int) -> Any:
         return self._feed.sample(position)
 
     def __len__(self) -> int:
         return self._feed.data.total
 
 
-def _same(batch: Any) -> Any:  # noqa: ANN401
+def _same(batch: Any) -> Any:
     return batch
 
 
-def _squeeze(value: Any) -> Any:  # noqa: ANN401
+def _squeeze(value: Any) -> Any:
     """Remove the batch dimension of one row, in any nesting."""
     if isinstance(value, torch.Tensor):
         return value[0] if value.dim() else value

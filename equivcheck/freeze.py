@@ -1,7 +1,8 @@
 """Take what couples rows out of both runs, and find where rows are coupled.
 
-*Freeze* normalizes both runs with the statistics of the full batch, held constant. *Fingerprint* compares what every
-module puts out for a row in the full batch and alone in its micro-batch. *Statistics* predicts running statistics.
+*Freeze* normalizes both runs with the statistics of the full batch, held constant. *Fingerprint*
+compares what every module puts out for a row in the full batch and alone in its micro-batch.
+*Statistics* predicts running statistics.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class _PerCycle(Intervention):
 
 
 class Freeze(_PerCycle):
-    """Normalize with the statistics of the full batch, in both runs; running statistics stay as they are.
+    """Normalize with the statistics of the full batch, in both runs; running statistics stay as
+    they are.
 
     Attributes:
         used: Whether any normalization was frozen.
@@ -64,8 +66,15 @@ class Freeze(_PerCycle):
         batch, instance = torch.batch_norm, torch.instance_norm
 
         def frozen(
-            input: torch.Tensor, weight: Any, bias: Any, mean: Any, var: Any, training: bool, momentum: float,  # noqa: A002, ANN401, FBT001
-            eps: float, cudnn: bool  # noqa: FBT001
+            input: torch.Tensor,
+            weight: Any,
+            bias: Any,
+            mean: Any,
+            var: Any,
+            training: bool,
+            momentum: float,
+            eps: float,
+            cudnn: bool,
         ) -> torch.Tensor:
             if not training:
                 return batch(input, weight, bias, mean, var, training, momentum, eps, cudnn)
@@ -84,12 +93,21 @@ class Freeze(_PerCycle):
             return batch(input, weight, bias, *taken, False, momentum, eps, cudnn)
 
         def alone(
-            input: torch.Tensor, weight: Any, bias: Any, mean: Any, var: Any, use_input_stats: bool,  # noqa: A002, ANN401, FBT001
-            momentum: float, eps: float, cudnn: bool  # noqa: FBT001
+            input: torch.Tensor,
+            weight: Any,
+            bias: Any,
+            mean: Any,
+            var: Any,
+            use_input_stats: bool,
+            momentum: float,
+            eps: float,
+            cudnn: bool,
         ) -> torch.Tensor:
             # Instances do not interact; only the running statistics are kept from advancing.
             if not use_input_stats:
-                return instance(input, weight, bias, mean, var, use_input_stats, momentum, eps, cudnn)
+                return instance(
+                    input, weight, bias, mean, var, use_input_stats, momentum, eps, cudnn
+                )
             self.used = True
             return instance(input, weight, bias, None, None, True, momentum, eps, cudnn)
 
@@ -123,18 +141,30 @@ class Statistics(Intervention):
         batch = torch.batch_norm
 
         def watched(
-            input: torch.Tensor, weight: Any, bias: Any, mean: Any, var: Any, training: bool, momentum: float,  # noqa: A002, ANN401, FBT001
-            eps: float, cudnn: bool  # noqa: FBT001
+            input: torch.Tensor,
+            weight: Any,
+            bias: Any,
+            mean: Any,
+            var: Any,
+            training: bool,
+            momentum: float,
+            eps: float,
+            cudnn: bool,
         ) -> torch.Tensor:
             if not training or mean is None:
                 return batch(input, weight, bias, mean, var, training, momentum, eps, cudnn)
             dims = [d for d in range(input.dim()) if d != 1]
             with torch.no_grad():
-                wanted = mean + momentum * (input.mean(dims) - mean), var + momentum * (input.var(dims) - var)
+                wanted = (
+                    mean + momentum * (input.mean(dims) - mean),
+                    var + momentum * (input.var(dims) - var),
+                )
             result = batch(input, weight, bias, mean, var, training, momentum, eps, cudnn)
             limit = SAFETY * gamma(input.numel(), 2.0**-53)
             for expected, now in zip(wanted, (mean, var), strict=True):
-                if float((expected - now).norm()) > limit * (float(expected.norm()) + float(input.detach().abs().max())):
+                if float((expected - now).norm()) > limit * (
+                    float(expected.norm()) + float(input.detach().abs().max())
+                ):
                     self.as_predicted = False
             return result
 
@@ -174,8 +204,8 @@ class Fingerprint(_PerCycle):
             for handle in handles:
                 handle.remove()
 
-    def _hook(self, recorder: Recorder, name: str, kept: dict[Any, Any]) -> Any:  # noqa: ANN401
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:  # noqa: ANN401
+    def _hook(self, recorder: Recorder, name: str, kept: dict[Any, Any]) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             tensor = _first_tensor(output)
             keys = recorder.recording.fetched[-1] if recorder.recording.fetched else []
             call = self._calls.get(name, 0)
@@ -209,7 +239,7 @@ class Fingerprint(_PerCycle):
         return first[1] or "(the model itself)", worst[first]
 
 
-def _first_tensor(output: Any) -> torch.Tensor | None:  # noqa: ANN401
+def _first_tensor(output: Any) -> torch.Tensor | None:
     if isinstance(output, torch.Tensor):
         return output if output.is_floating_point() else None
     values = output.values() if hasattr(output, "values") else output

@@ -1,6 +1,7 @@
 """The few things that can be put right in a user's unchanged loop, at the recorder's own hooks.
 
-A cause is proved when putting it right makes the divergence vanish and leaving it wrong does not. Each intervention
+A cause is proved when putting it right makes the divergence vanish and leaving it wrong does not.
+Each intervention
 is general: it knows cycles and weights, not faults.
 
 K micro-batches per cycle; a *place* is a micro-step in a cycle.
@@ -85,13 +86,16 @@ class Reweight(Intervention):
     """Multiply the root gradient of each backward by a factor for its place.
 
     Args:
-        factors: Per cycle, one factor for each micro-step: the true weight over the weight that a hypothesis predicts.
+        factors: Per cycle, one factor for each micro-step: the true weight over the weight that a
+            hypothesis predicts.
         names: The parameters whose gradients are concerned; None for all, by way of the root.
     """
 
     name = "reweight"
 
-    def __init__(self, factors: Mapping[int, Sequence[float]], names: frozenset[str] | None = None) -> None:
+    def __init__(
+        self, factors: Mapping[int, Sequence[float]], names: frozenset[str] | None = None
+    ) -> None:
         self._factors = factors
         self._names = names
 
@@ -137,7 +141,8 @@ class Defer(Intervention):
 
 
 class Ration(Defer):
-    """Leave out calls of one kind inside a cycle, and at its end all beyond what the full batch makes.
+    """Leave out calls of one kind inside a cycle, and at its end all beyond what the full batch
+    makes.
 
     Args:
         kind: As for Defer.
@@ -188,7 +193,11 @@ class Before(Intervention):
         tensors = [p.detach() for p in recorder.gradient_holders()]
         for parameter in (p for group in optimizer.param_groups for p in group["params"]):
             entries = optimizer.state.get(parameter, {})
-            tensors += [each.detach() for _, each in sorted(entries.items()) if isinstance(each, torch.Tensor)]
+            tensors += [
+                each.detach()
+                for _, each in sorted(entries.items())
+                if isinstance(each, torch.Tensor)
+            ]
         with torch.no_grad():
             if recorder.recording.role == "reference":
                 self._known[key, index] = [each.clone() for each in tensors]
@@ -225,7 +234,8 @@ class Hold(Intervention):
     def after_backward(self, recorder: Recorder) -> None:
         with torch.no_grad():
             self._held = [
-                (p, None if p.grad is None else p.grad.detach().clone()) for p in recorder.gradient_holders()
+                (p, None if p.grad is None else p.grad.detach().clone())
+                for p in recorder.gradient_holders()
             ]
 
 
@@ -249,8 +259,8 @@ class Fresh(Intervention):
 class Retime(Intervention):
     """Step exactly at the end of every cycle: steps inside one are left out, missing ones are made.
 
-    What belongs to a step that is left out (zeroing, scheduler, scaler, between it and the next backward) is left out
-    with it.
+    What belongs to a step that is left out (zeroing, scheduler, scaler, between it and the next
+    backward) is left out with it.
 
     Args:
         ends: Counts of backwards after which the user's own loop steps anyway.
@@ -288,11 +298,16 @@ def _optimizers(_recorder: Recorder) -> list[Any]:
     """Return optimizers that have not stepped yet, from the frames of the running loop."""
     import gc  # noqa: PLC0415 - only when the loop never stepped before
 
-    return [functools.partial(lambda o: o, each) for each in gc.get_objects() if isinstance(each, Optimizer)]
+    return [
+        functools.partial(lambda o: o, each)
+        for each in gc.get_objects()
+        if isinstance(each, Optimizer)
+    ]
 
 
 class Rewind(Intervention):
-    """At each micro-batch inside a cycle, set state back to the cycle's start: it then advances once per cycle.
+    """At each micro-batch inside a cycle, set state back to the cycle's start: it then advances
+    once per cycle.
 
     Args:
         what: Any of parameters, state, buffers, shadows.
@@ -328,7 +343,12 @@ class Rewind(Intervention):
                     tensor.copy_(value)
                 for entries, values in self._entries:
                     # Fresh copies each time: the loop may change in place what is put back.
-                    entries.update({k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in values.items()})
+                    entries.update(
+                        {
+                            k: v.clone() if isinstance(v, torch.Tensor) else v
+                            for k, v in values.items()
+                        }
+                    )
             else:
                 self._save(recorder)
 
@@ -343,7 +363,9 @@ class Rewind(Intervention):
             for reference in recorder.alive.values():
                 optimizer = reference()
                 for entries in () if optimizer is None else optimizer.state.values():
-                    tensors += [each.detach() for each in entries.values() if isinstance(each, torch.Tensor)]
+                    tensors += [
+                        each.detach() for each in entries.values() if isinstance(each, torch.Tensor)
+                    ]
                     numbers = {k: v for k, v in entries.items() if isinstance(v, (int, float))}
                     self._entries.append((entries, numbers))
         if "shadows" in self._what:
@@ -352,7 +374,7 @@ class Rewind(Intervention):
                 tensors += self._holder(holder)
         self._saved = [(tensor, tensor.clone()) for tensor in tensors]
 
-    def _holder(self, holder: Any) -> list[torch.Tensor]:  # noqa: ANN401 - a module, mapping or list
+    def _holder(self, holder: Any) -> list[torch.Tensor]:
         if isinstance(holder, torch.nn.Module):
             return [each.detach() for each in (*holder.parameters(), *holder.buffers())]
         if isinstance(holder, dict):
@@ -424,7 +446,8 @@ class Restitute(Intervention):
     """Add to the gradients what a hypothesis says is missing from them, just before the step.
 
     Args:
-        missing: Per backward count at the step, and per parameter, the gradient to add (full tensors).
+        missing: Per backward count at the step, and per parameter, the gradient to add (full
+            tensors).
     """
 
     name = "restitute"
@@ -443,7 +466,9 @@ class Restitute(Intervention):
                     if extra is None:
                         continue
                     extra = extra.view(parameter.shape).to(parameter.dtype)
-                    parameter.grad = extra.clone() if parameter.grad is None else parameter.grad + extra
+                    parameter.grad = (
+                        extra.clone() if parameter.grad is None else parameter.grad + extra
+                    )
 
 
 class ZerosToNone(Intervention):
@@ -477,13 +502,16 @@ class Addend(Intervention):
 
     Args:
         ordinal: Which backward of a micro-step; a loop may have several.
-        path: Which addend, as the path from the root through the additions; empty for the whole root.
+        path: Which addend, as the path from the root through the additions; empty for the whole
+            root.
         factors: Per cycle, one factor for each micro-step.
     """
 
     name = "reweight an addend"
 
-    def __init__(self, ordinal: int, path: tuple[int, ...], factors: Mapping[int, Sequence[float]]) -> None:
+    def __init__(
+        self, ordinal: int, path: tuple[int, ...], factors: Mapping[int, Sequence[float]]
+    ) -> None:
         self._ordinal = ordinal
         self._path = path
         self._factors = factors
@@ -540,5 +568,7 @@ def ordinal_of(schedule: Sequence[Place], index: int) -> int:
     """Return which backward of its micro-step a backward is."""
     place = schedule[index]
     return sum(
-        1 for each in schedule[:index] if each.cycle == place.cycle and each.micro_step == place.micro_step
+        1
+        for each in schedule[:index]
+        if each.cycle == place.cycle and each.micro_step == place.micro_step
     )

@@ -37,11 +37,16 @@ def functional_dropout_off(seen: Callable[[], None] | None) -> Iterator[None]:
     """Make the functional forms of dropout pass their input through.
 
     Args:
-        seen: Called when a dropout would have drawn; None in runs that are compiled, where a side effect would
-            break the graph.
+        seen: Called when a dropout would have drawn; None in runs that are compiled, where a side
+            effect would break the graph.
     """
     variables = functional._VF
-    holders = [(owner, name) for owner in (variables, torch) for name in _FUNCTIONAL if hasattr(owner, name)]
+    holders = [
+        (owner, name)
+        for owner in (variables, torch)
+        for name in _FUNCTIONAL
+        if hasattr(owner, name)
+    ]
     before = [(owner, name, vars(owner).get(name), getattr(owner, name)) for owner, name in holders]
     attention = functional.scaled_dot_product_attention
     try:
@@ -59,7 +64,7 @@ def functional_dropout_off(seen: Callable[[], None] | None) -> Iterator[None]:
 
 
 def _without(original: Callable[..., Any], seen: Callable[[], None] | None) -> Callable[..., Any]:
-    def dropout(input: Any, p: float, train: bool) -> Any:  # noqa: A002, ANN401, FBT001 - torch's own names
+    def dropout(input: Any, p: float, train: bool) -> Any:  # noqa: A002 - torch's own names
         if seen is not None and train and p > 0:
             seen()
         return original(input, p, False)
@@ -67,14 +72,14 @@ def _without(original: Callable[..., Any], seen: Callable[[], None] | None) -> C
     return dropout
 
 
-def _attention_without(original: Any, seen: Callable[[], None] | None) -> Any:  # noqa: ANN401
+def _attention_without(original: Any, seen: Callable[[], None] | None) -> Any:
     @functools.wraps(original)
-    def attention(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def attention(*args: Any, **kwargs: Any) -> Any:
         if "dropout_p" in kwargs:
             if seen is not None and kwargs["dropout_p"] > 0:
                 seen()
             kwargs["dropout_p"] = 0.0
-        elif len(args) > 4:  # noqa: PLR2004 - query, key, value, mask, dropout_p
+        elif len(args) > 4:
             args = (*args[:4], 0.0, *args[5:])
         return original(*args, **kwargs)
 

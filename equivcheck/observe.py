@@ -91,7 +91,7 @@ class Observer:
         """Surround one backward that accumulates."""
         yield
 
-    def returned(self, recorder: Recorder, inputs: Any, result: Any) -> None:  # noqa: ANN401
+    def returned(self, recorder: Recorder, inputs: Any, result: Any) -> None:
         """See what `autograd.grad` returned."""
 
 
@@ -303,7 +303,7 @@ class Comparer(Sampler):
                 handle.remove()
             self._arrived.append(arrived)
 
-    def returned(self, recorder: Recorder, inputs: Any, result: Any) -> None:  # noqa: ANN401
+    def returned(self, recorder: Recorder, inputs: Any, result: Any) -> None:
         if self._want_contributions:
             self._arrived.append(
                 {
@@ -332,7 +332,7 @@ class Pieces(Comparer):
     def after(self, recorder: Recorder, step: Step, optimizer: Optimizer) -> None:
         """Set the state that this micro-batch's cycle started from; a new cycle begins in `fetch`."""
 
-    def enter(self, recorder: Recorder, key: Any) -> None:  # noqa: ANN401
+    def enter(self, recorder: Recorder, key: Any) -> None:
         """Set the model to the state that the cycle of a sample starts from."""
         cycle = self._cycles.get(key, 0)
         kept = self._reference.kept[cycle - 1] if cycle > 0 else self._reference.initial
@@ -418,7 +418,7 @@ def _state(
     return found
 
 
-def _copied(value: Any, keep: Callable[[torch.Tensor], torch.Tensor]) -> Any:  # noqa: ANN401
+def _copied(value: Any, keep: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
         return keep(value)
     if isinstance(value, (list, tuple)):

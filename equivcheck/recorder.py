@@ -140,7 +140,7 @@ class Recorder:
         for each in self.interventions:
             self._stack.enter_context(each.installed(self))
 
-    def _replace(self, owner: Any, name: str, value: Any) -> None:  # noqa: ANN401 - module or class
+    def _replace(self, owner: Any, name: str, value: Any) -> None:
         old = vars(owner).get(name, _MISSING)
         setattr(owner, name, value)
         self._stack.callback(_put_back, owner, name, old)
@@ -180,7 +180,7 @@ class Recorder:
         finally:
             self._paused = before
 
-    def note(self, kind: str, **detail: Any) -> None:  # noqa: ANN401
+    def note(self, kind: str, **detail: Any) -> None:
         """Add an event to the timeline."""
         event = Event(kind, self.backwards, len(self.recording.fetched), detail)
         self.recording.timeline.append(event)
@@ -200,7 +200,7 @@ class Recorder:
 
     def _backward(self, engine: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(engine)
-        def run_backward(outputs: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        def run_backward(outputs: Any, *args: Any, **kwargs: Any) -> Any:
             accumulate = kwargs.get("accumulate_grad", False)
             if self._depth or self._paused or not self._is_root(accumulate, args):
                 return engine(outputs, *args, **kwargs)
@@ -212,7 +212,7 @@ class Recorder:
 
         return run_backward
 
-    def _is_root(self, accumulate: bool, args: tuple[Any, ...]) -> bool:  # noqa: FBT001
+    def _is_root(self, accumulate: bool, args: tuple[Any, ...]) -> bool:
         """Tell a backward that makes gradients for a step from one that computes a term of the loss."""
         if accumulate:
             return True
@@ -221,7 +221,7 @@ class Recorder:
 
     def _root_backward(
         self, engine: Callable[..., Any], outputs: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:  # noqa: ANN401
+    ) -> Any:
         self._look_before_backward()
         loss, root = _root_value(outputs, args[0])
         record = Backward(
@@ -308,7 +308,7 @@ class Recorder:
 
     # ---- gradients between backward and step ---------------------------------------------------
 
-    def _snapshot(self, parameters: Any) -> None:  # noqa: ANN401 - a tensor or an iterable of them
+    def _snapshot(self, parameters: Any) -> None:
         for parameter in _each(parameters):
             if parameter.grad is not None:
                 with _quiet():
@@ -316,7 +316,7 @@ class Recorder:
 
     def _clip_norm(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
-        def clip(parameters: Any, max_norm: Any, total_norm: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        def clip(parameters: Any, max_norm: Any, total_norm: Any, *args: Any, **kwargs: Any) -> Any:
             parameters = _as_list(parameters)
             self.note("clip", max_norm=float(max_norm), norm=_number(total_norm), scale=self._pending_scale())
             if not self.allowed("clip"):
@@ -331,7 +331,7 @@ class Recorder:
 
     def _clip_value(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
-        def clip(parameters: Any, clip_value: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        def clip(parameters: Any, clip_value: Any, *args: Any, **kwargs: Any) -> Any:
             parameters = _as_list(parameters)
             self.note("clip", max_value=float(clip_value), scale=self._pending_scale())
             if not self.allowed("clip"):
@@ -350,7 +350,7 @@ class Recorder:
     unscale_before_clip = False
 
     @contextmanager
-    def _unscaled(self, parameters: Any) -> Iterator[float]:  # noqa: ANN401
+    def _unscaled(self, parameters: Any) -> Iterator[float]:
         """Let a clip see gradients without the loss scale, if an intervention asks for it."""
         pending = self._pending_scale() if self.unscale_before_clip else 1.0
         gradients = [] if pending == 1.0 else [p.grad for p in _each(parameters) if p.grad is not None]
@@ -364,7 +364,7 @@ class Recorder:
 
     def _zero_grad(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
-        def zero_grad(owner: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        def zero_grad(owner: Any, *args: Any, **kwargs: Any) -> Any:
             self.note("zero_grad")
             if not self.allowed("zero_grad"):
                 return None
@@ -378,7 +378,7 @@ class Recorder:
 
     def _enter_autocast(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
-        def enter(owner: Any) -> Any:  # noqa: ANN401
+        def enter(owner: Any) -> Any:
             if owner._enabled and isinstance(owner.fast_dtype, torch.dtype):
                 self.autocast.add(owner.fast_dtype)
             return original(owner)
@@ -389,7 +389,7 @@ class Recorder:
 
     def _scale(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
-        def scale(scaler: GradScaler, outputs: Any) -> Any:  # noqa: ANN401
+        def scale(scaler: GradScaler, outputs: Any) -> Any:
             result = original(scaler, outputs)
             if scaler.is_enabled():
                 self._loss_scale = float(scaler.get_scale())
@@ -400,7 +400,7 @@ class Recorder:
 
     def _unscale(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
-        def unscale_(scaler: GradScaler, optimizer: Optimizer) -> Any:  # noqa: ANN401
+        def unscale_(scaler: GradScaler, optimizer: Optimizer) -> Any:
             if not scaler.is_enabled():
                 return original(scaler, optimizer)
             explicit = not self._scaler_depth
@@ -423,7 +423,7 @@ class Recorder:
 
     def _scaler_step(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
-        def step(scaler: GradScaler, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        def step(scaler: GradScaler, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
             self._scaler_depth += 1
             before = len(self.recording.steps)
             try:
@@ -439,7 +439,7 @@ class Recorder:
 
     def _scaler_update(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
-        def update(scaler: GradScaler, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        def update(scaler: GradScaler, *args: Any, **kwargs: Any) -> Any:
             if scaler.is_enabled():
                 self.note("scaler", scale=float(scaler.get_scale()))
                 if not self.allowed("scaler"):
@@ -452,7 +452,7 @@ class Recorder:
 
     def _scheduler_step(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
-        def step(scheduler: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        def step(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
             if self._scheduler_depth or getattr(scheduler, "_is_initial", False):
                 return original(scheduler, *args, **kwargs)
             self.note("scheduler", scheduler=type(scheduler).__name__)
@@ -471,7 +471,7 @@ class Recorder:
 
     def _scheduler_init(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
-        def init(scheduler: Any, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        def init(scheduler: Any, *args: Any, **kwargs: Any) -> None:
             if self._scheduler_depth or type(scheduler).__init__ is not init:
                 original(scheduler, *args, **kwargs)
                 return
@@ -492,7 +492,7 @@ class Recorder:
 
     def _step(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
-        def step(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        def step(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
             if not self._paused and not self.allowed("step"):
                 return None
             return original(optimizer, *args, **kwargs)
@@ -538,7 +538,7 @@ class Recorder:
         self.recording.steps.append(step)
         return step
 
-    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._paused or id(optimizer) in self._open or not self.allowed("step"):
             return None
         for each in self.interventions:
@@ -556,7 +556,7 @@ class Recorder:
         begin: int | None = None
 
         @functools.wraps(closure)
-        def first_seen(*inner: Any, **named: Any) -> Any:  # noqa: ANN401
+        def first_seen(*inner: Any, **named: Any) -> Any:
             nonlocal begin
             self._evaluated = []
             if begin is not None:
@@ -606,7 +606,7 @@ class Recorder:
             step.skipped = found is not None and _number(found) > 0
             self.observer.gradients(self, step, gradients, applied)
 
-    def _after_step(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:  # noqa: ANN401
+    def _after_step(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
         if self._paused or id(optimizer) not in self._open:
             return
         step = self._open.pop(id(optimizer))
@@ -628,7 +628,7 @@ class Recorder:
         self._snapshots.clear()
 
 
-def _put_back(owner: Any, name: str, old: Any) -> None:  # noqa: ANN401
+def _put_back(owner: Any, name: str, old: Any) -> None:
     if old is _MISSING:
         delattr(owner, name)
     else:
@@ -656,11 +656,11 @@ def _optimizer_classes() -> list[Any]:
     return [each for each in dict.fromkeys(_subclasses(Optimizer)) if each is not Optimizer]
 
 
-def _each(parameters: Any) -> list[torch.Tensor]:  # noqa: ANN401
+def _each(parameters: Any) -> list[torch.Tensor]:
     return [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
 
 
-def _as_list(parameters: Any) -> Any:  # noqa: ANN401
+def _as_list(parameters: Any) -> Any:
     # A generator, as model.parameters() is, can be walked only once: it is kept for the original too.
     return parameters if isinstance(parameters, torch.Tensor) else list(parameters)
 
@@ -669,7 +669,7 @@ def _dense(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_dense() if tensor.is_sparse else tensor
 
 
-def _number(value: Any) -> float:  # noqa: ANN401
+def _number(value: Any) -> float:
     return float(value.item()) if isinstance(value, torch.Tensor) else float(value)
 
 
@@ -679,7 +679,7 @@ def _same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     )
 
 
-def _root_value(outputs: list[Any], seeds: Any) -> tuple[float, str]:  # noqa: ANN401
+def _root_value(outputs: list[Any], seeds: Any) -> tuple[float, str]:
     """Return the loss that a backward starts from, weighted with its root gradient, and its grad_fn's name."""
     total, name = 0.0, ""
     with _quiet():
@@ -706,7 +706,7 @@ def _root_scalar(outputs: list[Any]) -> float:
         return float(other) if other is not None and other.numel() == 1 and not other.requires_grad else 1.0
 
 
-def _scaled(seeds: Any, outputs: list[Any], factor: float) -> tuple[Any, ...]:  # noqa: ANN401
+def _scaled(seeds: Any, outputs: list[Any], factor: float) -> tuple[Any, ...]:
     with _quiet():
         return tuple(
             torch.full_like(output, factor) if seed is None else seed * factor
@@ -714,7 +714,7 @@ def _scaled(seeds: Any, outputs: list[Any], factor: float) -> tuple[Any, ...]:  
         )
 
 
-def _reweighted(result: Any, evaluated: list[tuple[float, float]]) -> Any:  # noqa: ANN401
+def _reweighted(result: Any, evaluated: list[tuple[float, float]]) -> Any:
     """Return what a closure gives to its optimizer, with the factors that its backwards were given.
 
     Args:

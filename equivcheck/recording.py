@@ -1,7 +1,8 @@
 """What one run did: optimizer steps with what they consumed, and the timeline of events.
 
-K micro-batches per cycle. `backwards` in an event or a step counts the root backwards that came before it: with the
-schedule of the run that number alone says whether the event happened inside a cycle or at its end.
+K micro-batches per cycle. `backwards` in an event or a step counts the root backwards that came
+before it: with the schedule of the run that number alone says whether the event happened inside a
+cycle or at its end.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from typing import Any
 
 import torch
 
-from equivcheck.feed import Key
 from equivcheck.differences import Sums
+from equivcheck.feed import Key
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class Event:
     """One call that was seen, in order.
 
     Attributes:
-        kind: fetch, backward, repeat (a closure evaluated again), zero_grad, cleared, edited, unscale, clip, step, skipped, scheduler, scaler.
+        kind: fetch, backward, repeat (a closure evaluated again), zero_grad, cleared, edited,
+            unscale, clip, step, skipped, scheduler, scaler.
         backwards: Root backwards that had run before it.
         fetches: Micro-batches that had been handed out before it.
         detail: Scalars that belong to it.
@@ -51,10 +53,12 @@ class Step:
         samples: Keys consumed since this optimizer's previous step.
         backwards: Root backwards that had run before it, over the whole run.
         first_backward: The same count at this optimizer's previous step.
-        matched: Index of the reference's step that consumed the same samples; None if there is none.
+        matched: Index of the reference's step that consumed the same samples; None if there is
+            none.
         learning_rates: One per parameter group.
         norms: Gradient norm at `optimizer.step` (after clipping), over this optimizer's parameters.
-        sample: Sampled gradient coordinates before the clip, float64, per parameter; None where there is no gradient.
+        sample: Sampled gradient coordinates before the clip, float64, per parameter; None where
+            there is no gradient.
         gradients, applied, parameters, state, buffers: Sums against the reference, per tensor.
         none_mismatch: Parameters with a gradient in one of the two runs only.
         masked: Per parameter, how many elements were left out because their gradient is noise.
@@ -138,15 +142,20 @@ class Recording:
     def places(self, cycles: dict[Key, int]) -> list[Place]:
         """Return the place of every backward, given the cycle that each sample belongs to.
 
-        A loop may fetch each micro-batch just before its backward, or all of a cycle up front. In the second case
-        there are as many backwards (or a multiple) as fetches, and they pair up in order.
+        A loop may fetch each micro-batch just before its backward, or all of a cycle up front. In
+        the second case there are as many backwards (or a multiple) as fetches, and they pair up in
+        order.
         """
         by_cycle: dict[int, list[int]] = {}
         for index, keys in enumerate(self.fetched):
             by_cycle.setdefault(cycles.get(keys[0], -1), []).append(index)
         order = sorted(by_cycle, key=lambda cycle: by_cycle[cycle][0])
         owner: list[tuple[int, int]] = []
-        position = {fetch: (cycle, by_cycle[cycle].index(fetch)) for cycle in order for fetch in by_cycle[cycle]}
+        position = {
+            fetch: (cycle, by_cycle[cycle].index(fetch))
+            for cycle in order
+            for fetch in by_cycle[cycle]
+        }
         for backward in self.backwards:
             owner.append(position.get(backward.fetches - 1, (-1, 0)))
         for cycle in order:

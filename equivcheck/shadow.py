@@ -1,8 +1,10 @@
-"""Find the copies of the weights that a loop keeps beside its model: an average, a teacher, a master copy.
+"""Find the copies of the weights that a loop keeps beside its model: an average, a teacher, a
+master copy.
 
-They live in the loop's own variables, so they are looked for there: modules, and dictionaries or lists of tensors,
-in the locals of the user's running frames and one level into their objects. A find counts as shadow weights only if its
-tensors have the shapes of parameters and point in their direction; a buffer of gradients does not.
+They live in the loop's own variables, so they are looked for there: modules, and dictionaries or
+lists of tensors, in the locals of the user's running frames and one level into their objects. A
+find counts as shadow weights only if its tensors have the shapes of parameters and point in their
+direction; a buffer of gradients does not.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from equivcheck.subject import is_library
 if TYPE_CHECKING:
     from equivcheck.recorder import Recorder
 
-# An average over training stays within a small angle of the weights; gradients are nearly orthogonal to them.
+# An average over training stays within a small angle of the weights; gradients are nearly
+# orthogonal to them.
 LIKE_WEIGHTS = 0.7
 DEPTH = 3
 
@@ -59,9 +62,11 @@ def _variables(frame: FrameType | None) -> Iterator[tuple[str, Any]]:
         frame = frame.f_back
 
 
-def _reach(name: str, value: Any, depth: int) -> Iterator[tuple[str, Any]]:  # noqa: ANN401
+def _reach(name: str, value: Any, depth: int) -> Iterator[tuple[str, Any]]:
     yield name, value
-    if depth == 0 or isinstance(value, (nn.Module, torch.Tensor, Mapping, list, tuple, str, int, float, type(None))):
+    if depth == 0 or isinstance(
+        value, (nn.Module, torch.Tensor, Mapping, list, tuple, str, int, float, type(None))
+    ):
         return
     module = getattr(type(value), "__module__", "")
     if module.split(".")[0] in {"torch", "builtins", "numpy", "collections"}:
@@ -70,18 +75,20 @@ def _reach(name: str, value: Any, depth: int) -> Iterator[tuple[str, Any]]:  # n
         yield from _reach(f"{name}.{key}", inner, depth - 1)
 
 
-def _is_holder(value: Any, recorder: Recorder) -> bool:  # noqa: ANN401
+def _is_holder(value: Any, recorder: Recorder) -> bool:
     if isinstance(value, nn.Module):
         own = {id(p) for p in value.parameters()}
         return bool(own) and not own & set(recorder.names)
     if isinstance(value, Mapping):
-        return 0 < len(value) < 10_000 and all(isinstance(each, torch.Tensor) for each in value.values())
+        return 0 < len(value) < 10_000 and all(
+            isinstance(each, torch.Tensor) for each in value.values()
+        )
     if isinstance(value, (list, tuple)):
         return 0 < len(value) < 10_000 and all(isinstance(each, torch.Tensor) for each in value)
     return False
 
 
-def _tensors(value: Any, recorder: Recorder) -> Iterator[tuple[str, torch.Tensor]]:  # noqa: ANN401
+def _tensors(value: Any, recorder: Recorder) -> Iterator[tuple[str, torch.Tensor]]:
     if isinstance(value, nn.Module):
         pairs: Any = list(value.named_parameters()) + list(value.named_buffers())
     elif isinstance(value, Mapping):
@@ -89,7 +96,11 @@ def _tensors(value: Any, recorder: Recorder) -> Iterator[tuple[str, torch.Tensor
     else:
         pairs = enumerate(value)
     for key, tensor in pairs:
-        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and id(tensor) not in recorder.names:
+        if (
+            isinstance(tensor, torch.Tensor)
+            and tensor.is_floating_point()
+            and id(tensor) not in recorder.names
+        ):
             if tensor.grad_fn is None:
                 yield str(key), tensor
 

@@ -1,6 +1,7 @@
 """Faults that the full batch has too: EQ110, EQ302, EQ404, EQ405.
 
-Nothing differs between the two runs, so they are found by putting one thing right in the *reference*.
+Nothing differs between the two runs, so they are found by putting one thing right in the
+*reference*.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ def shared_faults(experiment: Experiment) -> list[Suspicion]:
     reference = experiment.reference()
     if any(event.kind == "leftover" for event in reference.timeline):
         found += _altered(experiment, "EQ302", Fresh())
-    if any(event.kind == "clip" and event.detail.get("scale", 1.0) != 1.0 for event in reference.timeline):
+    if any(
+        event.kind == "clip" and event.detail.get("scale", 1.0) != 1.0
+        for event in reference.timeline
+    ):
         found += _altered(experiment, "EQ405", UnscaleFirst())
     return found
 
@@ -58,7 +62,9 @@ def skipped_steps(experiment: Experiment) -> list[Suspicion]:
         ("native_candidate", experiment.candidate()),
     ):
         native = experiment.native(role)
-        took = {step.matched for step in native.steps if step.matched is not None and not step.skipped}
+        took = {
+            step.matched for step in native.steps if step.matched is not None and not step.skipped
+        }
         left_out = [
             step.matched
             for step in promoted.steps
@@ -67,5 +73,14 @@ def skipped_steps(experiment: Experiment) -> list[Suspicion]:
         if left_out and len(native.steps) <= len(promoted.steps):
             scales = sorted({each.loss_scale for each in native.backwards})
             evidence = {"role": role, "optimizer_steps": left_out[:8], "loss_scales": scales[:8]}
-            return [Suspicion("EQ404", [], evidence, left_out[0], shared=role == "native_reference", proved=True)]
+            return [
+                Suspicion(
+                    "EQ404",
+                    [],
+                    evidence,
+                    left_out[0],
+                    shared=role == "native_reference",
+                    proved=True,
+                )
+            ]
     return []

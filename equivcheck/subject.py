@@ -140,7 +140,7 @@ def _trainer(target: str) -> Callable[[], Callable[..., Any]]:
     return load
 
 
-def _attribute(holder: object, name: str, target: str) -> Any:  # noqa: ANN401 - whatever the user defined
+def _attribute(holder: object, name: str, target: str) -> Any:
     value = getattr(holder, name, None)
     if value is not None:
         if name in REQUIRED and not callable(value):
@@ -321,12 +321,12 @@ def _lies_in(module: ModuleType, root: Path) -> bool:
 
 
 # Some thousand modules are asked about before every run: resolving a path once is enough.
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _real(filename: str) -> str:
     return str(Path(filename).resolve())
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def is_library(filename: str) -> bool:
     """Return whether a file belongs to Python, an installed package or equivcheck itself."""
     path = _real(filename)

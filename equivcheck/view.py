@@ -22,7 +22,8 @@ class Suspicion:
 
     Attributes:
         code: EQnnn.
-        variants: Ways to put it right, each a tuple of interventions; the first that works proves it.
+        variants: Ways to put it right, each a tuple of interventions; the first that works proves
+            it.
         evidence: Numbers and places that speak for it.
         step: Optimizer step that shows it first.
         rank: Order of trial: specific signatures first.
@@ -83,7 +84,9 @@ class View:
     @cached_property
     def divergent(self) -> list[Attribution]:
         """The weights of those steps whose gradient differs."""
-        bad = {each.step for each in self.judgement.findings if each.kind in {"gradients", "applied"}}
+        bad = {
+            each.step for each in self.judgement.findings if each.kind in {"gradients", "applied"}
+        }
         return [each for each in self.attributions if each.step in bad]
 
     def inside(self, *kinds: str) -> list[tuple[Event, Place]]:
@@ -103,7 +106,9 @@ class View:
     def tolerance(self, attribution: Attribution) -> float:
         """Return the relative error that a predicted gradient may have: noise of the pieces it is made of."""
         noise = self.experiment.noise()
-        sizes = attribution.pieces.norm(dim=1).sum() * max(1.0, max((abs(x) for x in attribution.w.solution), default=1.0))
+        sizes = attribution.pieces.norm(dim=1).sum() * max(
+            1.0, max((abs(x) for x in attribution.w.solution), default=1.0)
+        )
         size = float(attribution.candidate.norm()) or 1.0
         base = max(noise.floor(), SAFETY * noise.total(attribution.matched, lambda s: s.gradients))
         return base * max(1.0, float(sizes) / size)
@@ -137,13 +142,21 @@ class View:
         """Return what each micro-batch holds of what may be counted: rows, labels, masked entries; per cycle."""
         experiment = self.experiment
         found: dict[str, list[list[int]]] = {"rows": []}
-        for batch, slices in zip(experiment.data.batches, experiment.slices(experiment.data), strict=True):
+        for batch, slices in zip(
+            experiment.data.batches, experiment.slices(experiment.data), strict=True
+        ):
             found["rows"].append([stop - start for start, stop in slices])
             for path, tensor in _leaves("", batch):
                 for label, mask in _masks(path, tensor):
                     rows = mask.flatten(1).sum(1) if mask.dim() > 1 else mask
-                    found.setdefault(label, []).append([int(rows[start:stop].sum()) for start, stop in slices])
-        return {label: values for label, values in found.items() if len(values) == len(experiment.data.rows)}
+                    found.setdefault(label, []).append(
+                        [int(rows[start:stop].sum()) for start, stop in slices]
+                    )
+        return {
+            label: values
+            for label, values in found.items()
+            if len(values) == len(experiment.data.rows)
+        }
 
 
 class Part(View):
@@ -160,7 +173,7 @@ class Part(View):
         return [each.only(self.names or frozenset()) for each in self._whole.attributions]
 
 
-def _leaves(path: str, value: Any) -> list[tuple[str, torch.Tensor]]:  # noqa: ANN401
+def _leaves(path: str, value: Any) -> list[tuple[str, torch.Tensor]]:
     if isinstance(value, torch.Tensor):
         return [(path or "batch", value)] if value.dim() else []
     items: Any = ()
@@ -168,7 +181,11 @@ def _leaves(path: str, value: Any) -> list[tuple[str, torch.Tensor]]:  # noqa: A
         items = value.items()
     elif isinstance(value, (list, tuple)):
         items = enumerate(value)
-    return [leaf for key, inner in items for leaf in _leaves(f"{path}.{key}" if path else str(key), inner)]
+    return [
+        leaf
+        for key, inner in items
+        for leaf in _leaves(f"{path}.{key}" if path else str(key), inner)
+    ]
 
 
 def _masks(path: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:

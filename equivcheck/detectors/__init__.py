@@ -1,4 +1,5 @@
-"""One file per family of causes; each offers `suspect(view)`, which returns suspicions with their interventions.
+"""One file per family of causes; each offers `suspect(view)`, which returns suspicions with their
+interventions.
 
 A new cause is one new file here and one entry in the catalogue: the folder itself is the list.
 """

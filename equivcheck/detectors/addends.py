@@ -38,14 +38,22 @@ def suspect(view: View) -> list[Suspicion]:
     if parts is None:
         return []
     wrong = {component: _wrong(view, component, parts) for component in parts.components}
-    if not any(wrong.values()) or all(wrong.values()) or any(each is False for each in wrong.values()):
+    if (
+        not any(wrong.values())
+        or all(wrong.values())
+        or any(each is False for each in wrong.values())
+    ):
         # Nothing wrong; or the whole loss is; or something that no factor explains.
         return []
     found = []
     for code, same in (("EQ107", True), ("EQ106", False)):
-        mine = {c: each for c, each in wrong.items() if isinstance(each, _Wrong) and each.same is same}
+        mine = {
+            c: each for c, each in wrong.items() if isinstance(each, _Wrong) and each.same is same
+        }
         if mine:
-            interventions: tuple[Intervention, ...] = tuple(Addend(*c, each.factors) for c, each in mine.items())
+            interventions: tuple[Intervention, ...] = tuple(
+                Addend(*c, each.factors) for c, each in mine.items()
+            )
             first = next(iter(mine.values()))
             evidence = {
                 "addends": [list(path) or f"backward {ordinal}" for ordinal, path in mine][:4],
@@ -72,7 +80,7 @@ def _parts(view: View) -> Parts | None:
     names = attributions[0].names
     try:
         alone = _taken(view, "pieces", names)
-        if max((len(each) for each in alone.values()), default=0) < 2:  # noqa: PLR2004
+        if max((len(each) for each in alone.values()), default=0) < 2:
             return None
         return Parts(alone, _taken(view, "candidate", names), _taken(view, "reference", names))
     except (EquivcheckError, RuntimeError):
@@ -90,7 +98,9 @@ def spanned(view: View) -> bool:
         total = torch.zeros_like(each.reference)
         matrix = []
         for component in parts.components:
-            pieces = [parts.alone.get((cycle, i), {}).get(component) for i in range(each.pieces.shape[0])]
+            pieces = [
+                parts.alone.get((cycle, i), {}).get(component) for i in range(each.pieces.shape[0])
+            ]
             if any(x is None for x in pieces):
                 return False
             matrix += [x for x in pieces if x is not None]
@@ -102,7 +112,10 @@ def spanned(view: View) -> bool:
 
 
 def _cycle(view: View, matched: int) -> int:
-    return min((view.cycles[key] for key in view.reference.steps[matched].samples if key in view.cycles), default=matched)
+    return min(
+        (view.cycles[key] for key in view.reference.steps[matched].samples if key in view.cycles),
+        default=matched,
+    )
 
 
 def _taken(view: View, role: str, names: list[tuple[str, int]]) -> ByPlace:
@@ -122,7 +135,10 @@ def _taken(view: View, role: str, names: list[tuple[str, int]]) -> ByPlace:
     for index, (place, by_path) in enumerate(zip(places, taker.taken.get(role, []), strict=False)):
         here = found.setdefault((place.cycle, place.micro_step), {})
         for path, gradients in by_path.items():
-            parts = [gradients.get(name, torch.zeros(length, dtype=torch.float64)) for name, length in names]
+            parts = [
+                gradients.get(name, torch.zeros(length, dtype=torch.float64))
+                for name, length in names
+            ]
             here[_ordinal(places, index), path] = torch.cat(parts)
     return found
 
@@ -164,7 +180,13 @@ def _wrong(view: View, component: Component, parts: Parts) -> _Wrong | bool | No
             if len(counts) == k and sum(counts):
                 wrongs.append([x / sum(counts) for x in counts])
         fitting = next(
-            (w for w in wrongs if float((predict(matrix, w) - total).norm()) <= limit * max(size, float(total.norm()))), None
+            (
+                w
+                for w in wrongs
+                if float((predict(matrix, w) - total).norm())
+                <= limit * max(size, float(total.norm()))
+            ),
+            None,
         )
         if fitting is None:
             return False

@@ -27,7 +27,9 @@ def suspect(view: View) -> list[Suspicion]:
     if outside and spanned(view):
         outside = []
     norms = norm_buffers(view)
-    statistics = [f for f in view.judgement.findings if f.kind == "buffers" and set(f.names) <= norms]
+    statistics = [
+        f for f in view.judgement.findings if f.kind == "buffers" and set(f.names) <= norms
+    ]
     found: list[Suspicion] = []
     freeze = Freeze(view.experiment.cycles())
     if outside:
@@ -71,11 +73,13 @@ def _freezable(view: View, freeze: Freeze) -> bool:
 
 
 def _weighted_right(view: View, attribution: Attribution) -> bool:
-    """Return whether the accumulated gradient is in the span, with weights that are right for the loss.
+    """Return whether the accumulated gradient is in the span, with weights that are right for the
+    loss.
 
-    Where rows interact the true weights cannot be read from the gradient. They are those of a mean, in equal parts or
-    by a count; or all 1, of a sum. A sum shows in the losses, or in the gradients' norms: they add up to the full
-    batch's, but for the interaction, which changes one of the two by far less than a factor of K.
+    Where rows interact the true weights cannot be read from the gradient. They are those of a mean,
+    in equal parts or by a count; or all 1, of a sum. A sum shows in the losses, or in the
+    gradients' norms: they add up to the full batch's, but for the interaction, which changes one of
+    the two by far less than a factor of K.
     """
     if not view.spans(attribution, reference=False):
         return False
@@ -100,7 +104,10 @@ def _adds_up(view: View, attribution: Attribution) -> bool:
     target = view.reference.steps[attribution.matched]
     whole = sum(b.loss for b in view.reference.backwards[target.first_backward : target.backwards])
     alone = view.experiment.pieces_recording(view.chosen)
-    cycle = min((view.cycles[key] for key in target.samples if key in view.cycles), default=attribution.matched)
+    cycle = min(
+        (view.cycles[key] for key in target.samples if key in view.cycles),
+        default=attribution.matched,
+    )
     losses: dict[int, float] = {}
     for place, backward in zip(alone.places(view.cycles), alone.backwards, strict=False):
         if place.cycle == cycle:

@@ -37,7 +37,15 @@ def _zeroed(view: View) -> list[Suspicion]:
     calls = [each for each in view.inside("zero_grad", "cleared") if not _after_step(view, each[0])]
     if not calls:
         return []
-    return [Suspicion("EQ301", [(Defer("zero_grad"),), (Hold(),)], _evidence(calls), view.at_step(calls[0][1]), 20)]
+    return [
+        Suspicion(
+            "EQ301",
+            [(Defer("zero_grad"),), (Hold(),)],
+            _evidence(calls),
+            view.at_step(calls[0][1]),
+            20,
+        )
+    ]
 
 
 def _called(view: View, kind: str, code: str, rank: int) -> list[Suspicion]:
@@ -70,7 +78,8 @@ def _scales(view: View) -> list[Suspicion]:
 def _edited(view: View) -> list[Suspicion]:
     """Gradients changed between two backwards, without a call that explains it: EQ109, or EQ403 by hand."""
     explained = {
-        each.backwards for each, _ in view.inside("clip", "unscale", "zero_grad", "step", "skipped", "cleared")
+        each.backwards
+        for each, _ in view.inside("clip", "unscale", "zero_grad", "step", "skipped", "cleared")
     }
     calls = [each for each in view.inside("edited") if each[0].backwards - 0 not in explained]
     if not calls:
@@ -79,11 +88,15 @@ def _edited(view: View) -> list[Suspicion]:
     scale, rest = float(event.detail["scale"]), float(event.detail["rest"])
     backward = view.candidate.backwards[event.backwards - 1]
     evidence = _evidence(calls)
-    if rest < 1e-6:  # noqa: PLR2004 - one factor for all coordinates looked at
+    if rest < 1e-6:
         # Divided by what the loss was multiplied with: a loss scale, of a scaler or by hand.
         carried = {backward.loss_scale, backward.root_scalar} - {1.0}
-        by_hand = any(abs(scale * each - 1.0) < 1e-6 for each in carried)  # noqa: PLR2004
-        return [Suspicion("EQ403" if by_hand else "EQ109", [(Hold(),)], evidence, view.at_step(place), 26)]
+        by_hand = any(abs(scale * each - 1.0) < 1e-6 for each in carried)
+        return [
+            Suspicion(
+                "EQ403" if by_hand else "EQ109", [(Hold(),)], evidence, view.at_step(place), 26
+            )
+        ]
     return [Suspicion("EQ107", [(Hold(),)], evidence, view.at_step(place), 45)]
 
 
@@ -98,16 +111,28 @@ def _steps(view: View) -> list[Suspicion]:
     ends = {
         event.backwards
         for event in candidate.timeline
-        if event.kind in {"step", "skipped"} and 0 < event.backwards <= len(view.places) and view.places[event.backwards - 1].last
+        if event.kind in {"step", "skipped"}
+        and 0 < event.backwards <= len(view.places)
+        and view.places[event.backwards - 1].last
     }
     found: list[Suspicion] = []
     consumed = {key for step in candidate.steps for key in step.samples}
     data = view.experiment.data
-    tail = {sample for sample in range(data.start(len(data.rows) - 1), data.total)} if data.has_tail else set()
+    tail = (
+        {sample for sample in range(data.start(len(data.rows) - 1), data.total)}
+        if data.has_tail
+        else set()
+    )
     if missing and tail and all({sample for _, sample in step.samples} <= tail for step in missing):
-        leaked = any({s for _, s in step.samples} & tail and {s for _, s in step.samples} - tail for step in candidate.steps)
+        leaked = any(
+            {s for _, s in step.samples} & tail and {s for _, s in step.samples} - tail
+            for step in candidate.steps
+        )
         kept = all(any(key in consumed for key in step.samples) for step in missing) and leaked
-        evidence = {"samples": sum(len(step.samples) for step in missing), "optimizer_steps": len(candidate.steps)}
+        evidence = {
+            "samples": sum(len(step.samples) for step in missing),
+            "optimizer_steps": len(candidate.steps),
+        }
         code = "EQ310" if kept else "EQ304"
         found.append(Suspicion(code, [(Shorten(),)], evidence, missing[0].index, 18))
     elif missing and tail and _straddles(view, tail):
@@ -115,7 +140,9 @@ def _steps(view: View) -> list[Suspicion]:
         found.append(Suspicion("EQ310", [(Shorten(),)], evidence, missing[0].index, 18))
     if not inside and not (missing and not found):
         return found
-    every = len({event.backwards for event, _ in inside}) == sum(not place.last for place in view.places)
+    every = len({event.backwards for event, _ in inside}) == sum(
+        not place.last for place in view.places
+    )
     consumed_per_step = [len({s for s in step.samples}) for step in candidate.steps]
     evidence = {
         "optimizer_steps": len(candidate.steps),

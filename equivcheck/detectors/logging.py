@@ -19,10 +19,18 @@ def suspect(view: View) -> list[Suspicion]:
     if others:
         return []
     rule = _rule(view)
-    evidence = {"relative": finding.relative, "logged": (view.candidate.logged or [])[:8], "full_batch": (view.reference.logged or [])[:8]}
+    evidence = {
+        "relative": finding.relative,
+        "logged": (view.candidate.logged or [])[:8],
+        "full_batch": (view.reference.logged or [])[:8],
+    }
     if rule:
         evidence["rule"] = rule
-    return [Suspicion("EQ701", [], evidence, 0, 40, proved=rule is not None, explains=frozenset({"logged"}))]
+    return [
+        Suspicion(
+            "EQ701", [], evidence, 0, 40, proved=rule is not None, explains=frozenset({"logged"})
+        )
+    ]
 
 
 def _alone(view: View) -> list[list[float]] | None:
@@ -59,15 +67,22 @@ def _rule(view: View) -> str | None:
     alone = _alone(view)
     limit = _limit(view)
     k = view.steps
-    rules = {"divided by accumulation_steps once too often": [x / k for x in reference], "summed, not averaged": [x * k for x in reference]}
+    rules = {
+        "divided by accumulation_steps once too often": [x / k for x in reference],
+        "summed, not averaged": [x * k for x in reference],
+    }
     if alone is not None:
         rules |= {
             "the last micro-batch's loss": [each[-1] for each in alone],
             "the first micro-batch's loss": [each[0] for each in alone],
             "the mean of the micro-batches' means": [sum(each) / len(each) for each in alone],
             "the sum of the micro-batches' losses": [sum(each) for each in alone],
-            "the last micro-batch's loss, divided by accumulation_steps": [each[-1] / len(each) for each in alone],
-            "the micro-batches' losses over accumulation_steps, in the tail too": [sum(each) / k for each in alone],
+            "the last micro-batch's loss, divided by accumulation_steps": [
+                each[-1] / len(each) for each in alone
+            ],
+            "the micro-batches' losses over accumulation_steps, in the tail too": [
+                sum(each) / k for each in alone
+            ],
         }
     found = next((name for name, values in rules.items() if _close(candidate, values, limit)), None)
     if found is None and reference and all(reference):
@@ -86,7 +101,11 @@ def _explained_by_weights(view: View) -> bool:
     limit = _limit(view)
     size = max(abs(x) for x in logged) if logged else 0.0
     for each in view.attributions:
-        if each.matched < len(alone) and each.matched < len(logged) and len(alone[each.matched]) == len(each.w.solution):
+        if (
+            each.matched < len(alone)
+            and each.matched < len(logged)
+            and len(alone[each.matched]) == len(each.w.solution)
+        ):
             value = sum(w * x for w, x in zip(each.w.solution, alone[each.matched], strict=True))
             if abs(value - logged[each.matched]) > limit * size:
                 return False

@@ -16,7 +16,13 @@ def suspect(view: View) -> list[Suspicion]:
     """Return suspicions if learning rates differ."""
     finding = view.judgement.first("learning_rates")
     calls = view.inside("scheduler")
-    calls = [each for each in calls if not any(e.kind == "step" and e.backwards == each[0].backwards for e in view.candidate.timeline)]
+    calls = [
+        each
+        for each in calls
+        if not any(
+            e.kind == "step" and e.backwards == each[0].backwards for e in view.candidate.timeline
+        )
+    ]
     most = max(_per_cycle(view.reference).values(), default=1)
     extra = {count for count in _per_cycle(view.candidate).values() if count > most}
     if finding is None:
@@ -28,7 +34,9 @@ def suspect(view: View) -> list[Suspicion]:
             "full_batch": sum(e.kind == "scheduler" for e in view.reference.timeline),
             "relative": finding.relative,
         }
-        found.append(Suspicion("EQ307", [(Ration("scheduler", most),)], evidence, finding.matched, 24))
+        found.append(
+            Suspicion("EQ307", [(Ration("scheduler", most),)], evidence, finding.matched, 24)
+        )
     else:
         found += _counted(view)
     found += _horizon(view, finding.matched, finding.relative, quiet=bool(calls or extra))
@@ -36,18 +44,25 @@ def suspect(view: View) -> list[Suspicion]:
 
 
 def _per_cycle(recording: Recording) -> Counter[int]:
-    return Counter(event.backwards for event in recording.timeline if event.kind == "scheduler" and event.backwards)
+    return Counter(
+        event.backwards
+        for event in recording.timeline
+        if event.kind == "scheduler" and event.backwards
+    )
 
 
 def _counted(view: View) -> list[Suspicion]:
     """EQ307 without a scheduler: the rate is a function of a count of micro-batches.
 
-    The loop run at accumulation_steps 1 shows that function; the accumulated rates are its values at every K-th place.
+    The loop run at accumulation_steps 1 shows that function; the accumulated rates are its values
+    at every K-th place.
     """
     if any(event.kind == "scheduler" for event in view.candidate.timeline):
         return []
     try:
-        alone = [step.learning_rates for step in view.experiment.pieces_recording(view.chosen).steps]
+        alone = [
+            step.learning_rates for step in view.experiment.pieces_recording(view.chosen).steps
+        ]
     except EquivcheckError:
         return []
     places = view.places
@@ -60,8 +75,15 @@ def _counted(view: View) -> list[Suspicion]:
             taken.append(alone[micro])
         else:
             reference = [step.learning_rates for step in view.reference.steps]
-            if taken == [step.learning_rates for step in view.candidate.steps] and alone[: len(reference)] == reference:
-                evidence = {"rule": "the rate follows a count of micro-batches", "rates": taken[:8], "full_batch": reference[:8]}
+            if (
+                taken == [step.learning_rates for step in view.candidate.steps]
+                and alone[: len(reference)] == reference
+            ):
+                evidence = {
+                    "rule": "the rate follows a count of micro-batches",
+                    "rates": taken[:8],
+                    "full_batch": reference[:8],
+                }
                 return [Suspicion("EQ307", [], evidence, 0, 25, proved=True, explains=UPDATES)]
     return []
 

@@ -24,16 +24,25 @@ def suspect(view: View) -> list[Suspicion]:
     if shadows is not None:
         evidence = {"shadow_weights": list(shadows.names[:5]), "relative": shadows.relative}
         # What was copied after one step is seen before the next.
-        found.append(Suspicion("EQ309", [(Rewind("shadows"),)], evidence, max(shadows.matched - 1, 0), 23))
+        found.append(
+            Suspicion("EQ309", [(Rewind("shadows"),)], evidence, max(shadows.matched - 1, 0), 23)
+        )
     stepped = {event.backwards for event, _ in view.inside("step")}
     moved = [each for each in view.inside("parameters_changed") if each[0].backwards not in stepped]
     updates = judgement.first("parameters", "state")
     rates = judgement.first("learning_rates")
     if moved or (updates is not None and (rates is None or updates.matched != rates.matched)):
-        step = view.at_step(moved[0][1]) if moved else (updates.matched if updates is not None else 0)
+        step = (
+            view.at_step(moved[0][1]) if moved else (updates.matched if updates is not None else 0)
+        )
         names = list(updates.names[:5]) if updates is not None else []
         evidence = {"changed_inside_cycles": len(moved), "tensors": names}
-        variants = [(Rewind("state"),), (Rewind("parameters"),), (Rewind("parameters", "state"),), (Before(),)]
+        variants = [
+            (Rewind("state"),),
+            (Rewind("parameters"),),
+            (Rewind("parameters", "state"),),
+            (Before(),),
+        ]
         found.append(Suspicion("EQ312", variants, evidence, step, 32))
     found += _unused(view)
     found += _lost(view)
@@ -50,11 +59,21 @@ def _unused(view: View) -> list[Suspicion]:
     missing: dict[int, dict[str, torch.Tensor]] = {}
     for each in view.attributions:
         right = view.right(each)
-        absent = {name for name in names if view.candidate.steps[each.step].sample.get(name) is None}
+        absent = {
+            name for name in names if view.candidate.steps[each.step].sample.get(name) is None
+        }
         if right is not None and absent:
             total = predict(each.pieces, right)
-            parts = dict(zip((name for name, _ in each.names), total.split([n for _, n in each.names]), strict=True))
-            missing[view.candidate.steps[each.step].backwards] = {n: g for n, g in parts.items() if n in absent}
+            parts = dict(
+                zip(
+                    (name for name, _ in each.names),
+                    total.split([n for _, n in each.names]),
+                    strict=True,
+                )
+            )
+            missing[view.candidate.steps[each.step].backwards] = {
+                n: g for n, g in parts.items() if n in absent
+            }
     if missing:
         variants.append((Restitute(missing),))
     return [Suspicion("EQ508", variants, evidence, none.matched, 17)]
@@ -72,7 +91,9 @@ def _lost(view: View) -> list[Suspicion]:
         right = view.right(each)
         if right is None:
             return []
-        lost = [k for k, w in enumerate(each.w.solution) if abs(w) <= 1e-9 * max(abs(x) for x in right)]
+        lost = [
+            k for k, w in enumerate(each.w.solution) if abs(w) <= 1e-9 * max(abs(x) for x in right)
+        ]
         kept = [0.0 if k in lost else v for k, v in enumerate(right)]
         if not lost or not view.fits(each, kept):
             return []

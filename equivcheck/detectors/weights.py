@@ -43,7 +43,10 @@ def _in_all(view: View) -> list[Suspicion]:
     )
     k = view.steps
     if tails_only:
-        tail: list[Predict] = [lambda a, v: [x * len(v) / k for x in v], lambda _, v: [1 / k] * len(v)]
+        tail: list[Predict] = [
+            lambda a, v: [x * len(v) / k for x in v],
+            lambda _, v: [1 / k] * len(v),
+        ]
         found += _hypotheses(view, "EQ105", tail, rank=10)
     ones: list[Predict] = [lambda _, v: [1.0] * len(v), lambda _, v: [x * len(v) for x in v]]
     found += _hypotheses(view, "EQ101", ones, rank=12)
@@ -52,7 +55,10 @@ def _in_all(view: View) -> list[Suspicion]:
         found += _hypotheses(view, "EQ108", sums, rank=11)
     else:
         found += _hypotheses(view, "EQ103", [*sums, *_shares(view)], rank=15)
-    twice: list[Predict] = [lambda _, v: [x / len(v) for x in v], lambda _, v: [1.0 / len(v) ** 2] * len(v)]
+    twice: list[Predict] = [
+        lambda _, v: [x / len(v) for x in v],
+        lambda _, v: [1.0 / len(v) ** 2] * len(v),
+    ]
     found += _hypotheses(view, "EQ102", twice, rank=14)
     if not found:
         found += _denominator(view)
@@ -105,7 +111,9 @@ def _hypotheses(view: View, code: str, predictions: list[Predict], rank: int) ->
 def _by_cycle(view: View, factors: dict[int, list[float]]) -> dict[int, list[float]]:
     """Key factors by the first reference step of a cycle: two optimizers may share its samples."""
     first = {
-        step.index: min((view.cycles[key] for key in step.samples if key in view.cycles), default=step.index)
+        step.index: min(
+            (view.cycles[key] for key in step.samples if key in view.cycles), default=step.index
+        )
         for step in view.reference.steps
     }
     return {first.get(matched, matched): values for matched, values in factors.items()}
@@ -135,7 +143,9 @@ def _denominator(view: View) -> list[Suspicion]:
     first, fraction = rules[0]
     evidence = {"ratio": f"{fraction.numerator}/{fraction.denominator}", "scale": float(fraction)}
     confirmed = _confirmed(view, first, float(fraction))
-    evidence["rule"] = confirmed or "none of the rules tried holds at a second number of accumulation steps"
+    evidence["rule"] = (
+        confirmed or "none of the rules tried holds at a second number of accumulation steps"
+    )
     variants = [(Reweight(_by_cycle(view, factors), view.names),)] if confirmed else []
     return [Suspicion("EQ104", variants, evidence, first.step, rank=30)]
 
@@ -143,17 +153,22 @@ def _denominator(view: View) -> list[Suspicion]:
 def _confirmed(view: View, shown: Attribution, scale: float) -> str | None:
     """Return the rule, read from one K, that predicts the factor at another K exactly."""
     k = view.steps
-    other = 2 if k != 2 else 3  # noqa: PLR2004
+    other = 2 if k != 2 else 3
     if other > min(view.experiment.data.rows):
         return None
     try:
         recording, _ = view.experiment.at(other)
     except Exception:  # noqa: BLE001 - the user's own loop may refuse another K; the rule is then unconfirmed
         return None
-    step = next((each for each in recording.steps if each.matched == shown.matched and each.gradients), None)
+    step = next(
+        (each for each in recording.steps if each.matched == shown.matched and each.gradients), None
+    )
     if step is None:
         return None
-    total = sum((each for each in step.gradients.values()), start=type(next(iter(step.gradients.values())))())
+    total = sum(
+        (each for each in step.gradients.values()),
+        start=type(next(iter(step.gradients.values())))(),
+    )
     measured = total.scale
     limit = view.tolerance(shown)
     excess = 1.0 / scale - 1.0
@@ -170,7 +185,14 @@ def _confirmed(view: View, shown: Attribution, scale: float) -> str | None:
             for name, rule in _divisions(total_count).items():
                 if abs(rule(k) - scale) <= limit * max(scale, 1.0):
                     rules[f"{name} of {total_count} ({label})"] = rule(other)
-    return next((name for name, value in rules.items() if abs(value - measured) <= limit * max(abs(value), 1.0)), None)
+    return next(
+        (
+            name
+            for name, value in rules.items()
+            if abs(value - measured) <= limit * max(abs(value), 1.0)
+        ),
+        None,
+    )
 
 
 def _divisions(total: int) -> dict[str, Callable[[int], float]]:

@@ -24,7 +24,9 @@ def cell(request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
         rows.setdefault(written["row"], {})[written["column"]] = written["found"]
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
     """Print mutants against cuts: the codes found, `-` where the fault has no effect and none was found."""
     rows = config.stash[CELLS]
     if not rows:
@@ -33,4 +35,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     terminalreporter.section("detection matrix")
     terminalreporter.write_line(f"{'mutant':<44}" + "".join(f"{column:>14}" for column in columns))
     for name, row in sorted(rows.items()):
-        terminalreporter.write_line(f"{name[:43]:<44}" + "".join(f"{row.get(c, ''):>14}" for c in columns))
+        terminalreporter.write_line(
+            f"{name[:43]:<44}" + "".join(f"{row.get(c, ''):>14}" for c in columns)
+        )

@@ -19,7 +19,13 @@ CUTS = [(k, split) for k in (2, 4, 8) for split in ("even", "uneven")]
 def _cases() -> list[object]:
     # One K by default; the others are the same faults again, and take minutes.
     return [
-        pytest.param(path, k, split, id=f"{path.stem}-K{k}-{split}", marks=[] if k == 4 else [pytest.mark.slow])
+        pytest.param(
+            path,
+            k,
+            split,
+            id=f"{path.stem}-K{k}-{split}",
+            marks=[] if k == 4 else [pytest.mark.slow],
+        )
         for path in FILES
         for k, split in CUTS
     ]
@@ -42,7 +48,9 @@ def test_mutant_yields_its_code(
     case = run_case(subject, Case(str(path), accumulation_steps, split=split))
 
     found = sorted(cause["code"] for cause in case["causes"])
-    cell.update(row=path.stem, column=f"K={accumulation_steps} {split}", found="+".join(found) or "-")
+    cell.update(
+        row=path.stem, column=f"K={accumulation_steps} {split}", found="+".join(found) or "-"
+    )
     assert expected == found
     assert verdict == case["verdict"]
     unproved = {cause["code"] for cause in case["causes"] if cause["status"] != "proved"}
@@ -52,7 +60,7 @@ def test_mutant_yields_its_code(
 def test_there_are_mutants_for_every_code_of_one_process() -> None:
     """A code without a mutant would be a claim that nothing checks."""
     by_ranks = {"EQ501", "EQ502", "EQ503", "EQ504", "EQ505", "EQ506", "EQ507"}
-    from equivcheck.causes import CAUSES  # noqa: PLC0415
+    from equivcheck.causes import CAUSES
 
     planted = {path.stem[:5].upper() for path in FILES}
 
