@@ -32,7 +32,7 @@ MOST = 8
 def addends(root: torch.Tensor) -> list[Path]:
     """Return the paths of the addends of a scalar loss, the outermost `MOST`; one empty path if it is no sum."""
     found: list[Path] = []
-    open_ = [((), root.grad_fn)] if root.grad_fn is not None else []
+    open_: list[tuple[Path, Any]] = [((), root.grad_fn)] if root.grad_fn is not None else []
     while open_:
         path, node = open_.pop(0)
         kind = type(node).__name__

@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -34,6 +34,7 @@ from equivcheck.subject import Subject
 from equivcheck.verdict import Judgement, Noise, judge, overall, roundoff_of, unfit
 
 Interventions = tuple[Intervention, ...]
+T = TypeVar("T")
 
 
 @dataclass
@@ -264,13 +265,13 @@ class Experiment:
             other.__dict__.update(self.__dict__)
             other.case = replace(self.case, accumulation_steps=accumulation_steps)
             other.plan = plan(self.data.rows, accumulation_steps, self.case.split)
-            other._cache = {
+            other._cache = {  # noqa: SLF001 - an experiment of this very class
                 key: value for key, value in self._cache.items() if key[0] == "reference"
             }
             candidate = other.candidate()
             return candidate, judge(self.reference(), candidate, self.noise())
 
-        return self._once(("at", accumulation_steps), make)  # type: ignore[no-any-return]
+        return self._once(("at", accumulation_steps), make)
 
     def native(self, role: str) -> Recording:
         """Return native_reference or native_candidate: as written, from the reference's states."""
@@ -323,7 +324,7 @@ class Experiment:
             self._cache["pieces_recording", interventions] = recording
             return found
 
-        return self._once(("pieces", interventions), make)  # type: ignore[no-any-return]
+        return self._once(("pieces", interventions), make)
 
     def pieces_recording(self, interventions: Interventions = ()) -> Recording:
         """Return the run that took the pieces."""
@@ -331,10 +332,11 @@ class Experiment:
         self.pieces(interventions)
         return self._cache["pieces_recording", interventions]  # type: ignore[no-any-return]
 
-    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+    def _once(self, key: Any, make: Callable[[], T]) -> T:
         if key not in self._cache:
             self._cache[key] = make()
-        return self._cache[key]
+        found: T = self._cache[key]
+        return found
 
     def _full(
         self,
@@ -541,7 +543,7 @@ class Experiment:
                 )
             return found
 
-        return self._once(("attributions", interventions), make)  # type: ignore[no-any-return]
+        return self._once(("attributions", interventions), make)
 
 
 def _attribution(

@@ -45,8 +45,9 @@ class _PerCycle(Intervention):
 
 
 class Freeze(_PerCycle):
-    """Normalize with the statistics of the full batch, in both runs; running statistics stay as
-    they are.
+    """Normalize with the statistics of the full batch, in both runs.
+
+    Running statistics stay as they are.
 
     Attributes:
         used: Whether any normalization was frozen.
@@ -66,7 +67,7 @@ class Freeze(_PerCycle):
         batch, instance = torch.batch_norm, torch.instance_norm
 
         def frozen(
-            input: torch.Tensor,
+            input: torch.Tensor,  # noqa: A002 - torch's own name
             weight: Any,
             bias: Any,
             mean: Any,
@@ -93,7 +94,7 @@ class Freeze(_PerCycle):
             return batch(input, weight, bias, *taken, False, momentum, eps, cudnn)
 
         def alone(
-            input: torch.Tensor,
+            input: torch.Tensor,  # noqa: A002 - torch's own name
             weight: Any,
             bias: Any,
             mean: Any,
@@ -141,7 +142,7 @@ class Statistics(Intervention):
         batch = torch.batch_norm
 
         def watched(
-            input: torch.Tensor,
+            input: torch.Tensor,  # noqa: A002 - torch's own name
             weight: Any,
             bias: Any,
             mean: Any,
@@ -188,7 +189,7 @@ class Fingerprint(_PerCycle):
         self._order = 0
 
     def before_fetch(self, recorder: Recorder) -> None:
-        if recorder.recording.role == "reference" or recorder.recording.role == "pieces":
+        if recorder.recording.role in {"reference", "pieces"}:
             self._calls = {}
 
     @contextmanager

@@ -116,7 +116,8 @@ class Reweight(Intervention):
         if self._names is not None and factor != 1.0:
             for parameter in recorder.gradient_holders():
                 if recorder.names.get(id(parameter)) in self._names:
-                    handles.append(parameter.register_hook(lambda gradient: gradient * factor))
+                    hook = parameter.register_hook(lambda g: g * factor)  # type: ignore[no-untyped-call]
+                    handles.append(hook)
         try:
             yield
         finally:
@@ -141,8 +142,7 @@ class Defer(Intervention):
 
 
 class Ration(Defer):
-    """Leave out calls of one kind inside a cycle, and at its end all beyond what the full batch
-    makes.
+    """Leave out calls of one kind inside a cycle, and at its end those that are too many.
 
     Args:
         kind: As for Defer.
@@ -306,8 +306,7 @@ def _optimizers(_recorder: Recorder) -> list[Any]:
 
 
 class Rewind(Intervention):
-    """At each micro-batch inside a cycle, set state back to the cycle's start: it then advances
-    once per cycle.
+    """Set state back to the cycle's start at each micro-batch: it then advances once per cycle.
 
     Args:
         what: Any of parameters, state, buffers, shadows.

@@ -40,7 +40,7 @@ def functional_dropout_off(seen: Callable[[], None] | None) -> Iterator[None]:
         seen: Called when a dropout would have drawn; None in runs that are compiled, where a side
             effect would break the graph.
     """
-    variables = functional._VF
+    variables: Any = vars(functional)["_VF"]
     holders = [
         (owner, name)
         for owner in (variables, torch)

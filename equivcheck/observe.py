@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim import Optimizer
 
-from equivcheck.differences import Sums, sums
+from equivcheck.differences import Sums, dense, sums
 from equivcheck.noise import coordinates
 from equivcheck.recording import Kept, Recording, Step
 from equivcheck.shadow import shadow_weights
@@ -116,7 +116,7 @@ class Sampler(Observer):
     def take(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Return the sampled coordinates of one parameter's tensor, float64."""
         chosen = self._chosen.get(name)
-        flat = (tensor.to_dense() if tensor.is_sparse else tensor).detach().flatten()
+        flat = dense(tensor.detach()).flatten()
         return (flat if chosen is None else flat[chosen]).to(torch.float64, copy=True)
 
 

@@ -30,6 +30,7 @@ from torch.optim.optimizer import (
 )
 from torch.utils._python_dispatch import _disable_current_modes
 
+from equivcheck.differences import dense
 from equivcheck.noise import SAFETY, UNIT_ROUNDOFF, gamma
 from equivcheck.recording import Backward, Event, Place, Recording, Step
 
@@ -591,7 +592,7 @@ class Recorder:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     name = self.names[id(parameter)]
-                    now = None if parameter.grad is None else _dense(parameter.grad.detach())
+                    now = None if parameter.grad is None else dense(parameter.grad.detach())
                     if now is not None:
                         self.trained.add(parameter.dtype)
                     now = now if now is None or factor == 1.0 else now * factor
@@ -599,7 +600,7 @@ class Recorder:
                     if id(parameter) in self._snapshots and now is not None:
                         before, share = self._snapshots[id(parameter)]
                         step.clipped = True
-                        gradients[name] = _dense(before) * share if share != 1.0 else _dense(before)
+                        gradients[name] = dense(before) * share if share != 1.0 else dense(before)
                     else:
                         gradients[name] = now
             found = getattr(optimizer, "found_inf", None)
@@ -663,10 +664,6 @@ def _each(parameters: Any) -> list[torch.Tensor]:
 def _as_list(parameters: Any) -> Any:
     # A generator, as model.parameters() is, can be walked only once: it is kept for the original too.
     return parameters if isinstance(parameters, torch.Tensor) else list(parameters)
-
-
-def _dense(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_dense() if tensor.is_sparse else tensor
 
 
 def _number(value: Any) -> float:

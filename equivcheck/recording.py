@@ -150,14 +150,12 @@ class Recording:
         for index, keys in enumerate(self.fetched):
             by_cycle.setdefault(cycles.get(keys[0], -1), []).append(index)
         order = sorted(by_cycle, key=lambda cycle: by_cycle[cycle][0])
-        owner: list[tuple[int, int]] = []
         position = {
             fetch: (cycle, by_cycle[cycle].index(fetch))
             for cycle in order
             for fetch in by_cycle[cycle]
         }
-        for backward in self.backwards:
-            owner.append(position.get(backward.fetches - 1, (-1, 0)))
+        owner = [position.get(backward.fetches - 1, (-1, 0)) for backward in self.backwards]
         for cycle in order:
             members = [i for i, (c, _) in enumerate(owner) if c == cycle]
             count = len(by_cycle[cycle])

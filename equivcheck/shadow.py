@@ -1,7 +1,6 @@
-"""Find the copies of the weights that a loop keeps beside its model: an average, a teacher, a
-master copy.
+"""Find the copies of the weights that a loop keeps beside its model.
 
-They live in the loop's own variables, so they are looked for there: modules, and dictionaries or
+An average, a teacher, a master copy. They live in the loop's own variables, so they are looked for there: modules, and dictionaries or
 lists of tensors, in the locals of the user's running frames and one level into their objects. A
 find counts as shadow weights only if its tensors have the shapes of parameters and point in their
 direction; a buffer of gradients does not.
@@ -100,9 +99,8 @@ def _tensors(value: Any, recorder: Recorder) -> Iterator[tuple[str, torch.Tensor
             isinstance(tensor, torch.Tensor)
             and tensor.is_floating_point()
             and id(tensor) not in recorder.names
-        ):
-            if tensor.grad_fn is None:
-                yield str(key), tensor
+        ) and tensor.grad_fn is None:
+            yield str(key), tensor
 
 
 def _like_weights(tensors: dict[str, torch.Tensor], recorder: Recorder) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -33,7 +33,7 @@ class Suspicion:
     """
 
     code: str
-    variants: list[Interventions] = field(default_factory=list)
+    variants: Sequence[Interventions] = field(default_factory=list)
     evidence: dict[str, Any] = field(default_factory=dict)
     step: int = 0
     rank: int = 50

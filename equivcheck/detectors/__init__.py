@@ -1,7 +1,7 @@
-"""One file per family of causes; each offers `suspect(view)`, which returns suspicions with their
-interventions.
+"""One file per family of causes; each offers `suspect(view)`, which returns suspicions.
 
-A new cause is one new file here and one entry in the catalogue: the folder itself is the list.
+A suspicion brings its interventions. A new cause is one new file here and one entry in the
+catalogue: the folder itself is the list.
 """
 
 from __future__ import annotations

@@ -177,7 +177,7 @@ def _wrong(view: View, component: Component, parts: Parts) -> _Wrong | bool | No
         wrongs = [[1.0] * k, [x * k for x in right], [x / k for x in right], [1.0 / k] * k]
         for values in view.counts().values():
             counts = values[each.matched % len(values)]
-            if len(counts) == k and sum(counts):
+            if len(counts) == k and sum(counts) > 0:
                 wrongs.append([x / sum(counts) for x in counts])
         fitting = next(
             (

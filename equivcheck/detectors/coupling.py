@@ -73,8 +73,7 @@ def _freezable(view: View, freeze: Freeze) -> bool:
 
 
 def _weighted_right(view: View, attribution: Attribution) -> bool:
-    """Return whether the accumulated gradient is in the span, with weights that are right for the
-    loss.
+    """Return whether the accumulated gradient is in the span, with right weights.
 
     Where rows interact the true weights cannot be read from the gradient. They are those of a mean,
     in equal parts or by a count; or all 1, of a sum. A sum shows in the losses, or in the
@@ -89,7 +88,7 @@ def _weighted_right(view: View, attribution: Attribution) -> bool:
     choices = [[1.0 / k] * k]
     for values in view.counts().values():
         counts = values[attribution.matched % len(values)]
-        if len(counts) == k and sum(counts):
+        if len(counts) == k and sum(counts) > 0:
             choices.append([x / sum(counts) for x in counts])
     return any(view.fits(attribution, weights) for weights in choices)
 

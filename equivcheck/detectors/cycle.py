@@ -118,11 +118,7 @@ def _steps(view: View) -> list[Suspicion]:
     found: list[Suspicion] = []
     consumed = {key for step in candidate.steps for key in step.samples}
     data = view.experiment.data
-    tail = (
-        {sample for sample in range(data.start(len(data.rows) - 1), data.total)}
-        if data.has_tail
-        else set()
-    )
+    tail = set(range(data.start(len(data.rows) - 1), data.total)) if data.has_tail else set()
     if missing and tail and all({sample for _, sample in step.samples} <= tail for step in missing):
         leaked = any(
             {s for _, s in step.samples} & tail and {s for _, s in step.samples} - tail
@@ -143,8 +139,8 @@ def _steps(view: View) -> list[Suspicion]:
     every = len({event.backwards for event, _ in inside}) == sum(
         not place.last for place in view.places
     )
-    consumed_per_step = [len({s for s in step.samples}) for step in candidate.steps]
-    evidence = {
+    consumed_per_step = [len(set(step.samples)) for step in candidate.steps]
+    evidence: dict[str, object] = {
         "optimizer_steps": len(candidate.steps),
         "expected": len(reference.steps),
         "samples_per_step": consumed_per_step[:8],

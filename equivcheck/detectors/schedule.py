@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from equivcheck.errors import EquivcheckError
-from equivcheck.interventions import Construct, Length, Ration, Repeat
+from equivcheck.interventions import Construct, Intervention, Length, Ration, Repeat
 from equivcheck.recording import Recording
 from equivcheck.view import Suspicion, View
 
@@ -69,7 +69,7 @@ def _counted(view: View) -> list[Suspicion]:
     for shift in (0, -1, 1):
         taken = []
         for step in view.candidate.steps:
-            micro = sum(1 for place in places[: step.backwards] if place.last or True) - 1 + shift
+            micro = len(places[: step.backwards]) - 1 + shift
             if not 0 <= micro < len(alone):
                 break
             taken.append(alone[micro])
@@ -90,7 +90,7 @@ def _counted(view: View) -> list[Suspicion]:
 
 def _horizon(view: View, step: int, relative: float, *, quiet: bool) -> list[Suspicion]:
     reference, candidate = view.reference.schedulers, view.candidate.schedulers
-    variants = []
+    variants: list[tuple[Intervention, ...]] = []
     differing = [
         {"scheduler": b["scheduler"], "full_batch": a["arguments"], "accumulated": b["arguments"]}
         for a, b in zip(reference, candidate, strict=False)

@@ -64,13 +64,8 @@ def _unused(view: View) -> list[Suspicion]:
         }
         if right is not None and absent:
             total = predict(each.pieces, right)
-            parts = dict(
-                zip(
-                    (name for name, _ in each.names),
-                    total.split([n for _, n in each.names]),
-                    strict=True,
-                )
-            )
+            pieces = torch.split(total, [length for _, length in each.names])
+            parts = dict(zip((name for name, _ in each.names), pieces, strict=True))
             missing[view.candidate.steps[each.step].backwards] = {
                 n: g for n, g in parts.items() if n in absent
             }

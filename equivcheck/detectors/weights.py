@@ -44,7 +44,7 @@ def _in_all(view: View) -> list[Suspicion]:
     k = view.steps
     if tails_only:
         tail: list[Predict] = [
-            lambda a, v: [x * len(v) / k for x in v],
+            lambda _, v: [x * len(v) / k for x in v],
             lambda _, v: [1 / k] * len(v),
         ]
         found += _hypotheses(view, "EQ105", tail, rank=10)
