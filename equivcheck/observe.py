@@ -33,6 +33,8 @@ IN_MEMORY = 256 * 2**20
 # noise around zero: what a sign- or ratio-based optimizer makes of it says nothing. A fault of less than this share
 # is still seen in the gradient itself, which is judged first.
 NOISY_ELEMENT = 1e-9
+# A gradient that differs by more than this as a whole is no noise: its update is shown as it is.
+DIFFERENT = 1e-6
 
 
 class Shelf:
@@ -263,7 +265,7 @@ class Comparer(Sampler):
         if reference is None or candidate is None:
             return None
         difference = step.gradients.get(name)
-        if difference is None or difference.dd == 0.0:
+        if difference is None or difference.dd == 0.0 or not difference.relative <= DIFFERENT:
             return None
         noisy = (candidate - reference).abs() > NOISY_ELEMENT * reference.abs()
         count = int(noisy.sum())
