@@ -22,7 +22,7 @@ from equivcheck.observe import Observer, Pieces
 from equivcheck.promotion import promote_module, promoted
 from equivcheck.recorder import Recorder
 from equivcheck.recording import Place, Recording
-from equivcheck.subject import Code, Subject, arguments, user_traceback
+from equivcheck.subject import Code, Subject, arguments, raised
 
 if TYPE_CHECKING:
     from equivcheck.case import Case
@@ -129,7 +129,7 @@ def _execute(
             returned = _call_train(code, given)
         except EquivcheckError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise _step_error(error, recording, run) from error
         finally:
             recording.seconds = time.perf_counter() - started
@@ -163,12 +163,8 @@ def _call_train(code: Code, given: Mapping[str, object]) -> Any:
 def _build(code: Code, subject: Subject) -> nn.Module:
     try:
         model = code.build()
-    except Exception as error:
-        raise StepError(
-            f"build-raised: {type(error).__name__}: {error}"[:100],
-            where=f"build() of {subject.target}",
-            user_traceback=user_traceback(error),
-        ) from error
+    except (Exception, SystemExit) as error:
+        raise raised("build", error, f"build() of {subject.target}") from error
     if not isinstance(model, nn.Module):
         raise UsageError(
             f"no-module: build() returned {type(model).__name__}",
@@ -202,18 +198,14 @@ def _offers(model: nn.Module, feed: Feed, case: Case, run: Run) -> dict[str, obj
     }
 
 
-def _step_error(error: Exception, recording: Recording, run: Run) -> StepError:
+def _step_error(error: BaseException, recording: Recording, run: Run) -> StepError:
     steps = len(recording.steps)
     last = recording.steps[-1] if recording.steps else None
     taken = frozenset(key for step in recording.steps for key in step.samples)
     since = sum(1 for keys in recording.fetched if keys[0] not in taken)
     micro_step = max(since - 1, 0) if last is not None else max(len(recording.fetched) - 1, 0)
     where = f"{run.role}, optimizer_step {steps}, micro_step {micro_step}"
-    return StepError(
-        f"train-raised: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:100],
-        where=where,
-        user_traceback=user_traceback(error),
-    )
+    return raised("train", error, where)
 
 
 def _logged(returned: Any) -> list[float] | None:

@@ -30,7 +30,7 @@ def estimate(subject: Subject, data: Data) -> dict[str, Any]:
     with torch.random.fork_rng(devices=[]):
         try:
             model = subject.fresh().build()
-        except Exception:  # noqa: BLE001 - the run itself reports it, with the user's traceback
+        except (Exception, SystemExit):  # noqa: BLE001 - the run itself reports it, with the user's traceback
             return {"parameters": 0, "bytes": 0, "disk_bytes": 0, "seconds": 0.0}
     count = sum(p.numel() for p in model.parameters()) if isinstance(model, nn.Module) else 0
     needed = count * DOUBLE * COPIES

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from equivcheck.errors import TargetError, UsageError
+from equivcheck.errors import EquivcheckError, StepError, TargetError, UsageError
 
 REQUIRED = ("build", "batches", "train")
 FORM = "FILE.py, FILE.py:ATTRIBUTE, package.module or package.module:ATTRIBUTE"
@@ -83,10 +83,42 @@ def load_subject(target: object, train: str | None = None) -> Subject:
         loop = _attribute(holder, "train", source.target) if trainer is None else trainer()
         for name in REQUIRED[:2]:
             _require_no_arguments(name, found[name], source.target)
-        return Code(found["build"], found["batches"], loop, getattr(holder, "objective", None))
+        return Code(
+            found["build"],
+            _reading(found["batches"], source.target),
+            loop,
+            getattr(holder, "objective", None),
+        )
 
     code = load()
     return Subject(source.target, source.repeatable, _location(code.train), load)
+
+
+def _reading(batches: Callable[[], Any], target: str) -> Callable[[], Any]:
+    """Let what `batches` raises, when called or while it is read, be told as the user's error."""
+
+    def read(iterator: Iterator[Any]) -> Iterator[Any]:
+        with _told("batches", target):
+            yield from iterator
+
+    @functools.wraps(batches)
+    def call() -> Any:
+        with _told("batches", target):
+            found = batches()
+            # Only an iterator runs code of the user's while it is read.
+            return read(found) if isinstance(found, Iterator) else found
+
+    return call
+
+
+@contextmanager
+def _told(name: str, target: str) -> Iterator[None]:
+    try:
+        yield
+    except EquivcheckError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise raised(name, error, f"{name}() of {target}") from error
 
 
 @dataclass(frozen=True)
@@ -341,6 +373,35 @@ def _import_error(error: BaseException, place: str) -> TargetError:
     )
     failure.user_traceback = user_traceback(error)
     return failure
+
+
+# What torch says where code asks for a GPU that is not there (torch/cuda/__init__.py).
+_NO_GPU = ("Torch not compiled with CUDA", "Found no NVIDIA driver", "No CUDA GPUs are available")
+
+
+def raised(name: str, error: BaseException, where: str) -> StepError:
+    """Return the error of one of the user's functions that raised, with the user's frames only.
+
+    Args:
+        name: build, batches or train.
+        error: What it raised.
+        where: Role and micro-step, or the function.
+    """
+    said = str(error).splitlines()[0] if str(error) else ""
+    because = fix = None
+    if isinstance(error, SystemExit):
+        because = f"{name} ends Python itself, which would end the check with whatever exit code it names"
+        fix = f"return from {name} instead of calling sys.exit()"
+    elif any(each in str(error) for each in _NO_GPU):
+        because = f"{name} asks for a GPU by name, and there is no CUDA device on this machine"
+        fix = "def train(model, loader, accumulation_steps, device): with model.to(device), not .cuda()"
+    return StepError(
+        f"{name}-raised: {type(error).__name__}: {said}"[:100],
+        where=where,
+        because=because,
+        fix=fix,
+        user_traceback=user_traceback(error),
+    )
 
 
 def user_traceback(error: BaseException) -> str:

@@ -137,6 +137,9 @@ def _error_rows(error: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     message = "\n".join(str(error.get("message", "")).splitlines()[1:])
     if message.strip():
         yield "message", message
+    for title in ("expected", "because", "fix"):
+        if error.get(title):
+            yield title, str(error[title])
     if error.get("exit_code") == 70:
         yield "because", "this is a fault of equivcheck, not of your code"
         yield "traceback", "in the result JSON; report it with equivcheck doctor's output"
@@ -165,6 +168,9 @@ def _finding_rows(case: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield "evidence", statement
         if words.fix(cause):
             yield "fix", words.fix(cause)
+    for title in ("because", "fix"):
+        if case.get(title):
+            yield title, str(case[title])
     absent = missing_causes(case)
     if absent:
         yield "declared", f"{', '.join(absent)}, not found"
