@@ -20,11 +20,12 @@ WRONG := eq101_missing_division_plain eq103_mean_of_means_tokens eq201_batch_nor
 .PHONY: run test lint bench detection readme
 
 run: $(STAMP)
-	@$(BIN)/equivcheck run $(RIGHT:%=fixtures/trainers/%.py) --json reports/latest/trainers.json
+	@$(BIN)/equivcheck run $(RIGHT:%=fixtures/trainers/%.py) --json reports/latest/trainers.json \
+		--html reports/latest/trainers.html
 	@for mutant in $(WRONG); do \
 		code=$${mutant%%_*}; \
-		$(BIN)/equivcheck run fixtures/mutants/$$mutant.py --expect $$code -q \
-			--json reports/latest/$$mutant.json || exit; \
+		$(BIN)/equivcheck run fixtures/mutants/$$mutant.py --expect $$code \
+			--json reports/latest/$$mutant.json --html reports/latest/$$mutant.html || exit; \
 	done
 	@echo; echo "as expected: $(words $(RIGHT)) correct loops, $(words $(WRONG)) faulty ones"
 

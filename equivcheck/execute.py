@@ -39,8 +39,10 @@ class Run:
         micro_batches: Samples of each micro-batch that the loader hands out.
         accumulation_steps, micro_batch_size: What `train` is told.
         is_promoted: Compute in float64.
-        order: For map-style access, the sample at each position.
+        orders: For map-style access, the sample at each position, for each pass.
         length: What `len(loader)` says, if not the truth.
+        prefetches: Whether the loop fetches ahead of what it uses; None where that is to be found out.
+        boundaries: Micro-batches used up at each step, known from the promoted run of the same role.
         seed_offset: Added to the seed of the training itself, not of the model.
     """
 
@@ -50,7 +52,9 @@ class Run:
     accumulation_steps: int
     micro_batch_size: int
     is_promoted: bool = True
-    order: list[int] | None = None
+    orders: list[list[int]] | None = None
+    prefetches: bool | None = None
+    boundaries: list[int] = field(default_factory=list)
     length: int | None = None
     seed_offset: int = 0
     optimizer_steps: int = 0
@@ -99,7 +103,7 @@ def _execute(
     working = torch.get_default_dtype()
     if run.is_promoted:
         promote_module(model)
-    feed = Feed(run.data, run.micro_batches, run.order)
+    feed = Feed(run.data, run.micro_batches, run.orders)
     offers = _offers(model, feed, case, run)
     given = arguments(code.train, offers, subject.target)
 
@@ -113,15 +117,25 @@ def _execute(
         recorder = stack.enter_context(
             Recorder(model, recording, observer, interventions=run.interventions, schedule=run.schedule)
         )
+        recorder.prefetches = run.prefetches
+        recorder.boundaries = run.boundaries
+        if run.is_promoted:
+            # A hook on modules would break the graph of a compiled one; promoted runs do not compile.
+            feed.on_served = recorder.served
+            stack.enter_context(recorder.watching_use())
         recorder.code = code
         recorder.data = run.data
 
         def fetched(keys: list[Key]) -> None:
             recorder.fetched(keys)
+            entered(keys)
+
+        def entered(keys: list[Key]) -> None:
             if isinstance(observer, Pieces):
                 observer.enter(recorder, keys[0])
 
         feed.on_fetch = fetched
+        recorder.on_use = entered
         observer.start(recorder)
         if run.is_promoted:
             mode = stack.enter_context(promoted(working))

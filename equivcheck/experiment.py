@@ -201,42 +201,46 @@ class Experiment:
         def make() -> Recording:
             data = self._promoted
             full: list[list[int]] = []
-            order = list(range(data.total))
+            orders = None
             for batch, slices in enumerate(self.slices(data)):
                 rows = (
                     block_permutation(slices, which) if permuted else list(range(data.rows[batch]))
                 )
                 full.append([data.start(batch) + row for row in rows])
             if permuted and "dataset" in self.wants:
-                order = self._permuted_order(which)
+                orders = self._permuted_orders(which)
             return self._full(
                 "control",
                 Comparer(self.reference()),
                 (),
                 micro_batches=full,
-                order=order,
+                orders=orders,
                 seed_offset=seed_offset,
             )
 
         return self._once(("control", which, seed_offset, permuted), make)
 
-    def _permuted_order(self, which: int) -> list[int]:
+    def _permuted_orders(self, which: int) -> list[list[int]]:
         """Permute, for map-style access, only within the rows that one reference step consumed."""
-        order = list(range(self._promoted.total))
-        seen: set[int] = set()
-        fetched = [sample for keys in self.reference().fetched for _, sample in keys]
+        fetched = [key for keys in self.reference().fetched for key in keys]
+        passes = 1 + max((passed for passed, _ in fetched), default=0)
+        orders = [list(range(self._promoted.total)) for _ in range(passes)]
+        seen: set[Key] = set()
         for step in self.reference().steps:
-            mine = [
-                s
-                for s in dict.fromkeys(fetched)
-                if any((p, s) in step.samples for p in (0, 1, 2)) and s not in seen
-            ]
-            seen.update(mine)
-            size = -(-len(mine) // self.case.accumulation_steps)
-            blocks = [(i, min(i + size, len(mine))) for i in range(0, len(mine), size)]
-            for position, row in zip(mine, block_permutation(blocks, which), strict=True):
-                order[position] = mine[row]
-        return order
+            for passed in range(passes):
+                mine = [
+                    key
+                    for key in dict.fromkeys(fetched)
+                    if key[0] == passed and key in step.samples and key not in seen
+                ]
+                seen.update(mine)
+                size = max(-(-len(mine) // self.case.accumulation_steps), 1)
+                blocks = [(i, min(i + size, len(mine))) for i in range(0, len(mine), size)]
+                if not blocks:
+                    continue
+                for (_, position), row in zip(mine, block_permutation(blocks, which), strict=True):
+                    orders[passed][position] = mine[row][1]
+        return orders
 
     def candidate(self, interventions: Interventions = ()) -> Recording:
         """Return the accumulated run in float64."""
@@ -346,7 +350,7 @@ class Experiment:
         *,
         promoted: bool = True,
         micro_batches: list[list[int]] | None = None,
-        order: list[int] | None = None,
+        orders: list[list[int]] | None = None,
         seed_offset: int = 0,
         schedule: list[Place] | None = None,
     ) -> Recording:
@@ -358,7 +362,7 @@ class Experiment:
             1,
             max(data.rows),
             is_promoted=promoted,
-            order=order,
+            orders=orders,
             seed_offset=seed_offset,
             interventions=list(interventions),
             schedule=schedule or [],
@@ -392,6 +396,11 @@ class Experiment:
     def _execute(self, run: Run, observer: Observer) -> Recording:
         self._progress(run.role)
         run.is_promoted = run.is_promoted and self.is_promoted
+        if run.role != "reference":
+            run.prefetches = self.reference().prefetched > 0
+            if run.prefetches and not run.is_promoted and self.is_promoted:
+                known = self.candidate() if run.role == "native_candidate" else self.reference()
+                run.boundaries = known.boundaries
         recording = execute(self.subject, self.case, run, observer)
         self.runs.append({"role": run.role, "seconds": recording.seconds})
         return recording

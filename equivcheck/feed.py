@@ -121,14 +121,16 @@ class Feed:
     Attributes:
         data: The full batches, in the arithmetic of the run.
         micro_batches: For each micro-batch the samples it holds, in order; all of one full batch.
-        order: For map-style access, the sample that stands at each position.
-        on_fetch: Called with the keys of each micro-batch, or sample, as it is handed out.
+        orders: For map-style access, the sample that stands at each position, for each pass over the data.
+        on_fetch: Called with the keys of each micro-batch, or sample, before it is handed out.
+        on_served: Called with the micro-batch itself.
     """
 
     data: Data
     micro_batches: list[list[int]]
-    order: list[int] | None = None
-    on_fetch: Callable[[list[Key]], None] = lambda keys: None
+    orders: list[list[int]] | None = None
+    on_fetch: Callable[[list[Key]], None] = lambda _: None
+    on_served: Callable[[Any], None] = lambda _: None
     _seen: Counter[int] = field(default_factory=Counter)
 
     def loader(self, length: int | None = None) -> DataLoader[Any]:
@@ -147,17 +149,21 @@ class Feed:
         places = [self.data.locate(sample) for sample in samples]
         batch = places[0][0]
         self.on_fetch([self._key(sample) for sample in samples])
-        return take(self.data.batches[batch], [row for _, row in places])
+        served = take(self.data.batches[batch], [row for _, row in places])
+        self.on_served(served)
+        return served
 
     def sample(self, position: int) -> Any:
         """Hand out one sample, without its batch dimension."""
         if not -self.data.total <= position < self.data.total:
             raise IndexError(position)
-        sample = position % self.data.total
-        if self.order is not None:
-            sample = self.order[sample]
+        position %= self.data.total
+        passed, _ = self._key(position)
+        sample = position
+        if self.orders:
+            sample = self.orders[min(passed, len(self.orders) - 1)][position]
         batch, row = self.data.locate(sample)
-        self.on_fetch([self._key(sample)])
+        self.on_fetch([(passed, sample)])
         return _squeeze(take(self.data.batches[batch], [row]))
 
     def _key(self, sample: int) -> Key:

@@ -8,16 +8,18 @@ state.
 from __future__ import annotations
 
 import copy
-import os
+import math
+import mmap
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim import Optimizer
 
-from equivcheck.differences import Sums, dense, sums
+from equivcheck.differences import Sums, dense, far_apart, sums, sums_many
 from equivcheck.noise import coordinates
 from equivcheck.recording import Kept, Recording, Step
 from equivcheck.shadow import shadow_weights
@@ -27,8 +29,9 @@ if TYPE_CHECKING:
 
 Gradients = dict[str, torch.Tensor | None]
 
-# Beyond this many bytes the reference lives in memory-mapped files (removed with the run).
-IN_MEMORY = 256 * 2**20
+# Beyond this many bytes the reference lives in memory-mapped files (removed with the run): five million float64
+# parameters with gradients and two moments, one step. Below it nothing is written; above it one step's is in memory.
+IN_MEMORY = 64 * 2**20
 # A gradient element that differs by more than this share of itself, in a tensor that agrees as a whole, is rounding
 # noise around zero: what a sign- or ratio-based optimizer makes of it says nothing. A fault of less than this share
 # is still seen in the gradient itself, which is judged first.
@@ -38,26 +41,39 @@ DIFFERENT = 1e-6
 
 
 class Shelf:
-    """Keeps copies of tensors: in memory, and in memory-mapped files once they are many bytes."""
+    """Keeps copies of tensors: in memory, and in files once they are many bytes.
+
+    A file is mapped, so that it takes memory while it is read and none after `release`.
+    """
 
     def __init__(self) -> None:
         self._bytes = 0
         self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._files = 0
+        self._maps: list[mmap.mmap] = []
 
     def keep(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a copy, of the same dtype and shape."""
+        """Return a copy, of the same dtype and shape; it must not be written to."""
         tensor = tensor.detach()
         size = tensor.numel() * tensor.element_size()
-        self._bytes += size
-        if self._bytes <= IN_MEMORY or size < 2**16:
+        if self._bytes + size <= IN_MEMORY or size < mmap.PAGESIZE:
+            self._bytes += size
             return tensor.clone()
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="equivcheck-")
-        self._files += 1
-        path = os.path.join(self._folder.name, f"{self._files}.bin")
-        kept = torch.from_file(path, shared=True, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
-        return kept.copy_(tensor)
+        path = Path(self._folder.name) / f"{len(self._maps)}.bin"
+        with path.open("w+b") as file:
+            # Written, not copied into the mapping: those pages would count as this process's until they are on disk.
+            tensor.cpu().reshape(-1).view(torch.uint8).numpy().tofile(file)
+            file.flush()
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self._maps.append(mapped)
+        return torch.frombuffer(mapped, dtype=tensor.dtype).view(tensor.shape)
+
+    def release(self) -> None:
+        """Give the memory of mapped pages back; they are read again when they are looked at."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            for each in self._maps:
+                each.madvise(mmap.MADV_DONTNEED)
 
     def close(self) -> None:
         """Remove the files."""
@@ -110,10 +126,11 @@ class Sampler(Observer):
             self._chosen = coordinates(shapes)
         for name, gradient in gradients.items():
             step.sample[name] = None if gradient is None else self.take(name, gradient)
-            if gradient is not None and not bool(torch.isfinite(gradient).all()):
-                step.finite = False
-        finite = [g for g in gradients.values() if g is not None]
-        step.norm = float(torch.stack([g.double().norm() for g in finite]).norm()) if finite else 0.0
+        present = [g for g in gradients.values() if g is not None]
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in present]
+        step.norm = float(torch.stack(norms).norm()) if norms else 0.0
+        # A finite norm has finite elements only; one that is not may have overflowed.
+        step.finite = math.isfinite(step.norm) or all(bool(torch.isfinite(g).all()) for g in present)
 
     def take(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Return the sampled coordinates of one parameter's tensor, float64."""
@@ -136,7 +153,7 @@ class Keeper(Sampler):
         step.matched = step.index
         kept = {name: None if g is None else self.shelf.keep(g) for name, g in gradients.items()}
         same = {name: kept[name] if applied[name] is gradients[name] else _kept(self.shelf, applied[name]) for name in applied}
-        self._pending = Kept(kept, same, {}, {}, {}, _shadows(recorder, self.shelf.keep))
+        self._pending = Kept(kept, same, {}, {}, {}, _shadows(recorder, self.shelf.keep), release=self.shelf.release)
         if self._objective is not None:
             stated = self._objective(recorder, step)
             if stated is not None:
@@ -148,12 +165,13 @@ class Keeper(Sampler):
         kept, self._pending = self._pending, None
         kept.after = {name: self.shelf.keep(p) for name, p in _parameters(recorder).items()}
         before = recorder.recording.kept[-1].after if recorder.recording.kept else self._initial(recorder)
-        kept.moved = {
-            name: float((new - before[name]).norm()) for name, new in kept.after.items() if name in before
-        }
+        both = [name for name in kept.after if name in before]
+        moved = sums_many([(before[name], kept.after[name]) for name in both])
+        kept.moved = {name: each.difference_norm for name, each in zip(both, moved, strict=True)}
         kept.buffers = {name: self.shelf.keep(b) for name, b in recorder.model.named_buffers()}
         kept.state = _state(recorder, optimizer, self.shelf.keep)
         recorder.recording.kept.append(kept)
+        self.shelf.release()
 
     @staticmethod
     def _initial(recorder: Recorder) -> dict[str, torch.Tensor]:
@@ -207,6 +225,7 @@ class Comparer(Sampler):
             else compare(kept.applied, applied, None)
         )
         step.shadows = _compare_shadows(kept.shadows, _shadows(recorder, torch.clone))
+        kept.release()
 
     def _match(self, step: Step) -> None:
         """Find the reference's step that consumed the same samples; note extra and missing ones."""
@@ -237,27 +256,34 @@ class Comparer(Sampler):
         if not self._native:
             self._compare_state(recorder, step, optimizer, kept)
         set_state(recorder, optimizer, kept)
+        kept.release()
         self._gradients = {}
 
     def _compare_state(self, recorder: Recorder, step: Step, optimizer: Optimizer, kept: Kept) -> None:
         mine = set(recorder.recording.optimizers[step.optimizer])
+        masks = {name: self._mask(name, kept, step) for name in mine | set(kept.state)}
+        updates = []
         for name, parameter in _parameters(recorder).items():
-            if name not in kept.after:
-                continue
-            here = self._mask(name, kept, step) if name in mine else None
-            step.parameters[name] = _masked_sums(kept.after[name], parameter.detach(), here)
+            if name in kept.after:
+                mask = masks.get(name) if name in mine else None
+                updates.append((name, kept.after[name], parameter.detach(), mask))
         state = _state(recorder, optimizer, lambda tensor: tensor)
+        moments = []
         for name, entries in kept.state.items():
-            here = self._mask(name, kept, step)
+            others = dict(_numbers(state.get(name, {})))
             for key, value in _numbers(entries):
-                other = dict(_numbers(state.get(name, {}))).get(key)
+                other = others.get(key)
                 if other is None or other.shape != value.shape:
                     step.none_mismatch.append(f"{name}.{key}")
                     continue
-                step.state[f"{name}.{key}"] = _masked_sums(value, other, here)
-        for name, buffer in recorder.model.named_buffers():
-            if name in kept.buffers and kept.buffers[name].shape == buffer.shape:
-                step.buffers[name] = sums(kept.buffers[name], buffer)
+                moments.append((f"{name}.{key}", value, other, masks[name]))
+        buffers = [
+            (name, kept.buffers[name], buffer, None)
+            for name, buffer in recorder.model.named_buffers()
+            if name in kept.buffers and kept.buffers[name].shape == buffer.shape
+        ]
+        step.parameters, step.state = _measured(updates), _measured(moments)
+        step.buffers = _measured(buffers)
 
     def _mask(self, name: str, kept: Kept, step: Step) -> torch.Tensor | None:
         """Return which elements of a parameter have a gradient that says something; None for all."""
@@ -267,12 +293,12 @@ class Comparer(Sampler):
         difference = step.gradients.get(name)
         if difference is None or difference.dd == 0.0 or not difference.relative <= DIFFERENT:
             return None
-        noisy = (candidate - reference).abs() > NOISY_ELEMENT * reference.abs()
+        noisy = far_apart(reference, candidate, NOISY_ELEMENT)
         count = int(noisy.sum())
         if not count:
             return None
         step.masked[name] = count
-        return ~noisy
+        return noisy.logical_not_()
 
     def finish(self, recorder: Recorder) -> None:
         if self._native or not self._reference.kept:
@@ -345,27 +371,35 @@ class Pieces(Comparer):
 
 def compare(reference: Gradients, candidate: Gradients, step: Step | None) -> dict[str, Sums]:
     """Return the sums of every tensor that both have; note in the step those that one lacks."""
-    found: dict[str, Sums] = {}
+    pairs: list[_Pair] = []
     for name, r in reference.items():
         c = candidate.get(name)
         if r is None and c is None:
             continue
-        if r is None or c is None:
-            if step is not None:
-                step.none_mismatch.append(name)
-            present = c if r is None else r
-            assert present is not None
-            zero = torch.zeros_like(present)
-            found[name] = sums(zero, present) if r is None else sums(present, zero)
+        if (r is None or c is None) and step is not None:
+            step.none_mismatch.append(name)
+        if r is None:
+            assert c is not None
+            r = torch.zeros_like(c)  # noqa: PLW2901 - absent counts as zero
+        pairs.append((name, r, torch.zeros_like(r) if c is None else c, None))
+    return _measured(pairs)
+
+
+_Pair = tuple[str, torch.Tensor, torch.Tensor, "torch.Tensor | None"]
+
+
+def _measured(pairs: Sequence[_Pair]) -> dict[str, Sums]:
+    """Measure named pairs, each with the mask of the elements that count; small ones together."""
+    found: dict[str, Sums] = dict.fromkeys((name for name, *_ in pairs), Sums())
+    whole = []
+    for name, reference, candidate, mask in pairs:
+        if mask is None or mask.shape != reference.shape:
+            whole.append((name, reference, candidate))
         else:
-            found[name] = sums(r, c)
+            found[name] = sums(reference, candidate, mask)
+    measured = sums_many([(reference, candidate) for _, reference, candidate in whole])
+    found.update(zip((name for name, *_ in whole), measured, strict=True))
     return found
-
-
-def _masked_sums(reference: torch.Tensor, candidate: torch.Tensor, mask: torch.Tensor | None) -> Sums:
-    if mask is None or mask.shape != reference.shape:
-        return sums(reference, candidate)
-    return sums(reference[mask], candidate[mask])
 
 
 def set_state(recorder: Recorder, optimizer: Optimizer | None, kept: Kept) -> None:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils import clip_grad
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.optimizer import (
@@ -73,6 +74,12 @@ class Recorder:
         self.data: Data | None = None
         self.schedule = schedule or []
         self.shadow_holders: dict[str, Any] = {}
+        self.prefetches: bool | None = None
+        self.boundaries: list[int] = []
+        self.on_use: Callable[[list[Key]], None] = lambda _: None
+        self._served: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._used_last = -1
+        self._used_until = -1
         self.names: dict[int, str] = {id(p): name for name, p in model.named_parameters()}
         self.optimizers: dict[int, str] = {}
         self.alive: dict[str, weakref.ref[Optimizer]] = {}
@@ -193,6 +200,65 @@ class Recorder:
         self.recording.fetched.append(keys)
         self.note("fetch", samples=len(keys))
 
+    # ---- which micro-batch is in use -----------------------------------------------------------
+
+    def served(self, batch: Any) -> None:
+        """Remember the storage of a micro-batch that was just handed out: it is its own."""
+        for tensor in _tensors(batch, depth=6):
+            storage = tensor.untyped_storage()
+            self._served[storage.data_ptr()] = (StorageWeakRef(storage), len(self.recording.fetched) - 1)
+
+    @contextmanager
+    def watching_use(self) -> Iterator[None]:
+        """See which micro-batch each forward takes: a loop may have fetched further ones already."""
+        every = nn.modules.module.register_module_forward_pre_hook(lambda _, args: self._use(args))
+        whole = self.model.register_forward_pre_hook(
+            lambda _, args, kwargs: self._use((args, kwargs)), with_kwargs=True
+        )
+        try:
+            yield
+        finally:
+            every.remove()
+            whole.remove()
+
+    def _use(self, values: Any) -> None:
+        for tensor in _tensors(values, depth=4):
+            try:
+                known = self._served.get(tensor.untyped_storage().data_ptr())
+            except (RuntimeError, NotImplementedError):  # No storage: sparse, functorch, meta.
+                continue
+            if known is None or known[0].expired():
+                continue
+            if known[1] != self._used_last:
+                self._used_last = known[1]
+                self._used_until = max(self._used_until, known[1])
+                self.on_use(self.recording.fetched[known[1]])
+            return
+
+    def current_keys(self) -> list[Key]:
+        """Return the samples of the micro-batch that was used last, or fetched last where that is unknown."""
+        if not self.recording.fetched:
+            return []
+        return self.recording.fetched[self._used_last]
+
+    def _used_up(self) -> int:
+        """Return how many of the micro-batches handed out were used up by now.
+
+        All of them, unless the loop fetches ahead: as the full-batch run shows, where what was used last is known.
+        """
+        count = len(self.recording.fetched)
+        index = len(self.recording.steps)
+        if self.boundaries:
+            return self.boundaries[index] if index < len(self.boundaries) else count
+        if self.prefetches is not False and self._used_until >= 0:
+            used = self._used_until + 1
+            if self.prefetches is None:
+                if used <= max(self._consumed.values(), default=0):
+                    return count
+                self.recording.prefetched = max(self.recording.prefetched, count - used)
+            return used
+        return count
+
     def gradient_holders(self) -> list[torch.Tensor]:
         """Return the model's parameters and those that only an optimizer knows."""
         return [p for p in self.model.parameters() if p.requires_grad] + self._foreign
@@ -226,7 +292,7 @@ class Recorder:
         self._look_before_backward()
         loss, root = _root_value(outputs, args[0])
         record = Backward(
-            self.backwards, len(self.recording.fetched), loss / self._loss_scale, self._loss_scale, root, _root_scalar(outputs)
+            self.backwards, len(self.recording.fetched), loss / self._loss_scale, self._loss_scale, root, _root_scalar(outputs), self._used_last
         )
         repeated = self._repeated is not None
         if self._repeated is None:
@@ -471,9 +537,13 @@ class Recorder:
         return step
 
     def _scheduler_init(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        mark = object()
+
         @functools.wraps(original)
         def init(scheduler: Any, *args: Any, **kwargs: Any) -> None:
-            if self._scheduler_depth or type(scheduler).__init__ is not init:
+            # A mark, not the function itself: one that refers to itself keeps the whole run alive, 0.3 GB of a model of
+            # ten million parameters, until the garbage collector comes by.
+            if self._scheduler_depth or getattr(type(scheduler).__init__, "mark", None) is not mark:
                 original(scheduler, *args, **kwargs)
                 return
             record = {"scheduler": type(scheduler).__name__, "arguments": _plain(args[1:], kwargs)}
@@ -487,6 +557,7 @@ class Recorder:
             finally:
                 self._scheduler_depth -= 1
 
+        init.mark = mark  # type: ignore[attr-defined]
         return init
 
     # ---- optimizer steps -----------------------------------------------------------------------
@@ -525,8 +596,10 @@ class Recorder:
     def _open_step(self, optimizer: Optimizer) -> Step:
         key = self.key_of(optimizer)
         start = self._consumed.get(key, 0)
-        samples = frozenset(each for keys in self.recording.fetched[start:] for each in keys)
-        self._consumed[key] = len(self.recording.fetched)
+        end = max(self._used_up(), start)
+        samples = frozenset(each for keys in self.recording.fetched[start:end] for each in keys)
+        self._consumed[key] = end
+        self.recording.boundaries.append(end)
         step = Step(
             index=len(self.recording.steps),
             optimizer=key,
@@ -569,10 +642,10 @@ class Recorder:
             begin = self.backwards
             result = _reweighted(closure(*inner, **named), self._evaluated)
             if not step.sample:
-                step.samples |= frozenset(
-                    each for keys in self.recording.fetched[self._consumed[step.optimizer] :] for each in keys
-                )
-                self._consumed[step.optimizer] = len(self.recording.fetched)
+                end = max(self._used_up(), self._consumed[step.optimizer])
+                taken = self.recording.fetched[self._consumed[step.optimizer] : end]
+                step.samples |= frozenset(each for keys in taken for each in keys)
+                self._consumed[step.optimizer] = self.recording.boundaries[step.index] = end
                 step.backwards = self._first_backward[step.optimizer] = self.backwards
                 self._observe(optimizer, step, closure=True)
             return result
@@ -627,6 +700,18 @@ class Recorder:
             step.skipped = True
             self.observer.after(self, step, optimizer)
         self._snapshots.clear()
+
+
+def _tensors(value: Any, depth: int) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif depth:
+        if hasattr(value, "values") and hasattr(value, "keys"):
+            value = value.values()
+        elif not isinstance(value, (list, tuple)):
+            return
+        for each in value:
+            yield from _tensors(each, depth - 1)
 
 
 def _put_back(owner: Any, name: str, old: Any) -> None:

@@ -7,6 +7,7 @@ cycle or at its end.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,11 +102,12 @@ class Kept:
     state: dict[str, dict[str, Any]]
     shadows: dict[str, torch.Tensor]
     moved: dict[str, float] = field(default_factory=dict)
+    release: Callable[[], None] = lambda: None
 
 
 @dataclass
 class Backward:
-    """One root backward: what it carried and what was in flight."""
+    """One root backward: what it carried, and which micro-batch a forward had used last (-1: unknown)."""
 
     index: int
     fetches: int
@@ -113,6 +115,7 @@ class Backward:
     loss_scale: float
     root: str
     root_scalar: float = 1.0
+    owner: int = -1
 
 
 @dataclass
@@ -126,6 +129,8 @@ class Recording:
     fetched: list[list[Key]] = field(default_factory=list)
     logged: list[float] | None = None
     schedulers: list[dict[str, Any]] = field(default_factory=list)
+    prefetched: int = 0
+    boundaries: list[int] = field(default_factory=list)
     optimizers: dict[str, list[str]] = field(default_factory=dict)
     kept: list[Kept] = field(default_factory=list)
     initial: Kept | None = None
@@ -155,7 +160,7 @@ class Recording:
             for cycle in order
             for fetch in by_cycle[cycle]
         }
-        owner = [position.get(backward.fetches - 1, (-1, 0)) for backward in self.backwards]
+        owner = [position.get(_owner(backward), (-1, 0)) for backward in self.backwards]
         for cycle in order:
             members = [i for i, (c, _) in enumerate(owner) if c == cycle]
             count = len(by_cycle[cycle])
@@ -169,3 +174,8 @@ class Recording:
             last = i + 1 == len(owner) or owner[i + 1][0] != cycle
             places.append(Place(cycle, micro_step, len(by_cycle.get(cycle, [0])), last))
         return places
+
+
+def _owner(backward: Backward) -> int:
+    """Return the micro-batch that a backward belongs to: the one used last, or else fetched last."""
+    return backward.owner if backward.owner >= 0 else backward.fetches - 1
