@@ -128,14 +128,18 @@ def _execute(
 
         def fetched(keys: list[Key]) -> None:
             recorder.fetched(keys)
-            entered(keys)
+            if not run.prefetches:
+                entered(keys)
 
         def entered(keys: list[Key]) -> None:
             if isinstance(observer, Pieces):
                 observer.enter(recorder, keys[0])
 
         feed.on_fetch = fetched
-        recorder.on_use = entered
+        if run.prefetches:
+            # The state is set when a micro-batch is used. In other loops when it is fetched: what
+            # a loss is made of may have been computed before the forward, from the parameters.
+            recorder.on_use = entered
         observer.start(recorder)
         if run.is_promoted:
             mode = stack.enter_context(promoted(working))
