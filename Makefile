@@ -2,6 +2,7 @@
 # make test       lint, types, tests
 # make lint       ruff and mypy alone
 # make bench      the benchmarks
+# make calibrate  measure rounding on correct code: what the limits are set by
 # make detection  the whole detection matrix: every mutant and trainer, minutes
 # make readme     rewrite the generated parts of the README
 
@@ -17,7 +18,7 @@ RIGHT := plain_mean clipped scheduled tail token_weighted amp_bf16 logged
 WRONG := eq101_missing_division_plain eq103_mean_of_means_tokens eq201_batch_norm_1d \
 	eq301_zero_grad_in_cycle eq306_clip_by_norm eq307_scheduler_per_micro_batch
 
-.PHONY: run test lint bench detection readme
+.PHONY: run test lint bench calibrate detection readme
 
 run: $(STAMP)
 	@$(BIN)/equivcheck run $(RIGHT:%=fixtures/trainers/%.py) --json reports/latest/trainers.json \
@@ -39,6 +40,9 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest tests/bench --benchmark-enable --benchmark-only
+
+calibrate: $(STAMP)
+	@$(BIN)/python -W ignore tests/bench/calibrate.py
 
 detection: $(STAMP)
 	$(BIN)/python -m pytest tests/detection -m "slow or not slow"
