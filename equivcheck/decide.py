@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,14 +21,14 @@ import torch
 from equivcheck.case import Case
 from equivcheck.diagnose import Diagnosis, cause, diagnose
 from equivcheck.errors import EquivcheckError, StepError, TimedOut, UsageError
-from equivcheck.execute import execute
 from equivcheck.experiment import Attribution, Experiment
 from equivcheck.memory import estimate, refuse_what_cannot_fit
 from equivcheck.precision import Precision, judge_precision
+from equivcheck.promotion import promoted
 from equivcheck.recording import Recording
 from equivcheck.shared import shared_faults, skipped_steps
 from equivcheck.split import plan
-from equivcheck.subject import Subject
+from equivcheck.subject import Subject, is_library
 from equivcheck.verdict import Judgement, overall, rate_difference
 from equivcheck.view import Suspicion, View
 
@@ -83,6 +84,8 @@ def run_case(
         UsageError: The call, the target or its batches are wrong. What the user's code raises
             while it trains becomes a case of verdict `error` instead.
     """
+    with promoted():
+        pass  # what torch imports for it takes seconds, and a deadline must not leave it half done
     started = time.perf_counter()
     entry: dict[str, Any] = {
         "id": case.id,
@@ -102,12 +105,16 @@ def run_case(
         "location": subject.location,
     }
     experiment: Experiment | None = None
+    def tell(role: str) -> None:
+        entry["role"] = role
+        progress(role)
+
     try:
         with _deadline(timeout):
-            experiment = Experiment(subject, case, progress)
+            experiment = Experiment(subject, case, tell)
             entry["estimate"] = estimate(subject, experiment.data)
             refuse_what_cannot_fit(entry["estimate"])
-            _decide(experiment, entry, expect, progress)
+            _decide(experiment, entry, expect, tell)
     except UsageError:
         raise
     except _Expired:
@@ -648,16 +655,14 @@ def _headline(entry: dict[str, Any], judgement: Judgement) -> str:
 # ---- time --------------------------------------------------------------------------------------
 
 
-SWALLOWED: Final = 3
-FLOOD: Final = 1e-5  # seconds; less than Python takes to handle one
-
-
-def _in_user_code(frame: FrameType | None) -> bool:
+def _user_frames(frame: FrameType | None) -> Iterator[FrameType]:
+    """Yield the running frames of the user's code, innermost first."""
     while frame is not None:
-        if frame.f_code.co_name == "_call_train" and frame.f_code.co_filename == execute.__code__.co_filename:
-            return True
+        if not is_library(frame.f_code.co_filename):
+            yield frame
+        if frame.f_code.co_filename == __file__:
+            return
         frame = frame.f_back
-    return False
 
 
 class _Expired(BaseException):
@@ -675,19 +680,28 @@ def _deadline(seconds: float | None) -> Iterator[None]:
     def expire(_signal: int, frame: FrameType | None) -> None:
         nonlocal fired
         fired += 1
+        inside = list(_user_frames(frame))
         # Once it has left the user's code, nothing may disturb the clearing up.
-        if fired > 1 and not _in_user_code(frame):
+        if fired > 1 and not inside:
             return
-        if fired > SWALLOWED:
-            signal.setitimer(signal.ITIMER_REAL, FLOOD, FLOOD)
+        if fired > 1:
+            # A bare `except:` in the loop has swallowed the last one; its own body is not protected by it.
+            for each in inside:
+                each.f_trace = again
+            sys.settrace(lambda *_: None)
         raise _Expired
 
+    def again(_frame: FrameType, event: str, _argument: object) -> Any:  # noqa: ANN401 - itself
+        if event == "line":
+            raise _Expired
+        return again
+
+    tracer = sys.gettrace()
     before = signal.signal(signal.SIGALRM, expire)
-    # Again every second: a bare `except:` in the loop may have swallowed the first. One that swallows all of them is
-    # left when a signal comes while the last is still being handled.
     signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         signal.signal(signal.SIGALRM, before)
+        sys.settrace(tracer)
