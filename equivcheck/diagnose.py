@@ -63,6 +63,7 @@ class Search:
         self._experiment = experiment
         self._root = View(experiment)
         self._tried: dict[tuple[int, ...], Judgement | None] = {}
+        self._log: bool | None = None
         self.diagnosis = Diagnosis()
 
     def run(self) -> Diagnosis:
@@ -131,7 +132,16 @@ class Search:
         judgement = self._judge(node)
         if judgement is None:
             return None
-        return [each for each in specials if each.explains & judgement.kinds()]
+        kinds = judgement.kinds()
+        if node.parts and self._log_is_explained():
+            kinds -= {"logged"}
+        return [each for each in specials if each.explains & kinds]
+
+    def _log_is_explained(self) -> bool:
+        """Return whether the wrong weights of the gradients are seen in the log as well: one fault, not two."""
+        if self._log is None:
+            self._log = explained(self._root)
+        return self._log
 
     def _judge(self, node: Node) -> Judgement | None:
         """Run the loop with a node's interventions and judge it; None if the loop does not survive them."""
@@ -173,7 +183,7 @@ class Search:
         left = set(judgement.kinds())
         for each in specials:
             left -= each.explains
-        if "logged" in left and left == {"logged"} and explained(self._root):
+        if left == {"logged"} and self._log_is_explained():
             left.clear()
         return not left
 

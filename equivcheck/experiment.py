@@ -149,9 +149,14 @@ class Experiment:
         data = self._promoted if promoted else self.data
         return data.shorter() if any(each.shorter for each in interventions) else data
 
-    def slices(self, data: Data) -> list[list[tuple[int, int]]]:
+    def slices(
+        self, data: Data, accumulation_steps: int | None = None
+    ) -> list[list[tuple[int, int]]]:
         """Return, per full batch, the first and last row of every micro-batch."""
-        return [cycle[0] for cycle in self.plan[: len(data.rows)]]
+        cycles = self.plan
+        if accumulation_steps is not None:
+            cycles = plan(self.data.rows, accumulation_steps, self.case.split)
+        return [cycle[0] for cycle in cycles[: len(data.rows)]]
 
     def micro_batches(self, data: Data) -> list[list[int]]:
         """Return the samples of every micro-batch."""
@@ -184,6 +189,13 @@ class Experiment:
             return self._full("reference", keeper, interventions)
 
         return self._once(("reference", interventions), make)
+
+    def reference_of_length(self, length: int) -> Recording:
+        """Return the full-batch run whose `len(loader)` says something else."""
+        return self._once(
+            ("length", length),
+            lambda: self._full("full_batch", Comparer(self.reference()), (), length=length),
+        )
 
     def altered_reference(self, interventions: Interventions) -> Recording:
         """Return the full-batch run with something put right, compared with the one as written."""
@@ -353,6 +365,7 @@ class Experiment:
         orders: list[list[int]] | None = None,
         seed_offset: int = 0,
         schedule: list[Place] | None = None,
+        length: int | None = None,
     ) -> Recording:
         data = self.data_for(interventions, promoted=promoted)
         run = Run(
@@ -363,6 +376,7 @@ class Experiment:
             max(data.rows),
             is_promoted=promoted,
             orders=orders,
+            length=length,
             seed_offset=seed_offset,
             interventions=list(interventions),
             schedule=schedule or [],

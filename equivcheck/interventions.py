@@ -239,6 +239,27 @@ class Hold(Intervention):
             ]
 
 
+class StillBuffers(Intervention):
+    """Leave every buffer as it was at the start, in both runs: no forward advances it."""
+
+    name = "buffers held still"
+    both = True
+
+    def __init__(self) -> None:
+        self._start: list[torch.Tensor] = []
+
+    @contextmanager
+    def installed(self, recorder: Recorder) -> Iterator[None]:
+        self._start = [buffer.detach().clone() for buffer in recorder.model.buffers()]
+        yield
+
+    def before_step(self, recorder: Recorder, _optimizer: Optimizer) -> None:
+        with torch.no_grad():
+            for buffer, start in zip(recorder.model.buffers(), self._start, strict=True):
+                if buffer.shape == start.shape:
+                    buffer.detach().copy_(start)
+
+
 class Fresh(Intervention):
     """Start every cycle without gradients: what earlier cycles left is dropped."""
 

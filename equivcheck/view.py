@@ -138,13 +138,12 @@ class View:
         """Return whether a cycle is complete."""
         return attribution.pieces.shape[0] == self.steps
 
-    def counts(self) -> dict[str, list[list[int]]]:
+    def counts(self, accumulation_steps: int | None = None) -> dict[str, list[list[int]]]:
         """Return what each micro-batch holds of what may be counted: rows, labels, masked entries; per cycle."""
         experiment = self.experiment
         found: dict[str, list[list[int]]] = {"rows": []}
-        for batch, slices in zip(
-            experiment.data.batches, experiment.slices(experiment.data), strict=True
-        ):
+        cuts = experiment.slices(experiment.data, accumulation_steps)
+        for batch, slices in zip(experiment.data.batches, cuts, strict=True):
             found["rows"].append([stop - start for start, stop in slices])
             for path, tensor in _leaves("", batch):
                 for label, mask in _masks(path, tensor):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from equivcheck.attribution import predict, solve
 from equivcheck.errors import EquivcheckError
+from equivcheck.experiment import Attribution
 from equivcheck.interventions import Addend, Addends, Intervention, ordinal_of
 from equivcheck.recording import Place
 from equivcheck.view import Suspicion, View
@@ -109,6 +111,40 @@ def spanned(view: View) -> bool:
         if fit.residual is None or fit.residual > view.tolerance(each):
             return False
     return True
+
+
+def coupled_addends(view: View, shares: Callable[[View, Attribution], list[list[float]]]) -> bool:
+    """Return whether those addends that differ are coupled, and accumulated with the weights of a mean.
+
+    Coupled: the full batch's addend is no sum of the micro-batches'.
+    """
+    parts = addend_parts(view)
+    if parts is None:
+        return False
+    coupled = False
+    for each in view.attributions:
+        cycle, k = _cycle(view, each.matched), each.pieces.shape[0]
+        limit = view.tolerance(each)
+        for component in parts.components:
+            alone = [parts.alone.get((cycle, i), {}).get(component) for i in range(k)]
+            mine = [parts.accumulated.get((cycle, i), {}).get(component) for i in range(k)]
+            target = parts.whole.get((cycle, 0), {}).get(component)
+            if target is None or any(x is None for x in (*alone, *mine)):
+                return False
+            matrix = torch.stack([x for x in alone if x is not None])
+            total = torch.stack([x for x in mine if x is not None]).sum(0)
+            size = max(float(target.norm()), float(matrix.norm()))
+            if float((total - target).norm()) <= limit * size:
+                continue
+            residual = solve(matrix, target).residual
+            right = any(
+                float((predict(matrix, w) - total).norm()) <= limit * size
+                for w in shares(view, each)
+            )
+            if residual is None or residual <= limit or not right:
+                return False
+            coupled = True
+    return coupled
 
 
 def _cycle(view: View, matched: int) -> int:

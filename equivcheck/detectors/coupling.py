@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from equivcheck.detectors.addends import spanned
+from equivcheck.detectors.addends import coupled_addends, spanned
 from equivcheck.errors import EquivcheckError
 from equivcheck.experiment import Attribution
 from equivcheck.freeze import Fingerprint, Freeze, Statistics
@@ -56,7 +56,9 @@ def _coupled(view: View, freeze: Freeze, step: int) -> list[Suspicion]:
     found = [Suspicion(code, [(freeze,)] if place is not None else [], evidence, step, 34)]
     # Where there is nothing to freeze: rows change with their company, and the weights are right.
     if place is None or not _freezable(view, freeze):
-        found[0].proved = all(_weighted_right(view, each) for each in view.attributions)
+        found[0].proved = all(
+            _weighted_right(view, each) for each in view.attributions
+        ) or coupled_addends(view, _shares)
         found[0].variants = []
         found[0].explains = frozenset({"gradients", "applied", "parameters", "state"})
         found[0].evidence["perturbation"] = (
@@ -85,12 +87,18 @@ def _weighted_right(view: View, attribution: Attribution) -> bool:
     k = attribution.pieces.shape[0]
     if view.fits(attribution, [1.0] * k):
         return _adds_up(view, attribution)
+    return any(view.fits(attribution, weights) for weights in _shares(view, attribution))
+
+
+def _shares(view: View, attribution: Attribution) -> list[list[float]]:
+    """Return the weights of a mean: equal parts, or in proportion to something that is counted."""
+    k = attribution.pieces.shape[0]
     choices = [[1.0 / k] * k]
     for values in view.counts().values():
         counts = values[attribution.matched % len(values)]
         if len(counts) == k and sum(counts) > 0:
             choices.append([x / sum(counts) for x in counts])
-    return any(view.fits(attribution, weights) for weights in choices)
+    return choices
 
 
 def _adds_up(view: View, attribution: Attribution) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from equivcheck.errors import EquivcheckError
-from equivcheck.interventions import Defer, Hold, Retime, Reweight, Shorten
+from equivcheck.interventions import Defer, Hold, Intervention, Retime, Reweight, Shorten
 from equivcheck.recording import Event, Place
 from equivcheck.view import Suspicion, View
 
@@ -147,8 +147,24 @@ def _steps(view: View) -> list[Suspicion]:
     }
     step = view.at_step(inside[0][1]) if inside else missing[0].index
     code = "EQ303" if inside and every and _every_at_another(view) else "EQ311"
-    found.append(Suspicion(code, [(Retime(ends),)], evidence, step, 19))
+    variants: list[tuple[Intervention, ...]] = [(Retime(ends),)]
+    factor = _recounted(view)
+    if code == "EQ311" and factor is not None:
+        # The loop divides by the K that it steps by: both come right together.
+        factors = {place.cycle: [factor] * place.micro_steps for place in view.places}
+        variants.append((Retime(ends), Reweight(factors)))
+    found.append(Suspicion(code, variants, evidence, step, 19))
     return found
+
+
+def _recounted(view: View) -> float | None:
+    """Return the K that the loop steps by, over the true one."""
+    steps = view.candidate.steps
+    counts = [step.backwards - step.first_backward for step in steps]
+    if not counts:
+        return None
+    usual = max(set(counts), key=counts.count)
+    return usual / view.steps if usual != view.steps else None
 
 
 def _every_at_another(view: View) -> bool:

@@ -39,6 +39,7 @@ def suspect(view: View) -> list[Suspicion]:
         )
     else:
         found += _counted(view)
+    found += _other_length(view, finding.matched)
     found += _horizon(view, finding.matched, finding.relative, quiet=bool(calls or extra))
     return found
 
@@ -85,6 +86,25 @@ def _counted(view: View) -> list[Suspicion]:
                     "full_batch": reference[:8],
                 }
                 return [Suspicion("EQ307", [], evidence, 0, 25, proved=True, explains=UPDATES)]
+    return []
+
+
+def _other_length(view: View, step: int) -> list[Suspicion]:
+    """EQ308 by prediction: the full batch has these rates if its loader is said to have another length."""
+    experiment = view.experiment
+    micro = len(experiment.micro_batches(experiment.data))
+    steps, k = len(experiment.data.rows), view.steps
+    mine = [each.learning_rates for each in view.candidate.steps]
+    for length in sorted(
+        {micro, micro // k, -(-micro // k), steps * k, steps - 1, steps + 1} - {steps, 0}
+    ):
+        try:
+            other = experiment.reference_of_length(length)
+        except EquivcheckError:
+            continue
+        if mine and mine == [each.learning_rates for each in other.steps][: len(mine)]:
+            evidence = {"rule": f"the horizon is {length} optimizer steps, not {steps}"}
+            return [Suspicion("EQ308", [], evidence, step, 29, proved=True, explains=UPDATES)]
     return []
 
 

@@ -6,7 +6,14 @@ import torch
 
 from equivcheck.attribution import predict
 from equivcheck.detectors.coupling import norm_buffers
-from equivcheck.interventions import Before, Intervention, Restitute, Rewind, ZerosToNone
+from equivcheck.interventions import (
+    Before,
+    Intervention,
+    Restitute,
+    Rewind,
+    StillBuffers,
+    ZerosToNone,
+)
 from equivcheck.view import Suspicion, View
 
 
@@ -20,6 +27,10 @@ def suspect(view: View) -> list[Suspicion]:
         names = [name for name in buffers[0].names if name not in norms]
         evidence = {"buffers": names[:5], "relative": buffers[0].relative}
         found.append(Suspicion("EQ309", [(Rewind("buffers"),)], evidence, buffers[0].matched, 23))
+        if not judgement.first("gradients", "applied"):
+            # Statistics of the data do not come right by rewinding: a micro-batch has others.
+            still = [(StillBuffers(),)]
+            found.append(Suspicion("EQ203", still, evidence, buffers[0].matched, 37))
     shadows = judgement.first("shadows")
     if shadows is not None:
         evidence = {"shadow_weights": list(shadows.names[:5]), "relative": shadows.relative}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
@@ -171,20 +172,26 @@ def _confirmed(view: View, shown: Attribution, scale: float) -> str | None:
     )
     measured = total.scale
     limit = view.tolerance(shown)
+    # A denominator a + b K, that the full batch (K = 1) has too: b / a follows from one K.
+    slope = (1.0 / scale - 1.0) / (k - 1.0 / scale) if abs(k * scale - 1.0) > limit else math.inf
     excess = 1.0 / scale - 1.0
     rules = {
         "the same at every K": scale,
         "in proportion to K": scale * other / k,
         "in inverse proportion to K": scale * k / other,
-        "the excess of the denominator is in proportion to K": 1.0 / (1.0 + excess * other / k),
+        "the denominator's excess is in proportion to K": 1.0 / (1.0 + excess * other / k),
+        "the denominator grows with K, and has grown in the full batch": (1.0 + slope)
+        / (1.0 + slope * other),
     }
-    for label, values in view.counts().items():
+    here, there = view.counts(), view.counts(other)
+    for label, values in here.items():
         cycle = shown.matched % len(values)
-        total_count = sum(values[cycle])
-        if total_count >= max(k, other):
-            for name, rule in _divisions(total_count).items():
-                if abs(rule(k) - scale) <= limit * max(scale, 1.0):
-                    rules[f"{name} of {total_count} ({label})"] = rule(other)
+        mine, others = values[cycle], there[label][cycle]
+        for name, rule in _denominators().items():
+            if sum(mine) < max(k, other) or not rule(mine) or not rule(others):
+                continue
+            if abs(sum(mine) / rule(mine) - scale) <= limit * max(scale, 1.0):
+                rules[f"{name} ({label})"] = sum(others) / rule(others)
     return next(
         (
             name
@@ -195,8 +202,14 @@ def _confirmed(view: View, shown: Attribution, scale: float) -> str | None:
     )
 
 
-def _divisions(total: int) -> dict[str, Callable[[int], float]]:
+def _denominators() -> dict[str, Callable[[Sequence[int]], float]]:
+    """Return denominators that are made of counts, wrongly: from the counts of a cycle's micro-batches."""
     return {
-        "integer division": lambda k: total / (k * (total // k)),
-        "rounded-up division": lambda k: total / (k * -(-total // k)),
+        "integer division": lambda counts: len(counts) * (sum(counts) // len(counts)),
+        "rounded-up division": lambda counts: len(counts) * -(-sum(counts) // len(counts)),
+        "K times the last micro-batch's count": lambda counts: len(counts) * counts[-1],
+        "K times the first micro-batch's count": lambda counts: len(counts) * counts[0],
+        "the last micro-batch's count": lambda counts: counts[-1],
+        "the first micro-batch's count": lambda counts: counts[0],
+        "K times the largest count": lambda counts: len(counts) * max(counts),
     }
