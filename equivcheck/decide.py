@@ -105,6 +105,7 @@ def run_case(
         "location": subject.location,
     }
     experiment: Experiment | None = None
+
     def tell(role: str) -> None:
         entry["role"] = role
         progress(role)
@@ -152,7 +153,9 @@ def _failed(entry: dict[str, Any], error: EquivcheckError) -> None:
     }
 
 
-def _decide(experiment: Experiment, entry: dict[str, Any], expect: tuple[str, ...], progress: Progress) -> None:
+def _decide(
+    experiment: Experiment, entry: dict[str, Any], expect: tuple[str, ...], progress: Progress
+) -> None:
     try:
         reference = experiment.reference()
         if not _usable(reference, entry, subject=experiment.subject):
@@ -178,7 +181,10 @@ def _decide(experiment: Experiment, entry: dict[str, Any], expect: tuple[str, ..
             entry["verdict"] = "invalid"
     if not all(step.finite for step in candidate.steps):
         bad = next(step for step in candidate.steps if not step.finite)
-        _invalid(entry, f"not-finite: gradients of optimizer_step {bad.index} are inf or nan when accumulated")
+        _invalid(
+            entry,
+            f"not-finite: gradients of optimizer_step {bad.index} are inf or nan when accumulated",
+        )
         return
     if _different_samples(experiment, entry):
         return
@@ -196,10 +202,44 @@ def _decide(experiment: Experiment, entry: dict[str, Any], expect: tuple[str, ..
             raise
     if _differs_from_itself(experiment, entry, judgement):
         return
+    if _draws(experiment, entry, judgement):
+        return
     if precision is not None and _promotion_changed(experiment, judgement, precision):
         _natively(experiment, entry, expect, progress, "float64 and the native runs disagree")
         return
     _conclude(experiment, entry, judgement, precision, expect, progress)
+
+
+def _draws(experiment: Experiment, entry: dict[str, Any], judgement: Judgement) -> bool:
+    """EQ602 that a permutation does not show: one draw for all rows of a forward, more draws when accumulated.
+
+    The full batch is repeated with other seeds, those that the loop sets itself included. What a loop draws before its
+    first step (weights, say) is no random step: from the second step on every role starts from the reference's state.
+    """
+    if not judgement.kinds() & {"gradients", "applied"}:
+        return False
+    try:
+        reseeded = experiment.control(permuted=False, seed_offset=1)
+    except StepError:
+        return False
+    steps = [step for step in reseeded.steps if step.matched is not None]
+    if len(experiment.reference().steps) > 1:
+        steps = [step for step in steps if step.matched]
+    worst = max((overall(step.gradients).relative for step in steps), default=0.0)
+    if not worst > max(
+        each.allowed for each in judgement.findings if each.kind in {"gradients", "applied"}
+    ):
+        return False
+    suspicion = Suspicion(
+        "EQ602", evidence={"relative": worst, "repeat": "the full batch differs with another seed"}
+    )
+    entry["causes"] = [cause(suspicion, "proved", suspicion.evidence)]
+    entry["verdict"] = "inconclusive"
+    entry["headline"] = (
+        f"EQ602 stochastic-step: with another seed two full_batch runs differ by {worst:.1e}"
+    )
+    _measure(experiment, entry, judgement)
+    return True
 
 
 def _conclude(
@@ -213,7 +253,7 @@ def _conclude(
     causes: list[dict[str, Any]] = []
     shared = shared_faults(experiment)
     if experiment.is_promoted:
-        shared += skipped_steps(experiment)
+        shared += [each for each in skipped_steps(experiment) if each.shared or judgement.same]
     diagnosis = Diagnosis()
     if not judgement.same:
         progress("diagnosis")
@@ -248,13 +288,17 @@ def _conclude(
 def _usable(reference: Recording, entry: dict[str, Any], subject: Subject) -> bool:
     if not reference.steps:
         backwards = len(reference.backwards)
-        _invalid(entry, f"no-optimizer-step: train made {backwards} backwards and 0 optimizer steps")
+        _invalid(
+            entry, f"no-optimizer-step: train made {backwards} backwards and 0 optimizer steps"
+        )
         entry["because"] = "only steps of torch.optim optimizers are seen; nothing was compared"
         return False
     sizes = [s for step in reference.steps for s in step.sample.values() if s is not None]
     if not sizes or not any(bool(s.any()) for s in sizes):
         held = sum(len(names) for names in reference.optimizers.values())
-        foreign = all(name.startswith("(train)") for names in reference.optimizers.values() for name in names)
+        foreign = all(
+            name.startswith("(train)") for names in reference.optimizers.values() for name in names
+        )
         what = f"no-gradient: the optimizer holds {held} parameters and none ever had a gradient"
         _invalid(entry, what)
         entry["because"] = (
@@ -265,7 +309,10 @@ def _usable(reference: Recording, entry: dict[str, Any], subject: Subject) -> bo
         return False
     bad = next((step for step in reference.steps if not step.finite), None)
     if bad is not None:
-        _invalid(entry, f"not-finite: gradients of optimizer_step {bad.index} are inf or nan in the full batch")
+        _invalid(
+            entry,
+            f"not-finite: gradients of optimizer_step {bad.index} are inf or nan in the full batch",
+        )
         entry["not_finite"] = True
         return False
     return True
@@ -279,19 +326,20 @@ def _invalid(entry: dict[str, Any], headline: str) -> None:
 def _different_samples(experiment: Experiment, entry: dict[str, Any]) -> bool:
     """EQ601: a micro-batch mixed the samples of several of the reference's optimizer steps, or came out of order."""
     cycles = experiment.cycles()
+    candidate = experiment.candidate()
     groups: list[set[int]] = []
-    current: set[int] = set()
-    last_backwards = -1
-    index = 0
-    for event in experiment.candidate().timeline:
-        if event.kind == "fetch":
-            if event.backwards != last_backwards and current:
-                groups.append(current)
-                current = set()
-            last_backwards = event.backwards
-            current |= {cycles.get(key, -1) for key in experiment.candidate().fetched[index]}
-            index += 1
-    groups.append(current)
+    if experiment.reference().prefetched:
+        # In the order in which they were used, not handed out.
+        groups = [{cycles.get(key, -1) for key in candidate.fetched[use]} for use in candidate.uses]
+    else:
+        last_backwards, index = -1, 0
+        for event in candidate.timeline:
+            if event.kind == "fetch":
+                if event.backwards != last_backwards or not groups:
+                    groups.append(set())
+                last_backwards = event.backwards
+                groups[-1] |= {cycles.get(key, -1) for key in candidate.fetched[index]}
+                index += 1
     flat = [cycle for group in groups for cycle in (sorted(group) if len(group) == 1 else [])]
     one_by_one = "dataset" in experiment.wants
     mixed = one_by_one and any(len(group - {-1}) > 1 for group in groups)
@@ -300,13 +348,19 @@ def _different_samples(experiment: Experiment, entry: dict[str, Any]) -> bool:
     if not (mixed or disordered or unknown):
         return False
     repeated = experiment.control(permuted=False)
-    again = [step.samples for step in repeated.steps] == [step.samples for step in experiment.reference().steps]
+    again = [step.samples for step in repeated.steps] == [
+        step.samples for step in experiment.reference().steps
+    ]
     evidence = {
         "micro_batches_that_mix_optimizer_steps": sum(len(group) > 1 for group in groups),
-        "repeat": "the full batch takes the same samples again" if again else "each run takes other samples",
+        "repeat": "the full batch takes the same samples again"
+        if again
+        else "each run takes other samples",
     }
     entry["causes"] = [cause(Suspicion("EQ601"), "proved", evidence)]
-    _invalid(entry, "EQ601 different-samples: the accumulated run took other samples per optimizer step")
+    _invalid(
+        entry, "EQ601 different-samples: the accumulated run took other samples per optimizer step"
+    )
     return True
 
 
@@ -322,26 +376,44 @@ def _inconclusive(experiment: Experiment, entry: dict[str, Any], off: float) -> 
     if bitwise:
         reseeded = experiment.control(permuted=False, seed_offset=1)
         if not _identical(reseeded):
-            suspicion = Suspicion("EQ602", evidence={"relative": off, "repeat": "differs with another seed"})
+            suspicion = Suspicion(
+                "EQ602", evidence={"relative": off, "repeat": "differs with another seed"}
+            )
         else:
-            entry["headline"] = f"order-dependent: rows in another order give other gradients, {shown}"
-            entry["because"] = "bitwise equal when repeated in order: the code treats a row by its place in the batch"
+            entry["headline"] = (
+                f"order-dependent: rows in another order give other gradients, {shown}"
+            )
+            entry["because"] = (
+                "bitwise equal when repeated in order: the code treats a row by its place in the batch"
+            )
             _measure(experiment, entry, experiment.judgement())
             return
     else:
-        drawn = repeat.random_drawn or experiment.reference().random_drawn or experiment.reference().unseeded
+        drawn = (
+            repeat.random_drawn
+            or experiment.reference().random_drawn
+            or experiment.reference().unseeded
+        )
         code = "EQ602" if drawn else "EQ603"
-        suspicion = Suspicion(code, evidence={"relative": off, "repeat": "the same full batch gives other gradients"})
+        suspicion = Suspicion(
+            code, evidence={"relative": off, "repeat": "the same full batch gives other gradients"}
+        )
     entry["causes"] = [cause(suspicion, "proved", suspicion.evidence)]
-    entry["headline"] = f"{suspicion.code} {entry['causes'][0]['name']}: two full_batch runs differ by {shown}"
+    entry["headline"] = (
+        f"{suspicion.code} {entry['causes'][0]['name']}: two full_batch runs differ by {shown}"
+    )
 
 
-def _differs_from_itself(experiment: Experiment, entry: dict[str, Any], judgement: Judgement) -> bool:
+def _differs_from_itself(
+    experiment: Experiment, entry: dict[str, Any], judgement: Judgement
+) -> bool:
     """Run the candidate once more at the end, where the code cannot be executed anew; write the case if it differs."""
     difference = None if experiment.subject.repeatable else _again(experiment)
     if difference is None:
         return False
-    _state_survives(experiment, entry, judgement, f"the accumulated run differs from itself, {difference}")
+    _state_survives(
+        experiment, entry, judgement, f"the accumulated run differs from itself, {difference}"
+    )
     return True
 
 
@@ -360,7 +432,9 @@ def _again(experiment: Experiment) -> str | None:
         if a.learning_rates != b.learning_rates:
             return f"learning rates of optimizer_step {a.index}"
     logged = (first.logged, second.logged)
-    return None if logged[0] == logged[1] or any(each is None for each in logged) else "logged losses"
+    return (
+        None if logged[0] == logged[1] or any(each is None for each in logged) else "logged losses"
+    )
 
 
 def _state_survives(
@@ -375,13 +449,15 @@ def _state_survives(
         f"{experiment.subject.target} is an object, which cannot be executed again: state survives between runs, "
         "or a random generator of its own does"
     )
-    entry["fix"] = "check it as a file, FILE.py or package.module: those are executed anew for every run"
+    entry["fix"] = (
+        "check it as a file, FILE.py or package.module: those are executed anew for every run"
+    )
 
 
 def _identical(recording: Recording) -> bool:
-    return all(
-        s.dd == 0.0 for step in recording.steps for s in step.gradients.values()
-    ) and all(step.matched is not None for step in recording.steps)
+    return all(s.dd == 0.0 for step in recording.steps for s in step.gradients.values()) and all(
+        step.matched is not None for step in recording.steps
+    )
 
 
 # ---- native judgement --------------------------------------------------------------------------
@@ -401,23 +477,39 @@ def _runs_natively(experiment: Experiment) -> bool:
 
 def _promotion_changed(experiment: Experiment, judgement: Judgement, precision: Precision) -> bool:
     """Return whether float64 and the native runs tell different stories about the gradients."""
-    worst = max((f.relative for f in judgement.findings if f.kind in {"gradients", "applied"}), default=0.0)
+    worst = max(
+        (f.relative for f in judgement.findings if f.kind in {"gradients", "applied"}), default=0.0
+    )
     agree = precision.gap <= 10 * precision.noise
     kinds = judgement.kinds()
-    if kinds and kinds <= {"gradients", "applied", "logged"} and worst > 10 * precision.noise and agree:
+    if (
+        kinds
+        and kinds <= {"gradients", "applied", "logged"}
+        and worst > 10 * precision.noise
+        and agree
+    ):
         # A native run of which no gradient could be compared agrees with nothing.
         return bool(_compared(experiment))
     if judgement.same and not agree and precision.loss is None:
         return True
-    return bool(judgement.same and precision.loss is not None and precision.gap > 1e3 * precision.noise)
+    return bool(
+        judgement.same and precision.loss is not None and precision.gap > 1e3 * precision.noise
+    )
 
 
 def _compared(experiment: Experiment) -> int:
-    return sum(step.matched is not None and not step.skipped for step in experiment.native("native_candidate").steps)
+    return sum(
+        step.matched is not None and not step.skipped
+        for step in experiment.native("native_candidate").steps
+    )
 
 
 def _natively(
-    experiment: Experiment, entry: dict[str, Any], expect: tuple[str, ...], progress: Progress, why: str
+    experiment: Experiment,
+    entry: dict[str, Any],
+    expect: tuple[str, ...],
+    progress: Progress,
+    why: str,
 ) -> None:
     """Judge the case on the native runs, against their own control."""
     entry["notes"].append(f"judged as written, not in float64: {why}")
@@ -452,7 +544,9 @@ def _too_coarse(experiment: Experiment, entry: dict[str, Any], judgement: Judgem
     _measure(experiment, entry, judgement)
     entry["verdict"] = "inconclusive"
     entry["headline"] = f"too-coarse: as written, faults below {judgement.power:.1e} cannot be seen"
-    entry["because"] = "the case could not be judged in float64, and in its own precision the noise is as large"
+    entry["because"] = (
+        "the case could not be judged in float64, and in its own precision the noise is as large"
+    )
     entry["fix"] = "let train run in float64: no asserted dtype, no dtype taken for granted"
 
 
@@ -461,7 +555,11 @@ def _too_coarse(experiment: Experiment, entry: dict[str, Any], judgement: Judgem
 
 def _measure(experiment: Experiment, entry: dict[str, Any], judgement: Judgement) -> None:
     """Write the divergence, the attribution and the detection power into a case."""
-    reference, candidate, control = experiment.reference(), experiment.candidate(), experiment.control()
+    reference, candidate, control = (
+        experiment.reference(),
+        experiment.candidate(),
+        experiment.control(),
+    )
     entry["detection_power"] = judgement.power
     entry["margin"] = judgement.margin if math.isfinite(judgement.margin) else None
     for key, attribute in (
@@ -484,7 +582,10 @@ def _measure(experiment: Experiment, entry: dict[str, Any], judgement: Judgement
         }
         for each in judgement.findings[:50]
     ]
-    entry["optimizer_steps_seen"] = {"full_batch": len(reference.steps), "accumulated": len(candidate.steps)}
+    entry["optimizer_steps_seen"] = {
+        "full_batch": len(reference.steps),
+        "accumulated": len(candidate.steps),
+    }
     entry["parameters_count"] = reference.parameters
     entry["dtype"] = reference.dtype
     entry["timeline"] = [
@@ -529,7 +630,9 @@ def _worst(candidate: Recording, control: Recording, attribute: str) -> dict[str
 
 def _rates(reference: Recording, candidate: Recording) -> dict[str, Any] | None:
     found = [
-        (rate_difference(reference.steps[step.matched], step), step) for step in candidate.steps if step.matched is not None
+        (rate_difference(reference.steps[step.matched], step), step)
+        for step in candidate.steps
+        if step.matched is not None
     ]
     if not found:
         return None
@@ -546,7 +649,9 @@ def _rates(reference: Recording, candidate: Recording) -> dict[str, Any] | None:
     }
 
 
-def _losses(reference: Recording, candidate: Recording, control: Recording) -> dict[str, Any] | None:
+def _losses(
+    reference: Recording, candidate: Recording, control: Recording
+) -> dict[str, Any] | None:
     """Compare logged losses, or the sums of the backward roots of each step where nothing was logged."""
     from equivcheck.verdict import logged_difference  # noqa: PLC0415
 
@@ -569,7 +674,13 @@ def _losses(reference: Recording, candidate: Recording, control: Recording) -> d
         relative = abs(value - roots[step.matched]) / abs(roots[step.matched])
         if relative >= worst:
             worst, scale = relative, value / roots[step.matched]
-    return {"relative": worst, "control": 0.0, "scale": scale, "cosine": None, "source": "backward roots"}
+    return {
+        "relative": worst,
+        "control": 0.0,
+        "scale": scale,
+        "cosine": None,
+        "source": "backward roots",
+    }
 
 
 def _roots(recording: Recording, index: int) -> float:
@@ -579,7 +690,14 @@ def _roots(recording: Recording, index: int) -> float:
 
 def _table(candidate: Recording, judgement: Judgement) -> list[dict[str, Any]]:
     finding = judgement.first("gradients", "applied")
-    step = next((s for s in candidate.steps if s.matched is not None and (finding is None or s.index == finding.step)), None)
+    step = next(
+        (
+            s
+            for s in candidate.steps
+            if s.matched is not None and (finding is None or s.index == finding.step)
+        ),
+        None,
+    )
     if step is None or step.matched is None:
         return []
     zero = judgement.zero.get(step.matched, set())
@@ -621,12 +739,18 @@ def _headline(entry: dict[str, Any], judgement: Judgement) -> str:
         label = f"{first['code']} {first['name']} (suspected): "
     if entry["verdict"] == "precision-loss":
         loss = entry["precision_loss"]
-        return f"{label}accumulating loses {loss['accumulation']:.1e} ({loss['units']:.2g} roundoffs)"
+        return (
+            f"{label}accumulating loses {loss['accumulation']:.1e} ({loss['units']:.2g} roundoffs)"
+        )
     kinds = judgement.kinds()
     k = entry["accumulation_steps"]
     if first and first["evidence"].get("shared"):
         shown = first["evidence"].get("relative")
-        return label + (f"{shown:.1e} from what it should be, full batch too" if shown else "in the full batch too")
+        return label + (
+            f"{shown:.1e} from what it should be, full batch too"
+            if shown
+            else "in the full batch too"
+        )
     if "gradients" in kinds or "applied" in kinds:
         if scale and cosine is not None and cosine > 1 - 1e-9 and abs(scale - 1) > 1e-9:
             return f"{label}{scale:.4g}x the full_batch gradient (accumulation_steps={k})"
@@ -691,7 +815,7 @@ def _deadline(seconds: float | None) -> Iterator[None]:
             sys.settrace(lambda *_: None)
         raise _Expired
 
-    def again(_frame: FrameType, event: str, _argument: object) -> Any:  # noqa: ANN401 - itself
+    def again(_frame: FrameType, event: str, _argument: object) -> Any:
         if event == "line":
             raise _Expired
         return again

@@ -70,3 +70,48 @@ def _watched(original: Any, seen: Callable[[], None], *, seedable: bool) -> Any:
 
 def _no_seed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return all(each is None for each in (*args, *kwargs.values()))
+
+
+@contextmanager
+def other_seeds(offset: int) -> Iterator[None]:
+    """Add a number to every seed that is set while this is open, the loop's own fixed ones too."""
+    holders: list[tuple[Any, str]] = [
+        (np.random, "default_rng"),
+        (np.random, "RandomState"),
+        (np.random, "seed"),
+        (random, "Random"),
+        (random, "seed"),
+        (torch, "manual_seed"),
+    ]
+    before = [(owner, name, getattr(owner, name)) for owner, name in holders]
+    generator = torch.Generator
+
+    class Generator(generator):  # type: ignore[misc, valid-type]
+        def manual_seed(self, seed: int) -> Any:
+            return super().manual_seed(seed + offset)
+
+    try:
+        for owner, name, original in before:
+            setattr(owner, name, _shifted(original, offset))
+        torch.Generator = Generator  # type: ignore[misc]
+        yield
+    finally:
+        torch.Generator = generator  # type: ignore[misc]
+        for owner, name, original in before:
+            setattr(owner, name, original)
+
+
+def _shifted(original: Any, offset: int) -> Any:
+    def shifted(*args: Any, **kwargs: Any) -> Any:
+        args = tuple(each + offset if isinstance(each, int) else each for each in args)
+        kwargs = {k: v + offset if isinstance(v, int) else v for k, v in kwargs.items()}
+        return original(*args, **kwargs)
+
+    if not isinstance(original, type):
+        return functools.wraps(original)(shifted)
+
+    class Shifted(original):  # type: ignore[misc]
+        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+            return shifted(*args, **kwargs)
+
+    return Shifted

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from equivcheck.entropy import watch_entropy
+from equivcheck.entropy import other_seeds, watch_entropy
 from equivcheck.errors import EquivcheckError, StepError, UsageError
 from equivcheck.feed import Data, Feed, Key
 from equivcheck.neutral import functional_dropout_off, switch_off_modules
@@ -54,7 +54,7 @@ class Run:
     is_promoted: bool = True
     orders: list[list[int]] | None = None
     prefetches: bool | None = None
-    boundaries: list[int] = field(default_factory=list)
+    boundaries: list[list[int]] = field(default_factory=list)
     length: int | None = None
     seed_offset: int = 0
     optimizer_steps: int = 0
@@ -92,7 +92,13 @@ def _defaults() -> Iterator[None]:
 
 
 def _execute(
-    subject: Subject, case: Case, run: Run, observer: Observer, code: Code, recording: Recording, started: float
+    subject: Subject,
+    case: Case,
+    run: Run,
+    observer: Observer,
+    code: Code,
+    recording: Recording,
+    started: float,
 ) -> Recording:
     _seed(case.seed)
     model = _build(code, subject)
@@ -115,7 +121,9 @@ def _execute(
     with ExitStack() as stack:
         stack.enter_context(functional_dropout_off(seen if run.is_promoted else None))
         recorder = stack.enter_context(
-            Recorder(model, recording, observer, interventions=run.interventions, schedule=run.schedule)
+            Recorder(
+                model, recording, observer, interventions=run.interventions, schedule=run.schedule
+            )
         )
         recorder.prefetches = run.prefetches
         recorder.boundaries = run.boundaries
@@ -143,6 +151,8 @@ def _execute(
         observer.start(recorder)
         if run.is_promoted:
             mode = stack.enter_context(promoted(working))
+        if run.seed_offset:
+            stack.enter_context(other_seeds(run.seed_offset))
         try:
             returned = _call_train(code, given)
         except EquivcheckError:
@@ -160,7 +170,9 @@ def _execute(
         recording.autocast = _coarsest(recorder.autocast) if recorder.autocast else ""
         recording.random_drawn = not _equal_states(states, _random_states())
         if run.is_promoted:
-            recording.lowered = {name: str(dtype).removeprefix("torch.") for name, dtype in mode.lowered.items()}
+            recording.lowered = {
+                name: str(dtype).removeprefix("torch.") for name, dtype in mode.lowered.items()
+            }
     recording.logged = _logged(returned)
     recording.seconds = time.perf_counter() - started
     return recording
@@ -229,7 +241,9 @@ def _step_error(error: BaseException, recording: Recording, run: Run) -> StepErr
 def _logged(returned: Any) -> list[float] | None:
     """Return the losses that `train` returned or yielded, as numbers; None if it gave none."""
     if isinstance(returned, Mapping):
-        returned = next((returned[key] for key in ("loss", "losses", "train_loss") if key in returned), None)
+        returned = next(
+            (returned[key] for key in ("loss", "losses", "train_loss") if key in returned), None
+        )
     if isinstance(returned, (torch.Tensor, np.ndarray)):
         returned = returned.tolist()
     if isinstance(returned, (int, float)) and not isinstance(returned, bool):
@@ -254,7 +268,7 @@ def _seed(seed: int) -> None:
 
 
 def _random_states() -> tuple[Any, ...]:
-    return torch.get_rng_state(), np.random.get_state()[1:3], random.getstate()  # noqa: NPY002
+    return torch.get_rng_state(), np.random.get_state(legacy=True)[1:3], random.getstate()  # type: ignore[index]  # noqa: NPY002
 
 
 def _equal_states(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:

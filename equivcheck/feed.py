@@ -93,7 +93,9 @@ def read_batches(batches: Callable[[], Iterable[Any]], optimizer_steps: int) -> 
             break
         count = rows_of(batch)
         if count == 0:
-            raise UsageError(f"empty-batch: full batch {index} has 0 rows", expected="at least one sample")
+            raise UsageError(
+                f"empty-batch: full batch {index} has 0 rows", expected="at least one sample"
+            )
         if len(kept) < optimizer_steps:
             kept.append(batch)
             rows.append(count)

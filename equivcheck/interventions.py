@@ -10,7 +10,7 @@ K micro-batches per cycle; a *place* is a micro-step in a cycle.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +64,9 @@ class Intervention:
     def allows(self, _kind: str, _recorder: Recorder) -> bool:
         """Return whether a call is carried out."""
         return True
+
+    def left_out(self, kind: str, call: Callable[[], object]) -> None:
+        """Hear of a call that was not carried out."""
 
     def before_step(self, recorder: Recorder, optimizer: Optimizer) -> None:
         """Act before an optimizer step is looked at."""
@@ -139,6 +142,26 @@ class Defer(Intervention):
 
     def allows(self, kind: str, recorder: Recorder) -> bool:
         return kind not in self._kinds or not recorder.inside()
+
+
+class Postpone(Defer):
+    """Carry out at the end of the cycle, once, what is called inside it."""
+
+    name = "postpone"
+
+    def __init__(self, *kinds: str) -> None:
+        super().__init__(*kinds)
+        self._waiting: Callable[[], object] | None = None
+
+    def left_out(self, kind: str, call: Callable[[], object]) -> None:
+        if kind in self._kinds:
+            self._waiting = call
+
+    def after_backward(self, recorder: Recorder) -> None:
+        place = recorder.place()
+        if place is not None and place.last and self._waiting is not None:
+            call, self._waiting = self._waiting, None
+            call()
 
 
 class Ration(Defer):
@@ -315,14 +338,16 @@ class Retime(Intervention):
                 optimizer.zero_grad()
 
 
-def _optimizers(_recorder: Recorder) -> list[Any]:
+def _optimizers(recorder: Recorder) -> list[Any]:
     """Return optimizers that have not stepped yet, from the frames of the running loop."""
     import gc  # noqa: PLC0415 - only when the loop never stepped before
 
+    # Those of earlier runs may not have been collected yet: they hold other parameters.
     return [
         functools.partial(lambda o: o, each)
         for each in gc.get_objects()
         if isinstance(each, Optimizer)
+        and any(id(p) in recorder.names for group in each.param_groups for p in group["params"])
     ]
 
 
@@ -571,7 +596,7 @@ class Addends(Intervention):
 
     @contextmanager
     def around_backward(self, recorder: Recorder, outputs: Sequence[Any]) -> Iterator[None]:
-        parameters = {name: p for name, p in recorder.model.named_parameters() if p.requires_grad}
+        parameters = {recorder.names[id(p)]: p for p in recorder.gradient_holders()}
         found: dict[tuple[int, ...], dict[str, torch.Tensor]] = {}
         with recorder.paused():
             for path, gradients in addend_gradients(outputs[0], list(parameters.values())).items():

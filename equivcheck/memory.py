@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ def estimate(subject: Subject, data: Data) -> dict[str, Any]:
 def available() -> int | None:
     """Return the bytes of memory that are free for us, or None where that cannot be known."""
     try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
+        with Path("/proc/meminfo").open(encoding="ascii") as lines:
             for line in lines:
                 if line.startswith("MemAvailable:"):
                     return int(line.split()[1]) * 1024

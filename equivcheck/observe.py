@@ -88,7 +88,9 @@ class Observer:
     def before(self, recorder: Recorder, step: Step, optimizer: Optimizer) -> None:
         """See the state before a step."""
 
-    def gradients(self, recorder: Recorder, step: Step, gradients: Gradients, applied: Gradients) -> None:
+    def gradients(
+        self, recorder: Recorder, step: Step, gradients: Gradients, applied: Gradients
+    ) -> None:
         """See the gradients of a step: before the last clip (unscaled), and as they are applied."""
 
     def after(self, recorder: Recorder, step: Step, optimizer: Optimizer) -> None:
@@ -130,7 +132,9 @@ class Sampler(Observer):
         norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in present]
         step.norm = float(torch.stack(norms).norm()) if norms else 0.0
         # A finite norm has finite elements only; one that is not may have overflowed.
-        step.finite = math.isfinite(step.norm) or all(bool(torch.isfinite(g).all()) for g in present)
+        step.finite = math.isfinite(step.norm) or all(
+            bool(torch.isfinite(g).all()) for g in present
+        )
 
     def take(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Return the sampled coordinates of one parameter's tensor, float64."""
@@ -142,29 +146,44 @@ class Sampler(Observer):
 class Keeper(Sampler):
     """Stores the reference: gradients, parameters, buffers and optimizer state of every step."""
 
-    def __init__(self, objective: Callable[[Recorder, Step], Gradients | None] | None = None) -> None:
+    def __init__(
+        self, objective: Callable[[Recorder, Step], Gradients | None] | None = None
+    ) -> None:
         super().__init__()
         self.shelf = Shelf()
         self._objective = objective
         self._pending: Kept | None = None
 
-    def gradients(self, recorder: Recorder, step: Step, gradients: Gradients, applied: Gradients) -> None:
+    def gradients(
+        self, recorder: Recorder, step: Step, gradients: Gradients, applied: Gradients
+    ) -> None:
         self.sample(recorder, step, gradients)
         step.matched = step.index
         kept = {name: None if g is None else self.shelf.keep(g) for name, g in gradients.items()}
-        same = {name: kept[name] if applied[name] is gradients[name] else _kept(self.shelf, applied[name]) for name in applied}
-        self._pending = Kept(kept, same, {}, {}, {}, _shadows(recorder, self.shelf.keep), release=self.shelf.release)
+        same = {
+            name: kept[name]
+            if applied[name] is gradients[name]
+            else _kept(self.shelf, applied[name])
+            for name in applied
+        }
+        self._pending = Kept(
+            kept, same, {}, {}, {}, _shadows(recorder, self.shelf.keep), release=self.shelf.release
+        )
         if self._objective is not None:
             stated = self._objective(recorder, step)
             if stated is not None:
                 step.objective = compare(stated, kept, step)
 
-    def after(self, recorder: Recorder, step: Step, optimizer: Optimizer) -> None:
+    def after(self, recorder: Recorder, _step: Step, optimizer: Optimizer) -> None:
         if self._pending is None:
             return
         kept, self._pending = self._pending, None
         kept.after = {name: self.shelf.keep(p) for name, p in _parameters(recorder).items()}
-        before = recorder.recording.kept[-1].after if recorder.recording.kept else self._initial(recorder)
+        before = (
+            recorder.recording.kept[-1].after
+            if recorder.recording.kept
+            else self._initial(recorder)
+        )
         both = [name for name in kept.after if name in before]
         moved = sums_many([(before[name], kept.after[name]) for name in both])
         kept.moved = {name: each.difference_norm for name, each in zip(both, moved, strict=True)}
@@ -184,7 +203,9 @@ class Keeper(Sampler):
 
     def finish(self, recorder: Recorder) -> None:
         if recorder.recording.kept:
-            recorder.recording.kept.append(Kept({}, {}, {}, {}, {}, _shadows(recorder, self.shelf.keep, ended=True)))
+            recorder.recording.kept.append(
+                Kept({}, {}, {}, {}, {}, _shadows(recorder, self.shelf.keep, ended=True))
+            )
 
 
 def _kept(shelf: Shelf, tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -200,17 +221,23 @@ class Comparer(Sampler):
         contributions: Keep what each backward adds, at the sampled coordinates.
     """
 
-    def __init__(self, reference: Recording, *, native: bool = False, contributions: bool = False) -> None:
+    def __init__(
+        self, reference: Recording, *, native: bool = False, contributions: bool = False
+    ) -> None:
         super().__init__()
         self._reference = reference
         self._native = native
         self._want_contributions = contributions
-        self._queues = {key: [s for s in reference.steps if s.optimizer == key] for key in reference.optimizers}
+        self._queues = {
+            key: [s for s in reference.steps if s.optimizer == key] for key in reference.optimizers
+        }
         self._collected: dict[str, set[Any]] = {}
         self._gradients: Gradients = {}
         self._arrived: list[dict[str, torch.Tensor]] = []
 
-    def gradients(self, recorder: Recorder, step: Step, gradients: Gradients, applied: Gradients) -> None:
+    def gradients(
+        self, recorder: Recorder, step: Step, gradients: Gradients, applied: Gradients
+    ) -> None:
         self.sample(recorder, step, gradients)
         step.contributions, self._arrived = self._arrived, []
         self._match(step)
@@ -221,7 +248,8 @@ class Comparer(Sampler):
         step.gradients = compare(kept.gradients, gradients, step)
         step.applied = (
             step.gradients
-            if all(applied[n] is gradients[n] for n in applied) and all(kept.applied[n] is kept.gradients[n] for n in kept.applied)
+            if all(applied[n] is gradients[n] for n in applied)
+            and all(kept.applied[n] is kept.gradients[n] for n in kept.applied)
             else compare(kept.applied, applied, None)
         )
         step.shadows = _compare_shadows(kept.shadows, _shadows(recorder, torch.clone))
@@ -259,7 +287,9 @@ class Comparer(Sampler):
         kept.release()
         self._gradients = {}
 
-    def _compare_state(self, recorder: Recorder, step: Step, optimizer: Optimizer, kept: Kept) -> None:
+    def _compare_state(
+        self, recorder: Recorder, step: Step, optimizer: Optimizer, kept: Kept
+    ) -> None:
         mine = set(recorder.recording.optimizers[step.optimizer])
         masks = {name: self._mask(name, kept, step) for name in mine | set(kept.state)}
         updates = []
@@ -306,7 +336,9 @@ class Comparer(Sampler):
         last = self._reference.kept[-1].shadows
         found = _compare_shadows(last, _shadows(recorder, torch.clone, ended=True))
         if recorder.recording.steps and found:
-            recorder.recording.steps[-1].shadows = _worse(recorder.recording.steps[-1].shadows, found)
+            recorder.recording.steps[-1].shadows = _worse(
+                recorder.recording.steps[-1].shadows, found
+            )
 
     @contextmanager
     def contributions(self, recorder: Recorder) -> Iterator[None]:
@@ -315,7 +347,9 @@ class Comparer(Sampler):
             return
         arrived: dict[str, torch.Tensor] = {}
         if not self._chosen:
-            self._chosen = coordinates({name: p.numel() for name, p in _parameters(recorder).items()})
+            self._chosen = coordinates(
+                {name: p.numel() for name, p in _parameters(recorder).items()}
+            )
 
         def note(name: str) -> Callable[[torch.Tensor], None]:
             def hook(gradient: torch.Tensor) -> None:
@@ -323,7 +357,11 @@ class Comparer(Sampler):
 
             return hook
 
-        handles = [p.register_hook(note(name)) for name, p in _parameters(recorder).items() if p.requires_grad]
+        handles = [
+            p.register_hook(note(name))  # type: ignore[no-untyped-call]
+            for name, p in _parameters(recorder).items()
+            if p.requires_grad
+        ]
         try:
             yield
         finally:
@@ -374,7 +412,9 @@ class Perturbed(Comparer):
                 self._seed += 1
                 # Its own generator: the user's draws must stay what they are.
                 generator = torch.Generator(parameter.device).manual_seed(self._seed)
-                signs = torch.empty_like(parameter, dtype=torch.float32).bernoulli_(0.5, generator=generator)
+                signs = torch.empty_like(parameter, dtype=torch.float32).bernoulli_(
+                    0.5, generator=generator
+                )
                 step = torch.finfo(parameter.dtype).eps
                 parameter.detach().mul_(1.0 + step * (2.0 * signs - 1.0).to(parameter.dtype))
 
@@ -391,7 +431,9 @@ class Pieces(Comparer):
         super().__init__(reference)
         self._cycles = cycles
 
-    def gradients(self, recorder: Recorder, step: Step, gradients: Gradients, _applied: Gradients) -> None:
+    def gradients(
+        self, recorder: Recorder, step: Step, gradients: Gradients, _applied: Gradients
+    ) -> None:
         self.sample(recorder, step, gradients)
 
     def after(self, recorder: Recorder, step: Step, optimizer: Optimizer) -> None:
@@ -460,13 +502,26 @@ def _set_entries(mine: dict[str, Any], theirs: dict[str, Any], parameter: torch.
     for key, value in theirs.items():
         old = mine.get(key)
         if isinstance(value, torch.Tensor):
-            if isinstance(old, torch.Tensor) and old.shape == value.shape and old.is_floating_point() == value.is_floating_point():
+            if (
+                isinstance(old, torch.Tensor)
+                and old.shape == value.shape
+                and old.is_floating_point() == value.is_floating_point()
+            ):
                 old.detach().copy_(value)
             else:
-                like = parameter.dtype if value.is_floating_point() and value.shape == parameter.shape else None
+                like = (
+                    parameter.dtype
+                    if value.is_floating_point() and value.shape == parameter.shape
+                    else None
+                )
                 mine[key] = value.detach().clone().to(like or value.dtype)
-        elif isinstance(value, (list, tuple)) and any(isinstance(each, torch.Tensor) for each in value):
-            cast = [each.clone().to(parameter.dtype) if isinstance(each, torch.Tensor) else each for each in value]
+        elif isinstance(value, (list, tuple)) and any(
+            isinstance(each, torch.Tensor) for each in value
+        ):
+            cast = [
+                each.clone().to(parameter.dtype) if isinstance(each, torch.Tensor) else each
+                for each in value
+            ]
             mine[key] = type(value)(cast)
         else:
             mine[key] = copy.copy(value)
@@ -514,7 +569,9 @@ def _shadows(
     return {name: keep(tensor) for name, tensor in found.items()}
 
 
-def _compare_shadows(reference: dict[str, torch.Tensor], candidate: dict[str, torch.Tensor]) -> dict[str, Sums]:
+def _compare_shadows(
+    reference: dict[str, torch.Tensor], candidate: dict[str, torch.Tensor]
+) -> dict[str, Sums]:
     return {
         name: sums(tensor, candidate[name])
         for name, tensor in reference.items()
@@ -523,4 +580,7 @@ def _compare_shadows(reference: dict[str, torch.Tensor], candidate: dict[str, to
 
 
 def _worse(a: dict[str, Sums], b: dict[str, Sums]) -> dict[str, Sums]:
-    return {name: max((each[name] for each in (a, b) if name in each), key=lambda s: s.relative) for name in a | b}
+    return {
+        name: max((each[name] for each in (a, b) if name in each), key=lambda s: s.relative)
+        for name in a | b
+    }

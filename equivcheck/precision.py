@@ -54,7 +54,9 @@ def judge_precision(experiment: Experiment) -> Precision:
     full, accumulated = experiment.native("native_reference"), experiment.native("native_candidate")
     unit = roundoff_of([full.dtype])
     k = experiment.case.accumulation_steps
-    residuals = [r for step in accumulated.steps if (r := _rounding(step)) is not None and math.isfinite(r)]
+    residuals = [
+        r for step in accumulated.steps if (r := _rounding(step)) is not None and math.isfinite(r)
+    ]
     own = _errors(full)
     accumulation = statistics.median(residuals) if residuals else 0.0
     full_error = statistics.median(own) if own else 0.0
@@ -70,7 +72,9 @@ def judge_precision(experiment: Experiment) -> Precision:
     }
     # What is measured in float64 is known to no more than float64 sums resolve: the limit for float64 parameters.
     resolved = max(residuals, default=0.0) > floor(experiment.terms(), UNIT_ROUNDOFF[torch.float64])
-    if (units > UNITS and resolved) or (unit >= COARSE and k > 1 and accumulation > full_error > 0.0):
+    if (units > UNITS and resolved) or (
+        unit >= COARSE and k > 1 and accumulation > full_error > 0.0
+    ):
         loss = evidence
     return Precision(
         units,
@@ -103,7 +107,12 @@ def _rounding(step: Step) -> float | None:
         return None
     target = torch.cat([t for name in names if (t := step.sample[name]) is not None])
     rows = [
-        torch.cat([each.get(name, torch.zeros(_length(step, name), dtype=torch.float64)) for name in names])
+        torch.cat(
+            [
+                each.get(name, torch.zeros(_length(step, name), dtype=torch.float64))
+                for name in names
+            ]
+        )
         for each in step.contributions
     ]
     matrix = torch.stack(rows)
@@ -125,7 +134,9 @@ def native_gap(full: Recording, accumulated: Recording) -> float:
         other = by_match.get(step.matched) if step.matched is not None else None
         if other is None or step.skipped or other.skipped:
             continue
-        names = [n for n, s in other.sample.items() if s is not None and step.sample.get(n) is not None]
+        names = [
+            n for n, s in other.sample.items() if s is not None and step.sample.get(n) is not None
+        ]
         if not names:
             continue
         a = torch.cat([t for n in names if (t := other.sample[n]) is not None])

@@ -2,10 +2,10 @@
 
 The hooks, and what each one sees (measured on torch 2.13):
 
-- global optimizer step hooks: every torch optimizer, foreach, fused, capturable, compiled, and subclasses; a closure
-  is wrapped, because its gradients exist only after it ran;
+- global optimizer step hooks: every torch optimizer, foreach, fused, capturable, compiled, and
+  subclasses; a closure is wrapped, because its gradients exist only after it ran;
 - `torch.autograd._engine_run_backward`, in both modules that hold it: `backward()` and `autograd.grad`;
-- `_clip_grads_with_norm_` and `clip_grad_value_`, `zero_grad`, `GradScaler`, and each scheduler class of its own `step`.
+- `_clip_grads_with_norm_` and `clip_grad_value_`, `zero_grad`, `GradScaler`, each scheduler class of its own `step`.
 
 What is not a call (a gradient set to None by hand, divided in place, a parameter decayed between two backwards) is seen
 by comparing a few coordinates before and after.
@@ -36,6 +36,8 @@ from equivcheck.noise import SAFETY, UNIT_ROUNDOFF, gamma
 from equivcheck.recording import Backward, Event, Place, Recording, Step
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from equivcheck.feed import Data, Key
     from equivcheck.interventions import Intervention
     from equivcheck.observe import Observer
@@ -75,11 +77,11 @@ class Recorder:
         self.schedule = schedule or []
         self.shadow_holders: dict[str, Any] = {}
         self.prefetches: bool | None = None
-        self.boundaries: list[int] = []
+        self.boundaries: list[list[int]] = []
         self.on_use: Callable[[list[Key]], None] = lambda _: None
         self._served: dict[int, tuple[StorageWeakRef, int]] = {}
         self._used_last = -1
-        self._used_until = -1
+        self._uses_taken: dict[str, int] = {}
         self.names: dict[int, str] = {id(p): name for name, p in model.named_parameters()}
         self.optimizers: dict[int, str] = {}
         self.alive: dict[str, weakref.ref[Optimizer]] = {}
@@ -104,7 +106,7 @@ class Recorder:
 
     # ---- installing ----------------------------------------------------------------------------
 
-    def __enter__(self) -> Recorder:
+    def __enter__(self) -> Self:
         try:
             self._install()
         except BaseException:
@@ -130,10 +132,15 @@ class Recorder:
         engine = torch.autograd.graph._engine_run_backward
         for module in (torch.autograd, torch.autograd.graph):
             self._replace(module, "_engine_run_backward", self._backward(engine))
-        self._replace(clip_grad, "_clip_grads_with_norm_", self._clip_norm(clip_grad._clip_grads_with_norm_))
+        self._replace(
+            clip_grad, "_clip_grads_with_norm_", self._clip_norm(clip_grad._clip_grads_with_norm_)
+        )
         value = self._clip_value(clip_grad.clip_grad_value_)
         for module in (clip_grad, nn.utils):
             self._replace(module, "clip_grad_value_", value)
+        self._replace(
+            Optimizer, "add_param_group", self._add_param_group(Optimizer.add_param_group)
+        )
         for owner in (Optimizer, nn.Module):
             self._replace(owner, "zero_grad", self._zero_grad(owner.zero_grad))
         self._replace(GradScaler, "scale", self._scale(GradScaler.scale))
@@ -211,7 +218,10 @@ class Recorder:
         """Remember the storage of a micro-batch that was just handed out: it is its own."""
         for tensor in _tensors(batch, depth=6):
             storage = tensor.untyped_storage()
-            self._served[storage.data_ptr()] = (StorageWeakRef(storage), len(self.recording.fetched) - 1)
+            self._served[storage.data_ptr()] = (
+                StorageWeakRef(storage),  # type: ignore[no-untyped-call]
+                len(self.recording.fetched) - 1,
+            )
 
     @contextmanager
     def watching_use(self) -> Iterator[None]:
@@ -232,11 +242,11 @@ class Recorder:
                 known = self._served.get(tensor.untyped_storage().data_ptr())
             except (RuntimeError, NotImplementedError):  # No storage: sparse, functorch, meta.
                 continue
-            if known is None or known[0].expired():
+            if known is None or known[0].expired():  # type: ignore[no-untyped-call]
                 continue
             if known[1] != self._used_last:
                 self._used_last = known[1]
-                self._used_until = max(self._used_until, known[1])
+                self.recording.uses.append(known[1])
                 self.on_use(self.recording.fetched[known[1]])
             return
 
@@ -246,23 +256,26 @@ class Recorder:
             return []
         return self.recording.fetched[self._used_last]
 
-    def _used_up(self) -> int:
-        """Return how many of the micro-batches handed out were used up by now.
+    def _take(self, key: str) -> list[int]:
+        """Return the micro-batches that an optimizer used up since its previous step.
 
-        All of them, unless the loop fetches ahead: as the full-batch run shows, where what was used last is known.
+        All that were handed out, unless the loop fetches ahead, as the full-batch run shows: then those that a forward
+        took.
         """
-        count = len(self.recording.fetched)
-        index = len(self.recording.steps)
+        start, end = self._consumed.get(key, 0), len(self.recording.fetched)
+        index = len(self.recording.boundaries)
         if self.boundaries:
-            return self.boundaries[index] if index < len(self.boundaries) else count
-        if self.prefetches is not False and self._used_until >= 0:
-            used = self._used_until + 1
-            if self.prefetches is None:
-                if used <= max(self._consumed.values(), default=0):
-                    return count
-                self.recording.prefetched = max(self.recording.prefetched, count - used)
-            return used
-        return count
+            return self.boundaries[index] if index < len(self.boundaries) else []
+        used = list(dict.fromkeys(self.recording.uses[self._uses_taken.get(key, 0) :]))
+        if self.prefetches is not False and used:
+            handed = list(range(start, end))
+            if self.prefetches or self.recording.prefetched or set(used) < set(handed):
+                self.recording.prefetched = max(self.recording.prefetched, end - len(used))
+                self._uses_taken[key] = len(self.recording.uses)
+                return used
+        self._consumed[key] = end
+        self._uses_taken[key] = len(self.recording.uses)
+        return list(range(start, end))
 
     def gradient_holders(self) -> list[torch.Tensor]:
         """Return the model's parameters and those that only an optimizer knows."""
@@ -292,12 +305,22 @@ class Recorder:
         return not create_graph and any(id(each) in self.names for each in inputs or ())
 
     def _root_backward(
-        self, engine: Callable[..., Any], outputs: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        engine: Callable[..., Any],
+        outputs: list[Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
         self._look_before_backward()
         loss, root = _root_value(outputs, args[0])
         record = Backward(
-            self.backwards, len(self.recording.fetched), loss / self._loss_scale, self._loss_scale, root, _root_scalar(outputs), self._used_last
+            self.backwards,
+            len(self.recording.fetched),
+            loss / self._loss_scale,
+            self._loss_scale,
+            root,
+            _root_scalar(outputs),
+            self._used_last,
         )
         repeated = self._repeated is not None
         if self._repeated is None:
@@ -311,7 +334,9 @@ class Recorder:
         if factor != 1.0:
             args = (_scaled(args[0], outputs, factor), *args[1:])
             record.loss *= factor
-        self.note("repeat" if repeated else "backward", loss=record.loss, loss_scale=record.loss_scale)
+        self.note(
+            "repeat" if repeated else "backward", loss=record.loss, loss_scale=record.loss_scale
+        )
         self._snapshots.clear()
         with ExitStack() as around:
             for each in self.interventions:
@@ -390,7 +415,12 @@ class Recorder:
         @functools.wraps(original)
         def clip(parameters: Any, max_norm: Any, total_norm: Any, *args: Any, **kwargs: Any) -> Any:
             parameters = _as_list(parameters)
-            self.note("clip", max_norm=float(max_norm), norm=_number(total_norm), scale=self._pending_scale())
+            self.note(
+                "clip",
+                max_norm=float(max_norm),
+                norm=_number(total_norm),
+                scale=self._pending_scale(),
+            )
             if not self.allowed("clip"):
                 return None
             self._snapshot(parameters)
@@ -425,7 +455,9 @@ class Recorder:
     def _unscaled(self, parameters: Any) -> Iterator[float]:
         """Let a clip see gradients without the loss scale, if an intervention asks for it."""
         pending = self._pending_scale() if self.unscale_before_clip else 1.0
-        gradients = [] if pending == 1.0 else [p.grad for p in _each(parameters) if p.grad is not None]
+        gradients = (
+            [] if pending == 1.0 else [p.grad for p in _each(parameters) if p.grad is not None]
+        )
         with torch.no_grad():
             for gradient in gradients:
                 gradient.div_(pending)
@@ -479,6 +511,8 @@ class Recorder:
             if explicit:
                 self.note("unscale")
                 if not self.allowed("unscale"):
+                    for each in self.interventions:
+                        each.left_out("unscale", lambda: scaler.unscale_(optimizer))
                     return None
             result = original(scaler, optimizer)
             scale = float(scaler.get_scale())
@@ -533,7 +567,11 @@ class Recorder:
             self._scheduler_depth += 1
             try:
                 result = None
-                for _ in range(max(each.scheduler_steps(self) for each in self.interventions) if self.interventions else 1):
+                for _ in range(
+                    max(each.scheduler_steps(self) for each in self.interventions)
+                    if self.interventions
+                    else 1
+                ):
                     result = original(scheduler, *args, **kwargs)
                 return result
             finally:
@@ -571,6 +609,16 @@ class Recorder:
 
         return step
 
+    def _add_param_group(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def add_param_group(optimizer: Optimizer, group: dict[str, Any]) -> None:
+            original(optimizer, group)
+            # Parameters that train makes are known from here on, before any gradient reaches them.
+            for parameter in optimizer.param_groups[-1]["params"]:
+                self.name_of(parameter, optimizer)
+
+        return add_param_group
+
     def name_of(self, parameter: torch.Tensor, optimizer: Optimizer) -> str:
         """Return a parameter's name in the model, or one of our own if only an optimizer knows it."""
         name = self.names.get(id(parameter))
@@ -584,7 +632,11 @@ class Recorder:
         """Return a name for an optimizer that is the same in every run."""
         key = self.optimizers.get(id(optimizer))
         if key is None:
-            names = [self.name_of(p, optimizer) for group in optimizer.param_groups for p in group["params"]]
+            names = [
+                self.name_of(p, optimizer)
+                for group in optimizer.param_groups
+                for p in group["params"]
+            ]
             key = f"{type(optimizer).__name__}({names[0] if names else ''}..{len(names)})"
             while key in self.recording.optimizers:
                 key += "'"
@@ -595,24 +647,26 @@ class Recorder:
 
     def _open_step(self, optimizer: Optimizer) -> Step:
         key = self.key_of(optimizer)
-        start = self._consumed.get(key, 0)
-        end = max(self._used_up(), start)
-        samples = frozenset(each for keys in self.recording.fetched[start:end] for each in keys)
-        self._consumed[key] = end
-        self.recording.boundaries.append(end)
+        taken = self._take(key)
+        samples = frozenset(each for fetch in taken for each in self.recording.fetched[fetch])
+        self.recording.boundaries.append(taken)
         step = Step(
             index=len(self.recording.steps),
             optimizer=key,
             samples=samples,
             backwards=self.backwards,
             first_backward=self._first_backward.get(key, 0),
-            learning_rates=[_number(group["lr"]) for group in optimizer.param_groups if "lr" in group],
+            learning_rates=[
+                _number(group["lr"]) for group in optimizer.param_groups if "lr" in group
+            ],
         )
         self._first_backward[key] = self.backwards
         self.recording.steps.append(step)
         return step
 
-    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         if self._paused or id(optimizer) in self._open or not self.allowed("step"):
             return None
         for each in self.interventions:
@@ -642,10 +696,12 @@ class Recorder:
             begin = self.backwards
             result = _reweighted(closure(*inner, **named), self._evaluated)
             if not step.sample:
-                end = max(self._used_up(), self._consumed[step.optimizer])
-                taken = self.recording.fetched[self._consumed[step.optimizer] : end]
-                step.samples |= frozenset(each for keys in taken for each in keys)
-                self._consumed[step.optimizer] = self.recording.boundaries[step.index] = end
+                # What the closure consumed counts too; a known boundary has it already.
+                later = [] if self.boundaries else self._take(step.optimizer)
+                step.samples |= frozenset(
+                    each for fetch in later for each in self.recording.fetched[fetch]
+                )
+                self.recording.boundaries[step.index] += later
                 step.backwards = self._first_backward[step.optimizer] = self.backwards
                 self._observe(optimizer, step, closure=True)
             return result
@@ -730,6 +786,7 @@ def _quiet() -> Iterator[None]:
 
 def _subclasses(base: type) -> Iterator[type]:
     yield base
+    each: type
     for each in base.__subclasses__():
         yield from _subclasses(each)
 
@@ -757,7 +814,8 @@ def _number(value: Any) -> float:
 
 def _same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return len(a) == len(b) and all(
-        x.shape == y.shape and torch.equal(torch.nan_to_num(x), torch.nan_to_num(y)) for x, y in zip(a, b, strict=True)
+        x.shape == y.shape and torch.equal(torch.nan_to_num(x), torch.nan_to_num(y))
+        for x, y in zip(a, b, strict=True)
     )
 
 
@@ -776,16 +834,22 @@ def _root_value(outputs: list[Any], seeds: Any) -> tuple[float, str]:
 
 def _root_scalar(outputs: list[Any]) -> float:
     """Return the number that the loss was multiplied with last: a loss scale by hand; 1 if it was not."""
-    node = outputs[0].grad_fn if len(outputs) == 1 and isinstance(outputs[0], torch.Tensor) else None
+    node = (
+        outputs[0].grad_fn if len(outputs) == 1 and isinstance(outputs[0], torch.Tensor) else None
+    )
     if type(node).__name__ != "MulBackward0":
         return 1.0
     try:
-        other = node._saved_other
+        other = getattr(node, "_saved_other", None)
     except RuntimeError:  # The graph was freed: a second backward through it.
         return 1.0
     # Outside of any mode: torch hands a number that was wrapped as a tensor to modes as a number again.
     with _quiet():
-        return float(other) if other is not None and other.numel() == 1 and not other.requires_grad else 1.0
+        return (
+            float(other)
+            if other is not None and other.numel() == 1 and not other.requires_grad
+            else 1.0
+        )
 
 
 def _scaled(seeds: Any, outputs: list[Any], factor: float) -> tuple[Any, ...]:
@@ -804,10 +868,16 @@ def _reweighted(result: Any, evaluated: list[tuple[float, float]]) -> Any:
             is returned as it is.
         evaluated: Per backward of this evaluation, the loss it started from and its factor.
     """
-    if all(factor == 1.0 for _, factor in evaluated) or not isinstance(result, (torch.Tensor, float)):
+    if all(factor == 1.0 for _, factor in evaluated) or not isinstance(
+        result, (torch.Tensor, float)
+    ):
         return result
     value = _number(result)
-    unit = UNIT_ROUNDOFF.get(result.dtype, 0.0) if isinstance(result, torch.Tensor) else UNIT_ROUNDOFF[torch.float32]
+    unit = (
+        UNIT_ROUNDOFF.get(result.dtype, 0.0)
+        if isinstance(result, torch.Tensor)
+        else UNIT_ROUNDOFF[torch.float32]
+    )
     close = SAFETY * gamma(len(evaluated), unit)
     for terms in (evaluated, evaluated[-1:]):
         written = sum(loss for loss, _ in terms)

@@ -130,7 +130,8 @@ class Recording:
     logged: list[float] | None = None
     schedulers: list[dict[str, Any]] = field(default_factory=list)
     prefetched: int = 0
-    boundaries: list[int] = field(default_factory=list)
+    boundaries: list[list[int]] = field(default_factory=list)
+    uses: list[int] = field(default_factory=list)
     optimizers: dict[str, list[str]] = field(default_factory=dict)
     kept: list[Kept] = field(default_factory=list)
     initial: Kept | None = None

@@ -1,9 +1,9 @@
 """Find the copies of the weights that a loop keeps beside its model.
 
-An average, a teacher, a master copy. They live in the loop's own variables, so they are looked for there: modules, and dictionaries or
-lists of tensors, in the locals of the user's running frames and one level into their objects. A
-find counts as shadow weights only if its tensors have the shapes of parameters and point in their
-direction; a buffer of gradients does not.
+An average, a teacher, a master copy live in the loop's own variables, so they are looked for there:
+modules, and dictionaries or lists of tensors, in the locals of the user's running frames and in
+their objects. A find counts as shadow weights only if its tensors have the shapes of parameters and
+point in their direction; a buffer of gradients does not.
 """
 
 from __future__ import annotations

@@ -139,10 +139,8 @@ def _source(target: object) -> _Source:
             expected=FORM,
             fix="equivcheck run train_step.py",
         )
-    if place.endswith(".py") or "/" in place:
-        load_module = _file_loader(place)
-    else:
-        load_module = _module_loader(place)
+    is_file = place.endswith(".py") or "/" in place
+    load_module = _file_loader(place) if is_file else _module_loader(place)
 
     def load() -> object:
         holder: object = load_module()
@@ -181,10 +179,19 @@ def _attribute(holder: object, name: str, target: str) -> Any:
                 expected=f"def {name}(...)",
             )
         return value
-    names = [each for each in vars(holder) if not each.startswith("_")] if hasattr(holder, "__dict__") else []
+    names = (
+        [each for each in vars(holder) if not each.startswith("_")]
+        if hasattr(holder, "__dict__")
+        else []
+    )
     close = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {close[0]}?" if close else f"def {name}(...): ..."
-    own = [each for each in names if getattr(getattr(holder, each, None), "__module__", None) == getattr(holder, "__name__", 0)]
+    own = [
+        each
+        for each in names
+        if getattr(getattr(holder, each, None), "__module__", None)
+        == getattr(holder, "__name__", 0)
+    ]
     raise TargetError(
         f"attribute-missing: {target} has no {name!r}",
         expected="build(), batches() and train(model, loader, ...)",
@@ -211,7 +218,9 @@ def _require_no_arguments(name: str, function: Callable[..., Any], target: str) 
         )
 
 
-def arguments(function: Callable[..., Any], offers: Mapping[str, object], target: str) -> dict[str, object]:
+def arguments(
+    function: Callable[..., Any], offers: Mapping[str, object], target: str
+) -> dict[str, object]:
     """Return the keyword arguments that `train` names, out of those on offer.
 
     Raises:
@@ -298,14 +307,16 @@ def _module_loader(place: str) -> Callable[[], ModuleType]:
         spec = importlib.util.find_spec(place)
     except ModuleNotFoundError:
         spec = None
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - a parent package may raise anything
         raise _import_error(error, place) from None
     if spec is None or spec.origin is None:
         raise TargetError(
             f"module-not-found: no module named {place!r}",
             where=f"looked in {Path.cwd()} and sys.path",
             expected=FORM,
-            fix=f"equivcheck run {place.replace('.', '/')}.py" if Path(f"{place.replace('.', '/')}.py").is_file() else None,
+            fix=f"equivcheck run {place.replace('.', '/')}.py"
+            if Path(f"{place.replace('.', '/')}.py").is_file()
+            else None,
         )
     origin = Path(spec.origin).resolve()
     return lambda: _again(lambda: importlib.import_module(place), origin.parent, place)
@@ -362,7 +373,9 @@ def _real(filename: str) -> str:
 def is_library(filename: str) -> bool:
     """Return whether a file belongs to Python, an installed package or equivcheck itself."""
     path = _real(filename)
-    return path.startswith((*_LIBRARIES, _OURS)) or "site-packages" in path or filename.startswith("<")
+    return (
+        path.startswith((*_LIBRARIES, _OURS)) or "site-packages" in path or filename.startswith("<")
+    )
 
 
 def _import_error(error: BaseException, place: str) -> TargetError:
@@ -390,7 +403,9 @@ def raised(name: str, error: BaseException, where: str) -> StepError:
     said = str(error).splitlines()[0] if str(error) else ""
     because = fix = None
     if isinstance(error, SystemExit):
-        because = f"{name} ends Python itself, which would end the check with whatever exit code it names"
+        because = (
+            f"{name} ends Python itself, which would end the check with whatever exit code it names"
+        )
         fix = f"return from {name} instead of calling sys.exit()"
     elif any(each in str(error) for each in _NO_GPU):
         because = f"{name} asks for a GPU by name, and there is no CUDA device on this machine"

@@ -25,7 +25,18 @@ UNFIT: Final = 1e4
 # m / sqrt(v) has a condition of about 2, SAFETY covers steeper ones.
 UPDATE_NOISE: Final = SAFETY * NOISY_ELEMENT
 
-KINDS = ("samples", "none", "gradients", "applied", "parameters", "state", "buffers", "learning_rates", "shadows", "logged")
+KINDS = (
+    "samples",
+    "none",
+    "gradients",
+    "applied",
+    "parameters",
+    "state",
+    "buffers",
+    "learning_rates",
+    "shadows",
+    "logged",
+)
 
 
 @dataclass(frozen=True)
@@ -134,7 +145,9 @@ def overall(sums: dict[str, Sums]) -> Sums:
     return total
 
 
-def judge(reference: Recording, candidate: Recording, noise: Noise, *, logged: bool = True) -> Judgement:
+def judge(
+    reference: Recording, candidate: Recording, noise: Noise, *, logged: bool = True
+) -> Judgement:
     """Compare a run, already measured in its hooks, with what its controls allow.
 
     Args:
@@ -168,7 +181,7 @@ def judge(reference: Recording, candidate: Recording, noise: Noise, *, logged: b
         _judge_rates(reference.steps[matched], step, result)
     if logged:
         _judge_logged(reference, candidate, noise, result)
-    result.power = max(powers, default=0.0)
+    result.power = max(powers, default=math.inf)
     return result
 
 
@@ -218,7 +231,10 @@ def _judge_gradients(
             continue
         # Rounding noise around zero: both sides within what sums of gradients of this size can leave behind.
         # A tensor of that size beside the whole gradient could not be told from it in any way.
-        if max(each.reference_norm, each.candidate_norm) <= floor * size and each.reference_norm < floor * size:
+        if (
+            max(each.reference_norm, each.candidate_norm) <= floor * size
+            and each.reference_norm < floor * size
+        ):
             zero.add(name)
             continue
         limit = max(
@@ -237,7 +253,9 @@ def _judge_gradients(
         beyond.sort(key=lambda item: -item[0])
         names = tuple(name for _, _, name in beyond if name)
         relative = whole.relative if whole.finite else math.inf
-        result.findings.append(Finding(kind, step.index, matched, names, relative, max(b[1] for b in beyond)))
+        result.findings.append(
+            Finding(kind, step.index, matched, names, relative, max(b[1] for b in beyond))
+        )
 
 
 def _judge_updates(reference: Recording, step: Step, noise: Noise, result: Judgement) -> None:
@@ -254,7 +272,12 @@ def _judge_updates(reference: Recording, step: Step, noise: Noise, result: Judge
             limit = max(
                 SAFETY * noise.of(step.matched, lambda s, k=kind: getattr(s, k), name),  # type: ignore[misc]
                 noise.floor() * each.reference_norm,
-                UPDATE_NOISE * (kept.moved.get(name, each.reference_norm) if kind == "parameters" else each.reference_norm),
+                UPDATE_NOISE
+                * (
+                    kept.moved.get(name, each.reference_norm)
+                    if kind == "parameters"
+                    else each.reference_norm
+                ),
             )
             if each.difference_norm > limit:
                 moved = kept.moved.get(name, 0.0) or each.reference_norm or 1.0
@@ -262,7 +285,9 @@ def _judge_updates(reference: Recording, step: Step, noise: Noise, result: Judge
         if beyond:
             beyond.sort(key=lambda item: -item[0])
             names = tuple(name for *_, name in beyond)
-            result.findings.append(Finding(kind, step.index, step.matched, names, beyond[0][0], beyond[0][1]))
+            result.findings.append(
+                Finding(kind, step.index, step.matched, names, beyond[0][0], beyond[0][1])
+            )
 
 
 def _judge_plain(
@@ -275,21 +300,27 @@ def _judge_plain(
     for name, each in sums.items():
         result.compared += 1
         limit = max(
-            SAFETY * noise.of(step.matched, which, name), noise.floor() * each.reference_norm, _ROUNDOFF * noise.floor() * size
+            SAFETY * noise.of(step.matched, which, name),
+            noise.floor() * each.reference_norm,
+            _ROUNDOFF * noise.floor() * size,
         )
         if not each.finite or each.difference_norm > limit:
             beyond.append((each.relative, limit / each.reference_norm if each.rr else 0.0, name))
     if beyond:
         beyond.sort(key=lambda item: -item[0])
         names = tuple(name for *_, name in beyond)
-        result.findings.append(Finding(kind, step.index, step.matched, names, beyond[0][0], beyond[0][1]))
+        result.findings.append(
+            Finding(kind, step.index, step.matched, names, beyond[0][0], beyond[0][1])
+        )
 
 
 def _judge_rates(reference: Step, step: Step, result: Judgement) -> None:
     limit = SAFETY * gamma(8, _ROUNDOFF)
     worst = rate_difference(reference, step)
     if worst > limit:
-        result.findings.append(Finding("learning_rates", step.index, reference.index, (), worst, limit))
+        result.findings.append(
+            Finding("learning_rates", step.index, reference.index, (), worst, limit)
+        )
 
 
 def rate_difference(reference: Step, step: Step) -> float:
@@ -303,11 +334,15 @@ def rate_difference(reference: Step, step: Step) -> float:
     return worst
 
 
-def _judge_logged(reference: Recording, candidate: Recording, noise: Noise, result: Judgement) -> None:
+def _judge_logged(
+    reference: Recording, candidate: Recording, noise: Noise, result: Judgement
+) -> None:
     relative = logged_difference(reference, candidate)
     if relative is None:
         return
-    control = max((logged_difference(reference, each) or 0.0 for each in noise.controls), default=0.0)
+    control = max(
+        (logged_difference(reference, each) or 0.0 for each in noise.controls), default=0.0
+    )
     limit = max(SAFETY * control, noise.floor())
     if not relative <= limit:
         result.findings.append(Finding("logged", -1, -1, (), relative, limit))

@@ -34,36 +34,43 @@ class Parts:
 
 def suspect(view: View) -> list[Suspicion]:
     """Return a suspicion if some addends of the loss agree with the full batch and others do not."""
-    if not view.divergent or any(isinstance(each, Addend) for each in view.chosen):
+    if not view.divergent:
         return []
     parts = addend_parts(view)
     if parts is None:
         return []
     wrong = {component: _wrong(view, component, parts) for component in parts.components}
-    if (
-        not any(wrong.values())
-        or all(wrong.values())
-        or any(each is False for each in wrong.values())
-    ):
-        # Nothing wrong; or the whole loss is; or something that no factor explains.
-        return []
-    found = []
-    for code, same in (("EQ107", True), ("EQ106", False)):
-        mine = {
-            c: each for c, each in wrong.items() if isinstance(each, _Wrong) and each.same is same
+    if any(each is False for each in wrong.values()):
+        return []  # Something that no factor explains.
+    found = {component: each for component, each in wrong.items() if isinstance(each, _Wrong)}
+    if not found or (len(found) == len(wrong) and len({each.rule for each in found.values()}) == 1):
+        return []  # Nothing is wrong; or the whole loss is, in one way.
+    main = max(parts.components, key=lambda c: _size(view, c, parts))
+    by_code: dict[str, list[Component]] = {}
+    for component, each in found.items():
+        code = "EQ107" if each.same else each.rule if component == main else "EQ106"
+        by_code.setdefault(code, []).append(component)
+    suspicions = []
+    for code, components in by_code.items():
+        interventions: tuple[Intervention, ...] = tuple(
+            Addend(*c, found[c].factors) for c in components
+        )
+        first = found[components[0]]
+        evidence = {
+            "addends": [list(path) or f"backward {ordinal}" for ordinal, path in components][:4],
+            "times": first.times,
+            "same_in_every_micro_batch": first.same,
         }
-        if mine:
-            interventions: tuple[Intervention, ...] = tuple(
-                Addend(*c, each.factors) for c, each in mine.items()
-            )
-            first = next(iter(mine.values()))
-            evidence = {
-                "addends": [list(path) or f"backward {ordinal}" for ordinal, path in mine][:4],
-                "times": first.times,
-                "same_in_every_micro_batch": same,
-            }
-            found.append(Suspicion(code, [interventions], evidence, first.step, 16))
-    return found
+        suspicions.append(Suspicion(code, [interventions], evidence, first.step, 16))
+    return suspicions
+
+
+def _size(view: View, component: Component, parts: Parts) -> float:
+    """Return how large an addend's gradient is; one that is the same everywhere is no main loss."""
+    if _same(view, component, parts):
+        return 0.0
+    mine = [by_place[component] for by_place in parts.alone.values() if component in by_place]
+    return max((float(each.norm()) for each in mine), default=0.0)
 
 
 def addend_parts(view: View) -> Parts | None:
@@ -183,17 +190,46 @@ def _ordinal(places: list[Place], index: int) -> int:
     return ordinal_of(places, index)
 
 
+def _same(view: View, component: Component, parts: Parts) -> bool:
+    """Return whether an addend has the same gradient in every micro-batch of a cycle."""
+    several = False
+    for each in view.attributions:
+        cycle, k = _cycle(view, each.matched), each.pieces.shape[0]
+        pieces = [parts.alone.get((cycle, i), {}).get(component) for i in range(k)]
+        matrix = (
+            torch.stack([x for x in pieces if x is not None])
+            if any(x is not None for x in pieces)
+            else None
+        )
+        if matrix is None or matrix.shape[0] < 2:
+            continue
+        several = True
+        if float((matrix - matrix[0]).norm()) > view.tolerance(each) * float(matrix.norm()):
+            return False
+    return several
+
+
 @dataclass
 class _Wrong:
+    """How one addend is wrong.
+
+    Attributes:
+        same: Its gradient is the same in every micro-batch: a penalty on the weights.
+        times: Its size, accumulated over the full batch's.
+        rule: The code that its weights would have as those of a whole loss.
+    """
+
     same: bool
     times: float
     step: int
     factors: dict[int, list[float]]
+    rule: str
 
 
 def _wrong(view: View, component: Component, parts: Parts) -> _Wrong | bool | None:
     """Return how one addend is wrong; None if it is right, False if no factor explains it."""
     found: _Wrong | None = None
+    same = _same(view, component, parts)
     for each in view.attributions:
         cycle = _cycle(view, each.matched)
         k = each.pieces.shape[0]
@@ -208,26 +244,32 @@ def _wrong(view: View, component: Component, parts: Parts) -> _Wrong | bool | No
         limit = view.tolerance(each)
         if float((total - target).norm()) <= limit * size:
             continue
-        same = float((matrix - matrix[0]).norm()) <= limit * float(matrix.norm())
         right = [1.0 / k] * k if same else solve(matrix, target).solution
-        wrongs = [[1.0] * k, [x * k for x in right], [x / k for x in right], [1.0 / k] * k]
+        wrongs: list[tuple[str, list[float]]] = [
+            ("EQ101", [1.0] * k),
+            ("EQ101", [x * k for x in right]),
+            ("EQ105" if k != view.steps else "EQ102", [x / k for x in right]),
+            ("EQ105" if k != view.steps else "EQ103", [1.0 / view.steps] * k),
+            ("EQ105" if k != view.steps else "EQ102", [x * k / view.steps for x in right]),
+            ("EQ103", [1.0 / k] * k),
+        ]
         for values in view.counts().values():
             counts = values[each.matched % len(values)]
             if len(counts) == k and sum(counts) > 0:
-                wrongs.append([x / sum(counts) for x in counts])
+                wrongs.append(("EQ103", [x / sum(counts) for x in counts]))
+        bound = limit * max(size, float(total.norm()))
         fitting = next(
             (
-                w
-                for w in wrongs
-                if float((predict(matrix, w) - total).norm())
-                <= limit * max(size, float(total.norm()))
+                (code, w)
+                for code, w in wrongs
+                if float((predict(matrix, w) - total).norm()) <= bound
             ),
             None,
         )
         if fitting is None:
             return False
         if found is None:
-            found = _Wrong(same, float(total.norm()) / (float(target.norm()) or 1.0), each.step, {})
-        found.same &= same
-        found.factors[cycle] = [v / w if w else 1.0 for v, w in zip(right, fitting, strict=True)]
+            times = float(total.norm()) / (float(target.norm()) or 1.0)
+            found = _Wrong(same, times, each.step, {}, fitting[0])
+        found.factors[cycle] = [v / w if w else 1.0 for v, w in zip(right, fitting[1], strict=True)]
     return found

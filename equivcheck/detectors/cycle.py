@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from equivcheck.errors import EquivcheckError
-from equivcheck.interventions import Defer, Hold, Intervention, Retime, Reweight, Shorten
+from equivcheck.interventions import Defer, Hold, Intervention, Postpone, Retime, Reweight, Shorten
 from equivcheck.recording import Event, Place
 from equivcheck.view import Suspicion, View
 
@@ -14,7 +14,7 @@ def suspect(view: View) -> list[Suspicion]:
         *_steps(view),
         *_zeroed(view),
         *_called(view, "clip", "EQ306", 22),
-        *_called(view, "unscale", "EQ403", 22),
+        *_unscaled(view),
         *_scales(view),
         *_edited(view),
     ]
@@ -55,6 +55,14 @@ def _called(view: View, kind: str, code: str, rank: int) -> list[Suspicion]:
     return [Suspicion(code, [(Defer(kind),)], _evidence(calls), view.at_step(calls[0][1]), rank)]
 
 
+def _unscaled(view: View) -> list[Suspicion]:
+    found = _called(view, "unscale", "EQ403", 22)
+    for each in found:
+        # An update() of the scaler inside the cycle wants an unscale_() before it: both wait together.
+        each.variants = [(Defer("unscale"),), (Defer("unscale", "scaler"),), (Postpone("unscale"),)]
+    return found
+
+
 def _scales(view: View) -> list[Suspicion]:
     """EQ402: the backwards of one cycle carried different loss scales."""
     factors: dict[int, list[float]] = {}
@@ -68,11 +76,27 @@ def _scales(view: View) -> list[Suspicion]:
             factors[cycle] = [scales[-1] / scale for scale in scales]
             first = first or (carried[0][0], scales)
     if first is None:
-        return []
+        return _scales_by_hand(view)
     place, scales = first
     evidence = {"loss_scales": scales}
     variants = [(Defer("scaler"),), (Reweight(factors),)]
     return [Suspicion("EQ402", variants, evidence, view.at_step(place), 21)]
+
+
+def _scales_by_hand(view: View) -> list[Suspicion]:
+    """EQ402 without a scaler: the number that the loss is multiplied with last changes inside a cycle."""
+    factors: dict[int, list[float]] = {}
+    by_cycle: dict[int, list[float]] = {}
+    for place, backward in zip(view.places, view.candidate.backwards, strict=False):
+        by_cycle.setdefault(place.cycle, []).append(backward.root_scalar)
+    for cycle, numbers in by_cycle.items():
+        if len(set(numbers)) > 1 and all(numbers):
+            factors[cycle] = [numbers[-1] / each for each in numbers]
+    if not factors:
+        return []
+    cycle = min(factors)
+    evidence = {"loss_scales": by_cycle[cycle]}
+    return [Suspicion("EQ402", [(Reweight(factors),)], evidence, cycle, 35)]
 
 
 def _edited(view: View) -> list[Suspicion]:
@@ -125,15 +149,15 @@ def _steps(view: View) -> list[Suspicion]:
             for step in candidate.steps
         )
         kept = all(any(key in consumed for key in step.samples) for step in missing) and leaked
-        evidence = {
+        left = {
             "samples": sum(len(step.samples) for step in missing),
             "optimizer_steps": len(candidate.steps),
         }
         code = "EQ310" if kept else "EQ304"
-        found.append(Suspicion(code, [(Shorten(),)], evidence, missing[0].index, 18))
+        found.append(Suspicion(code, [(Shorten(),)], left, missing[0].index, 18))
     elif missing and tail and _straddles(view, tail):
-        evidence = {"optimizer_steps": len(candidate.steps), "expected": len(reference.steps)}
-        found.append(Suspicion("EQ310", [(Shorten(),)], evidence, missing[0].index, 18))
+        left = {"optimizer_steps": len(candidate.steps), "expected": len(reference.steps)}
+        found.append(Suspicion("EQ310", [(Shorten(),)], left, missing[0].index, 18))
     if not inside and not (missing and not found):
         return found
     every = len({event.backwards for event, _ in inside}) == sum(

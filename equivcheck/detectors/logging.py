@@ -7,6 +7,8 @@ from equivcheck.noise import SAFETY
 from equivcheck.recording import Recording
 from equivcheck.view import Suspicion, View
 
+TRAINED_ON = "the sum of what was called backward on"
+
 
 def suspect(view: View) -> list[Suspicion]:
     """Return a suspicion if the log differs although nothing else does, or not as the gradients do."""
@@ -61,6 +63,24 @@ def _limit(view: View) -> float:
     return SAFETY * view.experiment.noise().floor()
 
 
+def _roots(view: View) -> dict[str, list[float]]:
+    """Return what a loop would log that takes the values it calls backward on, as they are written."""
+    written = view.experiment.candidate()
+    by_cycle: dict[int, list[float]] = {}
+    for place, backward in zip(view.places, written.backwards, strict=False):
+        by_cycle.setdefault(place.cycle, []).append(backward.loss)
+    values = [by_cycle[cycle] for cycle in sorted(by_cycle)]
+    return {
+        "the last backward's loss": [each[-1] for each in values],
+        "the first backward's loss": [each[0] for each in values],
+        "the last backward's loss, times accumulation_steps": [
+            each[-1] * len(each) for each in values
+        ],
+        TRAINED_ON: [sum(each) for each in values],
+        "the mean of what was called backward on": [sum(each) / len(each) for each in values],
+    }
+
+
 def _rule(view: View) -> str | None:
     """Return the formula that turns the loss of each micro-batch into what was logged."""
     candidate, reference = view.candidate.logged or [], view.reference.logged or []
@@ -84,6 +104,7 @@ def _rule(view: View) -> str | None:
                 sum(each) / k for each in alone
             ],
         }
+    rules |= _roots(view)
     found = next((name for name, values in rules.items() if _close(candidate, values, limit)), None)
     if found is None and reference and all(reference):
         ratios = [a / b for a, b in zip(candidate, reference, strict=True)]
@@ -94,8 +115,10 @@ def _rule(view: View) -> str | None:
 
 def _explained_by_weights(view: View) -> bool:
     """Return whether the weights of the gradients give the logged losses too: it is then one fault."""
-    alone = _alone(view)
     logged = view.candidate.logged
+    if logged is not None and _close(logged, _roots(view)[TRAINED_ON], _limit(view)):
+        return True
+    alone = _alone(view)
     if alone is None or logged is None:
         return False
     limit = _limit(view)

@@ -15,9 +15,13 @@ LAYERS = (
     {"split", "differences", "attribution", "noise"},
     {
         *("subject", "feed", "recording", "recorder", "observe", "shadow"),
-        *("promotion", "interventions", "neutral", "freeze", "addends", "execute"),
+        *("promotion", "interventions", "neutral", "entropy", "freeze", "addends"),
+        *("execute", "memory"),
     },
-    {"experiment", "verdict", "view", "diagnose", "detectors"},
+    {
+        *("experiment", "verdict", "view", "diagnose", "detectors"),
+        *("shared", "precision", "decide"),
+    },
     {"api", "config", "report"},
     {"cli", "plugin", "__init__", "__main__"},
 )

@@ -20,7 +20,9 @@ def test_the_table_of_causes_is_the_catalogue():
 
 def test_the_example_prints_what_the_page_shows():
     """The subject on the page is run, and both blocks are what it prints (durations and noise apart)."""
-    spec = importlib.util.spec_from_file_location("readme_blocks", README.parent / "tests" / "readme_blocks.py")
+    spec = importlib.util.spec_from_file_location(
+        "readme_blocks", README.parent / "tests" / "readme_blocks.py"
+    )
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
     page = README.read_text(encoding="utf-8")
