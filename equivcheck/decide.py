@@ -768,7 +768,7 @@ def _headline(entry: dict[str, Any], judgement: Judgement) -> str:
         "state": "optimizer state",
         "shadows": "shadow weights",
         "logged": "logged losses",
-        "none": "gradients are absent",
+        "none": "gradients that are absent in one run",
     }.get(finding.kind, finding.kind)
     rates = judgement.first("learning_rates")
     if rates is not None:

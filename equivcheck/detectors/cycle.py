@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from equivcheck.errors import EquivcheckError
 from equivcheck.interventions import Defer, Hold, Intervention, Postpone, Retime, Reweight, Shorten
 from equivcheck.recording import Event, Place
@@ -90,13 +92,22 @@ def _scales_by_hand(view: View) -> list[Suspicion]:
     for place, backward in zip(view.places, view.candidate.backwards, strict=False):
         by_cycle.setdefault(place.cycle, []).append(backward.root_scalar)
     for cycle, numbers in by_cycle.items():
-        if len(set(numbers)) > 1 and all(numbers):
+        if len(set(numbers)) > 1 and _loss_scales(numbers):
             factors[cycle] = [numbers[-1] / each for each in numbers]
     if not factors:
         return []
     cycle = min(factors)
     evidence = {"loss_scales": by_cycle[cycle]}
     return [Suspicion("EQ402", [(Reweight(factors),)], evidence, cycle, 35)]
+
+
+def _loss_scales(numbers: list[float]) -> bool:
+    """Return whether numbers look like a loss scale that changes: above 1, apart by powers of two.
+
+    Weights of micro-batches are multiplied with too; they are below 1, and any ratio.
+    """
+    exponents = [math.log2(each / numbers[0]) for each in numbers if each > 1.0]
+    return len(exponents) == len(numbers) and all(each.is_integer() for each in exponents)
 
 
 def _edited(view: View) -> list[Suspicion]:

@@ -154,7 +154,13 @@ def _finding_rows(case: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         scale, cosine = (words.factor(gradients.get(name)) for name in ("scale", "cosine"))
         yield "expected", f"a relative error within noise (the control measures {noise})"
         got = words.number(gradients["relative"])
-        yield "got", f"gradients {got}, scale {scale}, cosine {cosine}"
+        far = words.farthest(case)
+        if case.get("findings") == []:
+            yield "got", "the accumulated run agrees with the full batch"
+        elif far is not None and far[0] != "gradients":
+            yield "got", f"{far[0].replace('_', ' ')} {words.number(far[1])}; gradients agree"
+        else:
+            yield "got", f"gradients {got}, scale {scale}, cosine {cosine}"
     for title, shown in words.weights(case):
         yield "weights", f"{title:<12} {shown}"
     for position, cause in enumerate(case.get("causes") or ()):

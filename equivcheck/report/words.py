@@ -10,7 +10,18 @@ from equivcheck.causes import CAUSES, name_of
 from equivcheck.errors import UsageError
 from equivcheck.result import case_exit_code, missing_causes
 
-COMPARED = ("gradients", "losses", "parameters", "buffers", "learning_rates")
+COMPARED = ("gradients", "learning_rates", "losses", "parameters", "buffers")
+# Kinds of findings, as the quantity that a reader knows them by.
+SHOWN_AS = {
+    "gradients": "gradients",
+    "applied": "gradients",
+    "learning_rates": "learning_rates",
+    "logged": "losses",
+    "parameters": "parameters",
+    "state": "optimizer_state",
+    "buffers": "buffers",
+    "shadows": "shadow_weights",
+}
 SHOUTED = {"divergent": "DIVERGENT", "precision-loss": "PRECISION-LOSS", "error": "ERROR"}
 
 
@@ -51,8 +62,16 @@ def compared(case: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def farthest(case: Mapping[str, Any]) -> tuple[str, float] | None:
-    """Return the quantity to show: the gradients, or for a divergence the one farthest off."""
+    """Return the quantity to show: what was found to differ, gradients before all others."""
     known = [(n, d["relative"]) for n, d in compared(case) if d.get("relative") is not None]
+    found = {each["kind"]: each["relative"] for each in reversed(case.get("findings") or ())}
+    found = {SHOWN_AS[kind]: size for kind, size in found.items() if kind in SHOWN_AS}
+    for name, size in known:
+        if name in found:
+            return name, size
+    for name, size in found.items():
+        if size is not None:
+            return name, size
     if not known:
         return None
     return max(known, key=lambda pair: pair[1]) if failed(case) else known[0]
@@ -64,7 +83,18 @@ def margin(case: Mapping[str, Any]) -> str:
     if far is None:
         return "nothing compared"
     name, relative = far
-    ratio = case.get("margin")
+    if differs(case, "samples"):
+        seen = case.get("optimizer_steps_seen") or {}
+        if seen.get("accumulated") != seen.get("full_batch"):
+            return f"{seen.get('accumulated')} optimizer steps, not {seen.get('full_batch')}"
+    loss = case.get("precision_loss") or {}
+    if case["verdict"] == "precision-loss" and loss:
+        return f"accumulating loses {number(loss.get('accumulation'))}"
+    for cause in case.get("causes") or ():
+        facts = cause.get("evidence") or {}
+        if facts.get("shared") and facts.get("relative") is not None and not case.get("findings"):
+            return f"full batch off by {number(facts['relative'])}"
+    ratio = None if case.get("findings") else case.get("margin")
     if relative == 0:
         return f"{name.replace('_', ' ')} bitwise equal"
     shown = f"{name.replace('_', ' ')} {number(relative)}"
@@ -121,16 +151,22 @@ def fix(cause: Mapping[str, Any]) -> str:
 def evidence(case: Mapping[str, Any], cause: Mapping[str, Any]) -> list[str]:
     """Return what proves a cause or speaks for it, one statement per item."""
     lines = []
-    before = (case.get("divergence") or {}).get("gradients", {}) or {}
-    for trial in case.get("interventions") or ():
-        if cause["code"] in (trial.get("codes") or ()):
-            together = ", ".join(trial["codes"])
-            end = "within noise" if trial.get("within_noise") else "not within noise"
-            start = f"{number(before.get('relative'))} -> " if before else ""
-            lines.append(f"{together} put right: {start}{number(trial.get('relative'))}, {end}")
+    facts = dict(cause.get("evidence") or {})
+    done = facts.pop("intervention", None)
+    if isinstance(done, Mapping):
+        what = " + ".join(str(each) for each in done.get("put_right") or ())
+        before, after = (number(done.get(f"relative_{when}")) for when in ("before", "after"))
+        lines.append(f"put right ({what}): {before} -> {after}, within noise")
+    elif cause.get("status") != "proved":
+        for trial in case.get("interventions") or ():
+            if cause["code"] in (trial.get("codes") or ()):
+                left = number(trial.get("relative"))
+                lines.append(f"put right ({', '.join(trial['codes'])}): {left} is left")
+    if facts.pop("shared", False):
+        lines.append("the full batch has this fault too")
     plain = {
         key: value
-        for key, value in (cause.get("evidence") or {}).items()
+        for key, value in facts.items()
         if key not in ("because", "finite") and not isinstance(value, (Mapping, list))
     }
     if plain:
@@ -149,8 +185,15 @@ def weights(case: Mapping[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
+def differs(case: Mapping[str, Any], *kinds: str) -> bool:
+    """Return whether something of some kinds was found to differ."""
+    return any(each["kind"] in kinds for each in case.get("findings") or ())
+
+
 def worst_parameters(case: Mapping[str, Any], limit: int) -> Sequence[Mapping[str, Any]]:
-    """Return the parameters farthest off, those with a gradient of zero left out."""
+    """Return the parameters whose gradients are farthest off, zero ones left out; none if all agree."""
+    if case.get("findings") is not None and not differs(case, "gradients", "applied"):
+        return []
     rows = [row for row in case.get("per_parameter") or () if not row.get("zero")]
     return sorted(rows, key=lambda row: -(row.get("relative") or 0.0))[:limit]
 

@@ -37,7 +37,20 @@ def failing(code="EQ101", **more):
     gradients = {"relative": 3.0, "control": 1.9e-16, "scale": 4.0, "cosine": 1.0}
     return {
         "verdict": "divergent",
-        "causes": [{"code": code, "status": "proved", "optimizer_step": 0, "evidence": {}}],
+        "causes": [
+            {
+                "code": code,
+                "status": "proved",
+                "optimizer_step": 0,
+                "evidence": {
+                    "intervention": {
+                        "put_right": ["reweight"],
+                        "relative_before": 3.0,
+                        "relative_after": 1.1e-16,
+                    }
+                },
+            }
+        ],
         "divergence": {"gradients": gradients},
         "attribution": {
             "reference_weights": [0.25] * 4,

@@ -46,7 +46,7 @@ EQ101 missing-division: 4.000x the full batch's gradient (K=4)
   weights   accumulated  1.000 1.000 1.000 1.000  residual 6.0e-16
   because   each micro-batch's loss is already a mean, and the K means are
             summed instead of averaged
-  evidence  EQ101 put right: 3.0e+00 -> 1.1e-16, within noise
+  evidence  put right (reweight): 3.0e+00 -> 1.1e-16, within noise
   fix       (loss / accumulation_steps).backward()
   gradients worst parameters                     relative    scale   cosine
             head.weight                           3.0e+00    4.000    1.000
