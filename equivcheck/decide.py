@@ -757,6 +757,8 @@ def _headline(entry: dict[str, Any], judgement: Judgement) -> str:
         return f"{label}gradients differ by {relative:.1e} (accumulation_steps={k})"
     if "samples" in kinds:
         seen = entry["optimizer_steps_seen"]
+        if seen["accumulated"] == seen["full_batch"]:
+            return f"{label}optimizer steps consumed other samples (accumulation_steps={k})"
         return f"{label}{seen['accumulated']} optimizer steps, not {seen['full_batch']} (accumulation_steps={k})"
     finding = judgement.findings[0] if judgement.findings else None
     if finding is None:

@@ -266,6 +266,9 @@ def _size(judgement: Judgement) -> float:
 def cause(suspicion: Suspicion, status: str, evidence: dict[str, Any]) -> dict[str, Any]:
     """Return the entry of a cause in the result."""
     entry = CAUSES[suspicion.code]
+    evidence = dict(evidence)
+    # A detector that knows better than the catalogue what it found says so.
+    because, fix = evidence.pop("because", entry.because), evidence.pop("fix", entry.fix)
     if suspicion.shared:
         evidence = {**evidence, "shared": True}
     return {
@@ -274,8 +277,8 @@ def cause(suspicion: Suspicion, status: str, evidence: dict[str, Any]) -> dict[s
         "status": status,
         "optimizer_step": suspicion.step,
         "evidence": evidence,
-        "because": entry.because,
-        "fix": entry.fix,
+        "because": because,
+        "fix": fix,
     }
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 import time
+import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -127,6 +129,7 @@ def _execute(
         )
         recorder.prefetches = run.prefetches
         recorder.boundaries = run.boundaries
+        recorder.by_sample = "dataset" in given
         if run.is_promoted:
             # A hook on modules would break the graph of a compiled one; promoted runs do not compile.
             feed.on_served = recorder.served
@@ -158,6 +161,8 @@ def _execute(
         except EquivcheckError:
             raise
         except (Exception, SystemExit) as error:
+            if isinstance(error, Exception) and _is_ours(error):
+                raise
             raise _step_error(error, recording, run) from error
         finally:
             recording.seconds = time.perf_counter() - started
@@ -226,6 +231,18 @@ def _offers(model: nn.Module, feed: Feed, case: Case, run: Run) -> dict[str, obj
         "precision": case.precision,
         "optimizer_steps": run.optimizer_steps or len(run.data.rows),
     }
+
+
+# What calls back into torch's or the user's code shows their frame last, so a last frame here is a fault of ours.
+_HOOKS = tuple(
+    str(Path(__file__).with_name(f"{name}.py")) for name in ("recorder", "observe", "shadow")
+)
+
+
+def _is_ours(error: Exception) -> bool:
+    """Return whether an exception was raised by our own hooks, not by the code under test."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and frames[-1].filename in _HOOKS
 
 
 def _step_error(error: BaseException, recording: Recording, run: Run) -> StepError:

@@ -437,7 +437,13 @@ class Pieces(Comparer):
         self.sample(recorder, step, gradients)
 
     def after(self, recorder: Recorder, step: Step, optimizer: Optimizer) -> None:
-        """Set the state that this micro-batch's cycle started from; a new cycle begins in `fetch`."""
+        """Set the state of the next micro-batch, where a loop fetched it long before and copies it.
+
+        In other loops it is set when the micro-batch is fetched, or used.
+        """
+        fetched, following = recorder.recording.fetched, recorder.backwards
+        if recorder.prefetches and not recorder.recording.uses and following < len(fetched):
+            self.enter(recorder, fetched[following][0])
 
     def enter(self, recorder: Recorder, key: Any) -> None:
         """Set the model to the state that the cycle of a sample starts from."""

@@ -78,6 +78,7 @@ class Recorder:
         self.shadow_holders: dict[str, Any] = {}
         self.prefetches: bool | None = None
         self.boundaries: list[list[int]] = []
+        self.by_sample = False
         self.on_use: Callable[[list[Key]], None] = lambda _: None
         self._served: dict[int, tuple[StorageWeakRef, int]] = {}
         self._used_last = -1
@@ -254,6 +255,8 @@ class Recorder:
         """Return the samples of the micro-batch that was used last, or fetched last where that is unknown."""
         if not self.recording.fetched:
             return []
+        if self._used_last < 0 and self.prefetches:
+            return self.recording.fetched[min(self.backwards, len(self.recording.fetched) - 1)]
         return self.recording.fetched[self._used_last]
 
     def _take(self, key: str) -> list[int]:
@@ -267,11 +270,23 @@ class Recorder:
         if self.boundaries:
             return self.boundaries[index] if index < len(self.boundaries) else []
         used = list(dict.fromkeys(self.recording.uses[self._uses_taken.get(key, 0) :]))
+        if self.prefetches is not False and not self.recording.uses and not self.by_sample:
+            # Nothing is known of the use: the loop copies what it is given. If more was handed out than backwards
+            # were made, they pair up in order.
+            count = self.backwards - self._first_backward.get(key, 0)
+            if self.prefetches or self.recording.prefetched or 0 < count < end - start:
+                self.recording.prefetched = max(self.recording.prefetched, end - start - count)
+                self._consumed[key] = min(start + count, end)
+                return list(range(start, self._consumed[key]))
         if self.prefetches is not False and used:
             handed = list(range(start, end))
             if self.prefetches or self.recording.prefetched or set(used) < set(handed):
                 self.recording.prefetched = max(self.recording.prefetched, end - len(used))
                 self._uses_taken[key] = len(self.recording.uses)
+                if self.recording.uses == sorted(self.recording.uses):
+                    # In order: what was passed over was skipped, and belongs here.
+                    self._consumed[key] = used[-1] + 1
+                    return list(range(start, used[-1] + 1))
                 return used
         self._consumed[key] = end
         self._uses_taken[key] = len(self.recording.uses)

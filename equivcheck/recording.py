@@ -161,7 +161,11 @@ class Recording:
             for cycle in order
             for fetch in by_cycle[cycle]
         }
-        owner = [position.get(_owner(backward), (-1, 0)) for backward in self.backwards]
+        in_order = self.prefetched and not self.uses
+        owner = [
+            position.get(backward.index if in_order else _owner(backward), (-1, 0))
+            for backward in self.backwards
+        ]
         for cycle in order:
             members = [i for i, (c, _) in enumerate(owner) if c == cycle]
             count = len(by_cycle[cycle])

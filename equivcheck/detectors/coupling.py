@@ -61,6 +61,11 @@ def _coupled(view: View, freeze: Freeze, step: int) -> list[Suspicion]:
         ) or coupled_addends(view, _shares)
         found[0].variants = []
         found[0].explains = frozenset({"gradients", "applied", "parameters", "state"})
+        if place is not None:
+            found[0].evidence |= {
+                "because": f"{place} computes a row's output from other rows of the batch too",
+                "fix": "compute it per row, or accept the difference: --expect EQ201",
+            }
         found[0].evidence["perturbation"] = (
             f"the same rows give other outputs of {place} in other company"
             if place is not None

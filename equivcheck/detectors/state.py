@@ -25,7 +25,12 @@ def suspect(view: View) -> list[Suspicion]:
     buffers = [f for f in judgement.findings if f.kind == "buffers" and set(f.names) - norms]
     if buffers:
         names = [name for name in buffers[0].names if name not in norms]
-        evidence = {"buffers": names[:5], "relative": buffers[0].relative}
+        evidence = {
+            "buffers": names[:5],
+            "relative": buffers[0].relative,
+            "because": f"{names[0]} advances with every forward, so K times per optimizer step",
+            "fix": "advance it once per optimizer step, or accept the difference: --expect EQ309",
+        }
         found.append(Suspicion("EQ309", [(Rewind("buffers"),)], evidence, buffers[0].matched, 23))
         if not judgement.first("gradients", "applied"):
             # Statistics of the data do not come right by rewinding: a micro-batch has others.

@@ -11,6 +11,7 @@ from equivcheck.errors import UsageError
 from equivcheck.result import case_exit_code, missing_causes
 
 COMPARED = ("gradients", "learning_rates", "losses", "parameters", "buffers")
+MOST_ITEMS = 8
 # Kinds of findings, as the quantity that a reader knows them by.
 SHOWN_AS = {
     "gradients": "gradients",
@@ -167,7 +168,7 @@ def evidence(case: Mapping[str, Any], cause: Mapping[str, Any]) -> list[str]:
     plain = {
         key: value
         for key, value in facts.items()
-        if key not in ("because", "finite") and not isinstance(value, (Mapping, list))
+        if key not in ("because", "finite") and _printable(value)
     }
     if plain:
         lines.append(", ".join(f"{key.replace('_', ' ')} {_value(v)}" for key, v in plain.items()))
@@ -205,7 +206,17 @@ def _weights(values: Sequence[Any]) -> str:
     return " ".join(shown) + (f" ... ({len(values)})" if len(values) > len(shown) else "")
 
 
+def _printable(value: Any) -> bool:
+    if isinstance(value, list):
+        return 0 < len(value) <= MOST_ITEMS and not any(
+            isinstance(x, (Mapping, list)) for x in value
+        )
+    return not isinstance(value, Mapping)
+
+
 def _value(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(_value(each) for each in value)
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
