@@ -207,6 +207,9 @@ def _decide(
     if precision is not None and _promotion_changed(experiment, judgement, precision):
         _natively(experiment, entry, expect, progress, "float64 and the native runs disagree")
         return
+    if judgement.same and not judgement.power < BLIND:
+        _too_coarse(experiment, entry, judgement)
+        return
     _conclude(experiment, entry, judgement, precision, expect, progress)
 
 

@@ -436,7 +436,7 @@ class Pieces(Comparer):
     ) -> None:
         self.sample(recorder, step, gradients)
 
-    def after(self, recorder: Recorder, step: Step, optimizer: Optimizer) -> None:
+    def after(self, recorder: Recorder, _step: Step, _optimizer: Optimizer) -> None:
         """Set the state of the next micro-batch, where a loop fetched it long before and copies it.
 
         In other loops it is set when the micro-batch is fetched, or used.
