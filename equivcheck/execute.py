@@ -44,6 +44,7 @@ class Run:
         orders: For map-style access, the sample at each position, for each pass.
         length: What `len(loader)` says, if not the truth.
         prefetches: Whether the loop fetches ahead of what it uses; None where that is to be found out.
+        in_order: Whether the full-batch run uses its batches in the order in which it fetched them.
         boundaries: Micro-batches used up at each step, known from the promoted run of the same role.
         seed_offset: Added to the seed of the training itself, not of the model.
     """
@@ -56,6 +57,7 @@ class Run:
     is_promoted: bool = True
     orders: list[list[int]] | None = None
     prefetches: bool | None = None
+    in_order: bool = False
     boundaries: list[list[int]] = field(default_factory=list)
     length: int | None = None
     seed_offset: int = 0
@@ -129,6 +131,7 @@ def _execute(
         )
         recorder.prefetches = run.prefetches
         recorder.boundaries = run.boundaries
+        recorder.in_order = run.in_order
         recorder.by_sample = "dataset" in given
         if run.is_promoted:
             # A hook on modules would break the graph of a compiled one; promoted runs do not compile.

@@ -260,7 +260,9 @@ class Experiment:
 
     def perturbed(self) -> Recording:
         """Return the full-batch run with parameters that are off by one rounding."""
-        return self._once(("perturbed",), lambda: self._full("control", Perturbed(self.reference()), ()))
+        return self._once(
+            ("perturbed",), lambda: self._full("control", Perturbed(self.reference()), ())
+        )
 
     def candidate(self, interventions: Interventions = ()) -> Recording:
         """Return the accumulated run in float64."""
@@ -420,6 +422,7 @@ class Experiment:
         run.is_promoted = run.is_promoted and self.is_promoted
         if run.role != "reference":
             run.prefetches = self.reference().prefetched > 0
+            run.in_order = self.reference().uses == sorted(self.reference().uses)
             if run.prefetches and not run.is_promoted and self.is_promoted:
                 known = self.candidate() if run.role == "native_candidate" else self.reference()
                 run.boundaries = known.boundaries

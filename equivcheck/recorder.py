@@ -79,6 +79,7 @@ class Recorder:
         self.prefetches: bool | None = None
         self.boundaries: list[list[int]] = []
         self.by_sample = False
+        self.in_order = False
         self.on_use: Callable[[list[Key]], None] = lambda _: None
         self._served: dict[int, tuple[StorageWeakRef, int]] = {}
         self._used_last = -1
@@ -283,8 +284,8 @@ class Recorder:
             if self.prefetches or self.recording.prefetched or set(used) < set(handed):
                 self.recording.prefetched = max(self.recording.prefetched, end - len(used))
                 self._uses_taken[key] = len(self.recording.uses)
-                if self.recording.uses == sorted(self.recording.uses):
-                    # In order: what was passed over was skipped, and belongs here.
+                if self.in_order and used[-1] >= start:
+                    # The full batch uses all in order: what is passed over here was skipped, and belongs here.
                     self._consumed[key] = used[-1] + 1
                     return list(range(start, used[-1] + 1))
                 return used
