@@ -12,6 +12,7 @@ from equivcheck.result import case_exit_code, missing_causes
 
 COMPARED = ("gradients", "learning_rates", "losses", "parameters", "buffers")
 MOST_ITEMS = 8
+SHOWN_ELSEWHERE = ("because", "finite", "weights", "true_weights")
 # Kinds of findings, as the quantity that a reader knows them by.
 SHOWN_AS = {
     "gradients": "gradients",
@@ -168,7 +169,7 @@ def evidence(case: Mapping[str, Any], cause: Mapping[str, Any]) -> list[str]:
     plain = {
         key: value
         for key, value in facts.items()
-        if key not in ("because", "finite") and _printable(value)
+        if key not in SHOWN_ELSEWHERE and _printable(value)
     }
     if plain:
         lines.append(", ".join(f"{key.replace('_', ' ')} {_value(v)}" for key, v in plain.items()))
