@@ -95,10 +95,13 @@ class Search:
             for each in suspicions
             if each.proved and each.explains and each.code not in node.codes
         ]
-        if self._resolved(self._judge(node), specials):
-            kept = self._needed(node, specials)
-            if kept is not None and (node.parts or kept):
-                return node, kept
+        judgement = self._judge(node)
+        if (
+            judgement is not None
+            and self._resolved(judgement, specials)
+            and self._minimal(node, specials)
+        ):
+            return node, self._needed(node, judgement, specials)
         for suspicion in suspicions:
             if suspicion.code in node.codes:
                 continue
@@ -109,9 +112,7 @@ class Search:
                     continue
                 later = self._specials(trial, judgement)
                 if self._resolved(judgement, later) and self._minimal(trial, later):
-                    kept = self._needed(trial, later)
-                    if kept is not None:
-                        return trial, kept
+                    return trial, self._needed(trial, judgement, later)
                 following.append((_size(judgement), trial))
         return None
 
@@ -128,10 +129,9 @@ class Search:
             if each.proved and each.explains and each.code not in node.codes
         ]
 
-    def _needed(self, node: Node, specials: list[Suspicion]) -> list[Suspicion] | None:
-        judgement = self._judge(node)
-        if judgement is None:
-            return None
+    def _needed(
+        self, node: Node, judgement: Judgement, specials: list[Suspicion]
+    ) -> list[Suspicion]:
         kinds = judgement.kinds()
         if node.parts and self._log_is_explained():
             kinds -= {"logged"}
@@ -140,7 +140,8 @@ class Search:
     def _log_is_explained(self) -> bool:
         """Return whether the wrong weights of the gradients are seen in the log as well: one fault, not two."""
         if self._log is None:
-            self._log = explained(self._root)
+            # A log that differs alone has no other fault to be explained by.
+            self._log = self._root.judgement.kinds() != {"logged"} and explained(self._root)
         return self._log
 
     def _judge(self, node: Node) -> Judgement | None:
