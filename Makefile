@@ -4,6 +4,7 @@
 # make bench      the benchmarks
 # make calibrate  measure rounding on correct code: what the limits are set by
 # make detection  the whole detection matrix: every mutant and trainer, minutes
+# make examples   rewrite reports/examples: one result and page for every cause
 # make readme     rewrite the generated parts of the README
 
 SHELL  := bash
@@ -18,7 +19,7 @@ RIGHT := plain_mean clipped scheduled tail token_weighted amp_bf16 logged
 WRONG := eq101_missing_division_plain eq103_mean_of_means_tokens eq201_batch_norm_1d \
 	eq301_zero_grad_in_cycle eq306_clip_by_norm eq307_scheduler_per_micro_batch
 
-.PHONY: run test lint bench calibrate detection readme
+.PHONY: run test lint bench calibrate detection examples readme
 
 run: $(STAMP)
 	@$(BIN)/equivcheck run $(RIGHT:%=fixtures/trainers/%.py) --json reports/latest/trainers.json \
@@ -46,6 +47,13 @@ calibrate: $(STAMP)
 
 detection: $(STAMP)
 	$(BIN)/python -m pytest tests/detection -m "slow or not slow"
+
+examples: $(STAMP)
+	@for code in $$(ls fixtures/mutants | grep -oE '^eq[0-9]{3}' | sort -u); do \
+		$(BIN)/equivcheck run $$(ls fixtures/mutants/$${code}_*.py | head -1) -q \
+			--accumulation-steps 4 --json reports/examples/$${code^^}.json \
+			--html reports/examples/$${code^^}.html > /dev/null || test $$? -le 4 || exit; \
+	done
 
 readme: $(STAMP)
 	$(BIN)/python -m equivcheck.causes README.md
