@@ -163,10 +163,12 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     Raises:
         OSError: The file cannot be written; the old one is then still there.
     """
-    target = Path(path).resolve()  # a link stays a link, its target is replaced
+    target = Path(path)
+    # Before links are followed: /dev/stdout into a pipe ends in a name that no file has.
     if target.exists() and not target.is_file():
         target.write_text(text, encoding="utf-8")  # raises the right error for a folder
         return
+    target = target.resolve()  # a link stays a link, its target is replaced
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import runpy
+import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -58,3 +61,17 @@ def test_a_code_of_a_later_version_has_a_name():
     """Old renderers show new results."""
 
     assert name_of("EQ999") == "unknown"
+
+
+def test_the_table_of_a_page_is_rewritten_and_nothing_else(tmp_path, monkeypatch):
+    page = tmp_path / "page.md"
+    page.write_text("before <!-- begin: causes -->old<!-- end: causes --> after", encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["causes", str(page)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # imported already, by another test
+        runpy.run_module("equivcheck.causes", run_name="__main__")
+    lines = page.read_text(encoding="utf-8").splitlines()
+
+    assert lines[0] == "before <!-- begin: causes -->"
+    assert lines[-1] == "<!-- end: causes --> after"
+    assert [line[2:7] for line in lines[3:-1]] == list(CAUSES)

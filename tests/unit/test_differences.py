@@ -291,3 +291,16 @@ def test_the_difference_is_json():
         "difference_norm": 2.0,
         "count": 4,
     }
+
+
+def test_the_number_of_threads_is_put_back():
+    """A run measures on one thread, and leaves the user's number as it was."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = sums(torch.ones(4), torch.zeros(4))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+    assert found.dd == 4.0

@@ -144,3 +144,37 @@ def test_bytes_are_refused(tmp_path):
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UsageError, match="not UTF-8"):
         result.load(path)
+
+
+def test_numbers_of_other_libraries_become_plain_ones():
+    """And what JSON has no type for becomes its text."""
+    import numpy as np
+
+    plain = result.finite({"count": np.int64(3), "size": np.float32(0.5), "kind": np.dtype("int8")})
+
+    assert plain == {"count": 3, "size": 0.5, "kind": "int8"}
+    assert [type(value) for value in plain.values()] == [int, float, str]
+
+
+def test_a_version_that_is_not_installed_is_null(monkeypatch):
+    """The reports are rendered without torch."""
+
+    def version(name):
+        raise result.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(result.importlib.metadata, "version", version)
+
+    assert result.environment()["torch"] is None
+
+
+def test_a_pipe_is_written_to_and_a_folder_refused(tmp_path):
+    """Neither can be replaced by a file."""
+    read, write = os.pipe()
+    try:
+        result.write_text(f"/dev/fd/{write}", "text")
+        assert os.read(read, 16) == b"text"
+    finally:
+        os.close(read)
+        os.close(write)
+    with pytest.raises(IsADirectoryError):
+        result.write_text(tmp_path, "text")
