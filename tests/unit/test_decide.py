@@ -1,0 +1,234 @@
+"""Every way in which a case can end without a plain verdict, each by a loop that ends so."""
+
+from __future__ import annotations
+
+import pytest
+
+from equivcheck.case import Case
+from equivcheck.decide import run_case
+from equivcheck.errors import UsageError
+from equivcheck.subject import load_subject
+
+SUBJECT = """
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+ROWS = [8, 8]
+
+def build():
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
+
+def batches():
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.randn(rows, 4, generator=generator), torch.arange(rows) % 2) for rows in ROWS]
+
+def train(model, loader, accumulation_steps):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for index, (x, y) in enumerate(loader):
+        loss = F.cross_entropy(model(x), y)
+        (loss / accumulation_steps).backward()
+        if (index + 1) % accumulation_steps == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+"""
+LOSS = "loss = F.cross_entropy(model(x), y)"
+BACKWARD = "(loss / accumulation_steps).backward()"
+STEP = "            optimizer.step()\n"
+UNDIVIDED = (BACKWARD, "loss.backward()")
+
+
+@pytest.fixture
+def decide(tmp_path):
+    """Return a function that decides the loop above with some lines replaced."""
+
+    def run(*replaced, accumulation_steps=2, **fields):
+        source = SUBJECT
+        for line, other in replaced:
+            assert line in source
+            source = source.replace(line, other)
+        path = tmp_path / "subject.py"
+        path.write_text(source, encoding="utf-8")
+        return run_case(load_subject(str(path)), Case(str(path), accumulation_steps, **fields))
+
+    return run
+
+
+def told(case):
+    causes = [f"{each['code']} {each['status']}" for each in case["causes"]]
+    return " ".join([case["verdict"], *causes])
+
+
+def test_dropout_is_switched_off_and_said_so(decide):
+    case = decide(("nn.Tanh()", "nn.Tanh(), nn.Dropout()"))
+
+    assert told(case) == "equivalent"
+    assert case["notes"] == ["dropout was switched off in every run"]
+
+
+def test_batches_that_cannot_be_cut_are_an_error_of_the_call(decide):
+    with pytest.raises(UsageError, match="accumulation_steps=9"):
+        decide(accumulation_steps=9)
+
+
+def test_one_full_batch_is_enough(decide):
+    assert told(decide(("[8, 8]", "[8]"), UNDIVIDED)) == "divergent EQ101 proved"
+
+
+def test_a_loop_that_never_steps_when_accumulating_diverges(decide):
+    case = decide(("== 0:", "== 0 and accumulation_steps == 1:"))
+
+    assert case["verdict"] == "divergent"
+    assert "0 optimizer steps, not 2" in case["headline"]
+
+
+def test_an_accumulated_gradient_that_is_inf_is_invalid(decide):
+    case = decide((BACKWARD, "(loss / (accumulation_steps % 2)).backward()"))
+
+    assert case["verdict"] == "invalid"
+    assert case["headline"].startswith("not-finite: gradients of optimizer_step 0 are inf or nan")
+
+
+def test_code_that_raises_as_written_only_is_an_error(decide):
+    case = decide((LOSS, f"{LOSS}\n        assert loss.dtype == torch.float64"))
+
+    assert case["verdict"] == "error"
+    assert any(note.startswith("as written the code raises") for note in case["notes"])
+
+
+BY_PLACE = (
+    LOSS,
+    "loss = (F.cross_entropy(model(x), y, reduction='none') * torch.arange(len(y))).mean()",
+)
+SEEDED = (
+    LOSS,
+    "loss = (F.cross_entropy(model(x), y, reduction='none') * torch.rand(len(y))).mean()",
+)
+
+
+@pytest.mark.parametrize(
+    ("loss", "headline"),
+    [(BY_PLACE, "order-dependent"), (SEEDED, "EQ602")],
+    ids=["by place", "seeded noise"],
+)
+def test_rows_that_change_with_their_place_decide_nothing(decide, loss, headline):
+    """A repeat in order is bitwise equal; another seed tells noise from order."""
+    case = decide(loss)
+
+    assert case["verdict"] == "inconclusive"
+    assert case["headline"].startswith(headline)
+
+
+def test_a_loop_that_insists_on_its_seed_is_decided_all_the_same(decide):
+    insists = "    assert torch.initial_seed() == 1\n    optimizer ="
+    case = decide(UNDIVIDED, ("    optimizer =", insists))
+
+    assert told(case) == "divergent EQ101 proved"
+
+
+def test_micro_batches_that_cannot_be_run_alone_have_no_weights(decide):
+    alone = "    assert accumulation_steps > 1 or len(loader) <= len(ROWS)\n    optimizer ="
+    case = decide(UNDIVIDED, ("    optimizer =", alone))
+
+    assert case["verdict"] == "divergent"
+    assert case["attribution"] is None
+    assert any(note.startswith("no attribution") for note in case["notes"])
+
+
+ASSERTED = f"{LOSS}\n        assert loss.dtype == torch.float32"
+
+
+def test_as_written_a_gradient_that_is_inf_in_the_full_batch_is_invalid(decide):
+    case = decide((LOSS, ASSERTED), (BACKWARD, "(loss / 0.0).backward()"))
+
+    assert case["verdict"] == "invalid"
+    assert case["headline"].endswith("in the full batch")
+
+
+def test_as_written_a_gradient_that_is_inf_when_accumulated_is_invalid(decide):
+    case = decide((LOSS, ASSERTED), (BACKWARD, "(loss / (accumulation_steps % 2)).backward()"))
+
+    assert case["verdict"] == "invalid"
+    assert case["headline"].endswith("when accumulated")
+
+
+def test_as_written_rows_that_change_with_their_place_decide_nothing(decide):
+    case = decide((LOSS, f"{BY_PLACE[1]}\n        assert loss.dtype == torch.float32"))
+
+    assert (case["judged"], case["verdict"]) == ("native", "inconclusive")
+    assert case["headline"].startswith("order-dependent")
+
+
+def test_noise_as_large_as_a_fault_decides_nothing(decide):
+    """Sums of 1024 roundings of bfloat16 may lose everything."""
+    low = "    model.to(torch.bfloat16)\n    optimizer ="
+    loss = "loss = model(x.bfloat16()).float().square().mean()\n        "
+    case = decide(
+        ("[8, 8]", "[1024]"),
+        ("    optimizer =", low),
+        (LOSS, f"{loss}assert model[0].weight.dtype == torch.bfloat16"),
+        accumulation_steps=1024,
+    )
+
+    assert (case["judged"], told(case)) == ("native", "inconclusive")
+    assert case["headline"].startswith("too-coarse")
+
+
+class Kept:
+    """An object whose runs differ in one thing, the full batch's aside.
+
+    Args:
+        what: loss, rate or log.
+    """
+
+    def __init__(self, what):
+        self.what = what
+        self.runs = 0
+
+    def build(self):
+        from torch import nn
+
+        return nn.Linear(4, 1)
+
+    def batches(self):
+        import torch
+
+        return [torch.randn(8, 4, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+
+    def train(self, model, loader, accumulation_steps):
+        import torch
+
+        self.runs += accumulation_steps > 1
+        factor = 1.0 + self.runs / 8
+        rate = 0.1 * (factor if self.what == "rate" else 1.0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+        logged = []
+        total = 0.0
+        for index, x in enumerate(loader):
+            loss = model(x).square().mean() / accumulation_steps
+            (loss * (factor if self.what == "loss" else 1.0)).backward()
+            total += loss.item()
+            if (index + 1) % accumulation_steps == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+                logged.append(total * (factor if self.what == "log" else 1.0))
+                total = 0.0
+        return logged
+
+
+@pytest.mark.parametrize(
+    ("what", "differs"),
+    [
+        ("loss", "gradients of optimizer_step 0"),
+        ("rate", "of optimizer_step 0"),
+        ("log", "logged losses"),
+    ],
+)
+def test_an_object_that_differs_from_itself_decides_nothing(what, differs):
+    case = run_case(load_subject(Kept(what)), Case("Kept", 2))
+
+    assert case["verdict"] == "inconclusive"
+    assert case["headline"].startswith("state-survives: the accumulated run differs from itself")
+    assert case["headline"].endswith(differs)
