@@ -40,32 +40,56 @@ def watch_entropy(seen: Callable[[], None]) -> Iterator[None]:
 
 
 def _generator(original: Any, seen: Callable[[], None]) -> Any:
-    class Generator(original):  # type: ignore[misc]
-        def seed(self) -> int:
-            seen()
-            return super().seed()  # type: ignore[no-any-return]
+    def seed(self: Any) -> int:
+        seen()
+        return original.seed(self)  # type: ignore[no-any-return]
 
-    return Generator
+    return _class_like(original, seed=seed)
 
 
 def _watched(original: Any, seen: Callable[[], None], *, seedable: bool) -> Any:
-    if isinstance(original, type):
-        # A class stays one, so that isinstance and subclasses go on working.
-        class Watched(original):  # type: ignore[misc]
-            def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-                if not seedable or _no_seed(args, kwargs):
-                    seen()
-                return original(*args, **kwargs)
-
-        return Watched
-
-    @functools.wraps(original)
-    def watched(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
         if not seedable or _no_seed(args, kwargs):
             seen()
         return original(*args, **kwargs)
 
-    return watched
+    return _instead_of(original, call)
+
+
+def _instead_of(original: Any, call: Callable[..., Any]) -> Any:
+    """Return what calls `call` where a function, or a class, was called."""
+    if isinstance(original, type):
+        return _class_like(original, call)
+    return functools.wraps(original)(call)
+
+
+def _class_like(original: Any, call: Callable[..., Any] | None = None, **methods: Any) -> Any:
+    """Return a class that stands in for another.
+
+    What is an object, or a subclass, of the original is one of this class too: libraries ask
+    (scikit-learn's `check_random_state`), and most objects were made before.
+
+    Args:
+        original: A class.
+        call: Makes its objects, but not those of subclasses that the user's code derives.
+        methods: Replaced in this class.
+    """
+    kind: Any = type(original)
+
+    class Meta(kind):  # type: ignore[misc]
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            if self is made and call is not None:
+                return call(*args, **kwargs)
+            return super().__call__(*args, **kwargs)
+
+        def __instancecheck__(self, value: Any) -> bool:
+            return isinstance(value, original) if self is made else super().__instancecheck__(value)
+
+        def __subclasscheck__(self, other: type) -> bool:
+            return issubclass(other, original) if self is made else super().__subclasscheck__(other)
+
+    made = Meta(original.__name__, (original,), {"__module__": original.__module__, **methods})
+    return made
 
 
 def _no_seed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -84,16 +108,15 @@ def other_seeds(offset: int) -> Iterator[None]:
         (torch, "manual_seed"),
     ]
     before = [(owner, name, getattr(owner, name)) for owner, name in holders]
-    generator = torch.Generator
+    generator: Any = torch.Generator
 
-    class Generator(generator):  # type: ignore[misc, valid-type]
-        def manual_seed(self, seed: int) -> Any:
-            return super().manual_seed(seed + offset)
+    def manual_seed(self: Any, seed: int) -> Any:
+        return generator.manual_seed(self, seed + offset)
 
     try:
         for owner, name, original in before:
             setattr(owner, name, _shifted(original, offset))
-        torch.Generator = Generator  # type: ignore[misc]
+        torch.Generator = _class_like(generator, manual_seed=manual_seed)  # type: ignore[misc]
         yield
     finally:
         torch.Generator = generator  # type: ignore[misc]
@@ -102,16 +125,9 @@ def other_seeds(offset: int) -> Iterator[None]:
 
 
 def _shifted(original: Any, offset: int) -> Any:
-    def shifted(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
         args = tuple(each + offset if isinstance(each, int) else each for each in args)
         kwargs = {k: v + offset if isinstance(v, int) else v for k, v in kwargs.items()}
         return original(*args, **kwargs)
 
-    if not isinstance(original, type):
-        return functools.wraps(original)(shifted)
-
-    class Shifted(original):  # type: ignore[misc]
-        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-            return shifted(*args, **kwargs)
-
-    return Shifted
+    return _instead_of(original, call)

@@ -80,6 +80,8 @@ def _attention_without(original: Any, seen: Callable[[], None] | None) -> Any:
                 seen()
             kwargs["dropout_p"] = 0.0
         elif len(args) > 4:
+            if seen is not None and args[4] > 0:
+                seen()
             args = (*args[:4], 0.0, *args[5:])
         return original(*args, **kwargs)
 
