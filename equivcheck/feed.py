@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from equivcheck.errors import UsageError
-from equivcheck.split import rows_of, take
+from equivcheck.split import rows_of, take, walk
 
 Key = tuple[int, int]
 
@@ -166,7 +167,7 @@ class Feed:
             sample = self.orders[min(passed, len(self.orders) - 1)][position]
         batch, row = self.data.locate(sample)
         self.on_fetch([(passed, sample)])
-        return _squeeze(take(self.data.batches[batch], [row]))
+        return walk(_first_row, "batch", take(self.data.batches[batch], [row]))
 
     def _key(self, sample: int) -> Key:
         count = self._seen[sample]
@@ -217,16 +218,6 @@ def _same(batch: Any) -> Any:
     return batch
 
 
-def _squeeze(value: Any) -> Any:
-    """Remove the batch dimension of one row, in any nesting."""
-    if isinstance(value, torch.Tensor):
-        return value[0] if value.dim() else value
-    if hasattr(value, "ndim") and hasattr(value, "dtype"):
-        return value[0] if value.ndim else value
-    if isinstance(value, dict) or hasattr(value, "keys"):
-        return {key: _squeeze(value[key]) for key in value}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_squeeze(each) for each in value))
-    if isinstance(value, (list, tuple)):
-        return type(value)(_squeeze(each) for each in value)
-    return value
+def _first_row(_path: str, leaf: Any) -> Any:
+    """Return a tensor or array of one row without its batch dimension, anything else as it is."""
+    return leaf[0] if isinstance(leaf, torch.Tensor | np.ndarray) and leaf.ndim else leaf

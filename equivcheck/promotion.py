@@ -27,11 +27,10 @@ What promotion cannot keep, so that a promoted run is judged together with the n
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,6 +39,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _python_dispatch
+
+from equivcheck.split import walk
 
 __all__ = ["Promotion", "promote_module", "promote_tree", "promoted"]
 
@@ -60,6 +61,7 @@ _COMPLEX_OF = {
     torch.float16: torch.complex32,
 }
 _REAL_OF = {torch.complex64: torch.float32, torch.complex32: torch.float16}
+_ARRAY_PROMOTED = {"f2": np.float64, "f4": np.float64, "c8": np.complex128}  # by numpy's codes
 _FALLBACKS = (torch.float32, torch.bfloat16, torch.float16)  # highest precision first
 _NO_KERNEL = re.compile(r"Double|double|[Ff]loat|[Dd]type|[Tt]ype|BFloat16|bf16|Half")
 # Writes that need no arithmetic go to a low-precision tensor itself.
@@ -574,45 +576,13 @@ def promote_tree(batch: Any) -> Any:
     """
     done: dict[int, Any] = {}
 
-    def cast(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            if id(value) not in done:
-                done[id(value)] = _up(value)
-            return done[id(value)]
-        if isinstance(value, np.ndarray):
-            if value.dtype.kind in "fc" and value.dtype.itemsize < (
-                8 if value.dtype.kind == "f" else 16
-            ):
-                return value.astype(np.float64 if value.dtype.kind == "f" else np.complex128)
-            return value
-        if isinstance(value, Mapping):
-            return _rebuilt(value, {key: cast(item) for key, item in value.items()})
-        if isinstance(value, tuple):
-            items = [cast(item) for item in value]
-            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-        if isinstance(value, list):
-            return type(value)([cast(item) for item in value])
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            changed = copy.copy(value)
-            for field in dataclasses.fields(value):
-                if hasattr(value, field.name):
-                    object.__setattr__(changed, field.name, cast(getattr(value, field.name)))
-            return changed
-        return value
+    def cast(_path: str, leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            if id(leaf) not in done:
+                done[id(leaf)] = _up(leaf)
+            return done[id(leaf)]
+        if isinstance(leaf, np.ndarray):
+            return leaf.astype(_ARRAY_PROMOTED.get(leaf.dtype.str[1:], leaf.dtype), copy=False)
+        return leaf
 
-    return cast(batch)
-
-
-def _rebuilt(mapping: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
-    """Return `items` as the mapping's own type where that can be copied, else as a dict."""
-    if type(mapping) is dict:
-        return items
-    if isinstance(mapping, MutableMapping):
-        changed = copy.copy(mapping)
-        for key, item in items.items():
-            changed[key] = item
-        return changed
-    try:
-        return type(mapping)(items)  # type: ignore[call-arg]
-    except TypeError:
-        return items
+    return walk(cast, "batch", batch)

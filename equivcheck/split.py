@@ -17,9 +17,19 @@ import torch
 from equivcheck.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
-__all__ = ["block_permutation", "cut", "join", "plan", "rows_of", "take"]
+__all__ = [
+    "block_permutation",
+    "cut",
+    "join",
+    "named_tensors",
+    "plan",
+    "rows_of",
+    "take",
+    "tensors_in",
+    "walk",
+]
 
 
 def cut(rows: int, parts: int, split: str) -> list[int]:
@@ -199,7 +209,7 @@ def rows_of(batch: object) -> int:
             sizes.setdefault(len(leaf), path)
         return leaf
 
-    _walk(note, "batch", batch)
+    walk(note, "batch", batch)
     if not sizes:
         raise UsageError(
             "a batch holds no tensor or array with a dimension 0",
@@ -238,7 +248,7 @@ def take(batch: Any, rows: slice | list[int]) -> Any:
             return leaf.index_select(0, torch.arange(len(leaf), device=leaf.device)[rows])
         return leaf[rows]
 
-    return _walk(pick, "batch", batch)
+    return walk(pick, "batch", batch)
 
 
 def join(batches: Sequence[Any]) -> Any:
@@ -264,7 +274,34 @@ def join(batches: Sequence[Any]) -> Any:
             return torch.cat(leaves)
         return np.concatenate(leaves)
 
-    return _walk(concatenate, "batch", *batches)
+    return walk(concatenate, "batch", *batches)
+
+
+def named_tensors(value: Any, path: str = "", depth: int = 8) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors in any nesting of mappings, lists, tuples and dataclasses, with their paths.
+
+    Args:
+        value: The nesting; what is none of those, and no tensor, is passed over.
+        path: Put before each path, whose keys and positions are joined by dots.
+        depth: Levels to go down: what a module is called with may contain itself.
+    """
+    if isinstance(value, torch.Tensor):
+        yield path, value
+        return
+    inner: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, Mapping) or (hasattr(value, "keys") and hasattr(value, "items")):
+        inner = value.items()
+    elif isinstance(value, list | tuple):
+        inner = enumerate(value)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        inner = vars(value).items() if hasattr(value, "__dict__") else ()
+    for key, each in inner if depth else ():
+        yield from named_tensors(each, f"{path}.{key}" if path else str(key), depth - 1)
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors in any nesting; see named_tensors."""
+    return (tensor for _, tensor in named_tensors(value))
 
 
 def _has_rows(leaf: Any) -> bool:
@@ -272,11 +309,21 @@ def _has_rows(leaf: Any) -> bool:
     return isinstance(leaf, torch.Tensor | np.ndarray) and leaf.ndim > 0
 
 
-def _walk(function: Callable[..., Any], path: str, node: Any, *others: Any) -> Any:
-    """Rebuild a nesting with function(path, leaf, *leaves of the others) in place of each leaf."""
+def walk(function: Callable[..., Any], path: str, node: Any, *others: Any) -> Any:
+    """Rebuild a nesting with function(path, leaf, *leaves of the others) in place of each leaf.
+
+    Args:
+        function: What it returns stands in the place of the leaf.
+        path: Name of the node, for messages.
+        node: Any nesting of mappings, lists, tuples and dataclasses; all else is a leaf.
+        others: Nestings of the same form.
+
+    Raises:
+        ValueError: The nestings differ.
+    """
 
     def below(step: str, *children: Any) -> Any:
-        return _walk(function, path + step, *children)
+        return walk(function, path + step, *children)
 
     if isinstance(node, Mapping):
         _same_keys(path, node, others)
@@ -293,6 +340,8 @@ def _walk(function: Callable[..., Any], path: str, node: Any, *others: Any) -> A
     if dataclasses.is_dataclass(node) and not isinstance(node, type):
         result = copy.copy(node)
         for field in dataclasses.fields(node):
+            if not hasattr(node, field.name):
+                continue
             children = (getattr(item, field.name) for item in (node, *others))
             # Frozen dataclasses refuse setattr, also on a copy that nobody has seen yet.
             object.__setattr__(result, field.name, below(f".{field.name}", *children))
