@@ -196,19 +196,21 @@ def plan(
         UsageError: A target cannot be loaded or planned.
     """
     from equivcheck.decide import plan_cases  # noqa: PLC0415 - torch is loaded only to run
+    from equivcheck.execute import process_state  # noqa: PLC0415
     from equivcheck.subject import load_subject  # noqa: PLC0415
 
     fields = ("split", "precision", "device", "optimizer_steps", "seed")
     jobs: list[Job] = []
     notes: list[str] = []
     for target in targets:
-        subject = load_subject(target, values.get("train"))
-        cases, remarks = plan_cases(
-            subject,
-            list(values.get("accumulation_steps") or DEFAULT_ACCUMULATION_STEPS),
-            explicit=explicit,
-            **{name: values[name] for name in fields if name in values},
-        )
+        with process_state():
+            subject = load_subject(target, values.get("train"))
+            cases, remarks = plan_cases(
+                subject,
+                list(values.get("accumulation_steps") or DEFAULT_ACCUMULATION_STEPS),
+                explicit=explicit,
+                **{name: values[name] for name in fields if name in values},
+            )
         jobs += [Job(subject, case, values.get("train")) for case in cases]
         notes += remarks
     return jobs, notes

@@ -79,20 +79,28 @@ def execute(subject: Subject, case: Case, run: Run, observer: Observer) -> Recor
     def unseeded() -> None:
         recording.unseeded = True
 
-    with torch.random.fork_rng(devices=[]), _defaults(), watch_entropy(unseeded):
+    with process_state(), watch_entropy(unseeded):
+        seed_all(case.seed)  # modules may draw while they are imported
         code = subject.fresh()
         return _execute(subject, case, run, observer, code, recording, started)
 
 
 @contextmanager
-def _defaults() -> Iterator[None]:
-    """Put back what user code may set for the whole process: the default dtype and gradient mode."""
+def process_state() -> Iterator[None]:
+    """Put back what user code, or a seed of ours, sets for the whole process.
+
+    The default dtype, the gradient mode, and the random states of torch (cpu), numpy and Python.
+    """
     dtype, enabled = torch.get_default_dtype(), torch.is_grad_enabled()
+    drawn, legacy, python = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002 - as below
     try:
         yield
     finally:
         torch.set_default_dtype(dtype)
         torch.set_grad_enabled(enabled)
+        torch.set_rng_state(drawn)
+        np.random.set_state(legacy)  # noqa: NPY002 - as below
+        random.setstate(python)
 
 
 def _execute(
@@ -104,7 +112,7 @@ def _execute(
     recording: Recording,
     started: float,
 ) -> Recording:
-    _seed(case.seed)
+    seed_all(case.seed)
     model = _build(code, subject)
     first = next((p for p in model.parameters()), None)
     recording.dtype = str(first.dtype).removeprefix("torch.") if first is not None else "float32"
@@ -120,7 +128,7 @@ def _execute(
     def seen() -> None:
         recording.dropout = True
 
-    _seed(case.seed + 1 + run.seed_offset)
+    seed_all(case.seed + 1 + run.seed_offset)
     states = _random_states()
     with ExitStack() as stack:
         stack.enter_context(functional_dropout_off(seen if run.is_promoted else None))
@@ -132,6 +140,7 @@ def _execute(
         recorder.prefetches = run.prefetches
         recorder.boundaries = run.boundaries
         recorder.in_order = run.in_order
+        recorder.is_promoted = run.is_promoted
         recorder.by_sample = "dataset" in given
         if run.is_promoted:
             # A hook on modules would break the graph of a compiled one; promoted runs do not compile.
@@ -281,7 +290,8 @@ def _logged(returned: Any) -> list[float] | None:
     return numbers
 
 
-def _seed(seed: int) -> None:
+def seed_all(seed: int) -> None:
+    """Seed every global random generator: of torch, numpy and Python."""
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - user code draws from the legacy generator too
     random.seed(seed)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from equivcheck.errors import UsageError
+from equivcheck.execute import process_state
 from equivcheck.feed import Data
 from equivcheck.observe import IN_MEMORY
 from equivcheck.subject import Subject
@@ -28,7 +29,7 @@ def estimate(subject: Subject, data: Data) -> dict[str, Any]:
 
     Bytes are those of float64 parameters, gradients and optimizer state; activations are not known beforehand.
     """
-    with torch.random.fork_rng(devices=[]):
+    with process_state():
         try:
             model = subject.fresh().build()
         except (Exception, SystemExit):  # noqa: BLE001 - the run itself reports it, with the user's traceback

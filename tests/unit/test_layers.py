@@ -16,11 +16,11 @@ LAYERS = (
     {
         *("subject", "feed", "recording", "recorder", "observe", "shadow"),
         *("promotion", "interventions", "neutral", "entropy", "freeze", "addends"),
-        *("execute", "memory"),
+        *("execute", "memory", "deadline"),
     },
     {
         *("experiment", "verdict", "view", "diagnose", "detectors"),
-        *("shared", "precision", "decide"),
+        *("shared", "precision", "decide", "describe", "doubts"),
     },
     {"api", "config", "report"},
     {"cli", "plugin", "__init__", "__main__"},

@@ -1,0 +1,237 @@
+"""Write what was measured into a case of the result: numbers, tables, and the headline."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from equivcheck.errors import EquivcheckError
+from equivcheck.experiment import Attribution, Experiment
+from equivcheck.recording import Recording
+from equivcheck.verdict import Judgement, logged_difference, overall, rate_difference
+from equivcheck.view import View
+
+
+def measure(experiment: Experiment, entry: dict[str, Any], judgement: Judgement) -> None:
+    """Write the divergence, the attribution and the detection power into a case."""
+    reference, candidate, control = (
+        experiment.reference(),
+        experiment.candidate(),
+        experiment.control(),
+    )
+    entry["detection_power"] = judgement.power
+    entry["margin"] = judgement.margin if math.isfinite(judgement.margin) else None
+    for key, attribute in (
+        ("gradients", "gradients"),
+        ("parameters", "parameters"),
+        ("buffers", "buffers"),
+        ("optimizer_state", "state"),
+    ):
+        entry["divergence"][key] = _worst(candidate, control, attribute)
+    entry["divergence"]["learning_rates"] = _rates(reference, candidate)
+    entry["divergence"]["losses"] = _losses(reference, candidate, control)
+    entry["findings"] = [
+        {
+            "kind": each.kind,
+            "optimizer_step": each.matched,
+            "tensors": list(each.names[:10]),
+            "relative": each.relative,
+            "allowed": each.allowed,
+            "detail": each.detail,
+        }
+        for each in judgement.findings[:50]
+    ]
+    entry["optimizer_steps_seen"] = {
+        "full_batch": len(reference.steps),
+        "accumulated": len(candidate.steps),
+    }
+    entry["parameters_count"] = reference.parameters
+    entry["dtype"] = reference.dtype
+    entry["timeline"] = [
+        {"event": e.kind, "backwards": e.backwards, **e.detail} for e in candidate.timeline[:400]
+    ]
+    entry["per_parameter"] = _table(candidate, judgement)
+    entry["logged_losses"] = {"full_batch": reference.logged, "accumulated": candidate.logged}
+    if judgement.kinds() & {"gradients", "applied", "logged"}:
+        view = View(experiment)
+        try:
+            chosen = (view.divergent or view.attributions)[:1]
+        except EquivcheckError as error:
+            entry["notes"].append(f"no attribution: {str(error).splitlines()[0]}")
+            chosen = []
+        if chosen:
+            entry["attribution"] = _attribution(chosen[0])
+
+
+def _worst(candidate: Recording, control: Recording, attribute: str) -> dict[str, Any] | None:
+    worst: tuple[float, Any, int] | None = None
+    for step in candidate.steps:
+        sums = getattr(step, attribute)
+        if step.matched is None or not sums:
+            continue
+        whole = overall(sums)
+        relative = whole.relative if whole.finite else math.inf
+        if worst is None or relative > worst[0]:
+            worst = (relative, whole, step.matched)
+    if worst is None:
+        return None
+    noise = 0.0
+    for step in control.steps:
+        if step.matched == worst[2]:
+            noise = overall(getattr(step, attribute)).relative
+    return {
+        "relative": worst[0],
+        "control": noise,
+        "scale": worst[1].scale,
+        "cosine": worst[1].cosine,
+        "optimizer_step": worst[2],
+    }
+
+
+def _rates(reference: Recording, candidate: Recording) -> dict[str, Any] | None:
+    found = [
+        (rate_difference(reference.steps[step.matched], step), step)
+        for step in candidate.steps
+        if step.matched is not None
+    ]
+    if not found:
+        return None
+    worst, step = max(found, key=lambda item: item[0])
+    assert step.matched is not None
+    return {
+        "relative": worst,
+        "control": 0.0,
+        "scale": None,
+        "cosine": None,
+        "optimizer_step": step.matched,
+        "full_batch": [s.learning_rates for s in reference.steps],
+        "accumulated": [s.learning_rates for s in candidate.steps][:200],
+    }
+
+
+def _losses(
+    reference: Recording, candidate: Recording, control: Recording
+) -> dict[str, Any] | None:
+    """Compare logged losses, or the sums of the backward roots of each step where nothing was logged."""
+    logged = logged_difference(reference, candidate)
+    if logged is not None:
+        a, b = reference.logged or [], candidate.logged or []
+        return {
+            "relative": logged,
+            "control": logged_difference(reference, control),
+            "scale": b[0] / a[0] if a and a[0] else None,
+            "cosine": None,
+            "source": "logged",
+        }
+    roots = [_roots(reference, i) for i in range(len(reference.steps))]
+    worst, scale = 0.0, None
+    for step in candidate.steps:
+        if step.matched is None or not roots[step.matched]:
+            continue
+        value = sum(b.loss for b in candidate.backwards[step.first_backward : step.backwards])
+        relative = abs(value - roots[step.matched]) / abs(roots[step.matched])
+        if relative >= worst:
+            worst, scale = relative, value / roots[step.matched]
+    return {
+        "relative": worst,
+        "control": 0.0,
+        "scale": scale,
+        "cosine": None,
+        "source": "backward roots",
+    }
+
+
+def _roots(recording: Recording, index: int) -> float:
+    step = recording.steps[index]
+    return sum(b.loss for b in recording.backwards[step.first_backward : step.backwards])
+
+
+def _table(candidate: Recording, judgement: Judgement) -> list[dict[str, Any]]:
+    finding = judgement.first("gradients", "applied")
+    step = next(
+        (
+            s
+            for s in candidate.steps
+            if s.matched is not None and (finding is None or s.index == finding.step)
+        ),
+        None,
+    )
+    if step is None or step.matched is None:
+        return []
+    zero = judgement.zero.get(step.matched, set())
+    rows = [
+        {
+            "name": name,
+            "optimizer_step": step.matched,
+            "relative": s.relative,
+            "scale": s.scale,
+            "cosine": s.cosine,
+            "norm": s.reference_norm,
+            "zero": name in zero,
+        }
+        for name, s in step.gradients.items()
+    ]
+    rows.sort(key=lambda row: (bool(row["zero"]), -float(row["relative"] or 0.0)))  # type: ignore[arg-type]
+    return rows[:200]
+
+
+def _attribution(found: Attribution) -> dict[str, Any]:
+    return {
+        "optimizer_step": found.matched,
+        "reference_weights": found.v.values,
+        "candidate_weights": found.w.values,
+        "reference_residual": found.v.residual,
+        "candidate_residual": found.w.residual,
+        "rank": found.v.rank,
+    }
+
+
+def headline(entry: dict[str, Any], judgement: Judgement) -> str:
+    """Return one line for a decided case: the first cause, and its number within 45 characters."""
+    gradients = entry["divergence"]["gradients"] or {}
+    relative, scale, cosine = (gradients.get(key) for key in ("relative", "scale", "cosine"))
+    if entry["verdict"] == "equivalent":
+        return f"the same function: gradients agree to {relative or 0.0:.1e}"
+    first = entry["causes"][0] if entry["causes"] else None
+    label = f"{first['code']} {first['name']}: " if first else ""
+    if first and first["status"] == "suspected" and first["code"] != "EQ000":
+        label = f"{first['code']} {first['name']} (suspected): "
+    if entry["verdict"] == "precision-loss":
+        loss = entry["precision_loss"]
+        return (
+            f"{label}accumulating loses {loss['accumulation']:.1e} ({loss['units']:.2g} roundoffs)"
+        )
+    kinds = judgement.kinds()
+    k = entry["accumulation_steps"]
+    if first and first["evidence"].get("shared"):
+        shown = first["evidence"].get("relative")
+        return label + (
+            f"{shown:.1e} from what it should be, full batch too"
+            if shown
+            else "in the full batch too"
+        )
+    if "gradients" in kinds or "applied" in kinds:
+        if scale and cosine is not None and cosine > 1 - 1e-9 and abs(scale - 1) > 1e-9:
+            return f"{label}{scale:.4g}x the full_batch gradient (accumulation_steps={k})"
+        return f"{label}gradients differ by {relative:.1e} (accumulation_steps={k})"
+    if "samples" in kinds:
+        seen = entry["optimizer_steps_seen"]
+        if seen["accumulated"] == seen["full_batch"]:
+            return f"{label}optimizer steps consumed other samples (accumulation_steps={k})"
+        return f"{label}{seen['accumulated']} optimizer steps, not {seen['full_batch']} (accumulation_steps={k})"
+    finding = judgement.findings[0] if judgement.findings else None
+    if finding is None:
+        return label.rstrip(": ")
+    what = {
+        "learning_rates": "learning rates",
+        "buffers": "buffers",
+        "parameters": "parameter updates",
+        "state": "optimizer state",
+        "shadows": "shadow weights",
+        "logged": "logged losses",
+        "none": "gradients that are absent in one run",
+    }.get(finding.kind, finding.kind)
+    rates = judgement.first("learning_rates")
+    if rates is not None:
+        finding, what = rates, "learning rates"
+    return f"{label}{what} differ by {finding.relative:.1e} (accumulation_steps={k})"

@@ -1,0 +1,236 @@
+"""The cases that are not decided: nothing was compared, runs differ by themselves, or noise hides all.
+
+Each function writes the verdict, and why, into the case.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from equivcheck.describe import measure
+from equivcheck.diagnose import cause
+from equivcheck.errors import StepError
+from equivcheck.experiment import Experiment
+from equivcheck.recording import Recording
+from equivcheck.subject import Subject
+from equivcheck.verdict import Judgement, overall
+from equivcheck.view import Suspicion
+
+
+def usable(reference: Recording, entry: dict[str, Any], subject: Subject) -> bool:
+    """Return whether the reference holds anything to compare with; else the case is `invalid`."""
+    if not reference.steps:
+        backwards = len(reference.backwards)
+        invalid(entry, f"no-optimizer-step: train made {backwards} backwards and 0 optimizer steps")
+        entry["because"] = "only steps of torch.optim optimizers are seen; nothing was compared"
+        return False
+    sizes = [s for step in reference.steps for s in step.sample.values() if s is not None]
+    if not sizes or not any(bool(s.any()) for s in sizes):
+        held = sum(len(names) for names in reference.optimizers.values())
+        foreign = all(
+            name.startswith("(train)") for names in reference.optimizers.values() for name in names
+        )
+        what = f"no-gradient: the optimizer holds {held} parameters and none ever had a gradient"
+        invalid(entry, what)
+        entry["because"] = (
+            f"none of them is a parameter of the model that build() of {subject.target} returned"
+            if foreign
+            else "backward was not called, or the loss does not depend on them"
+        )
+        return False
+    bad = next((step for step in reference.steps if not step.finite), None)
+    if bad is not None:
+        invalid(
+            entry,
+            f"not-finite: gradients of optimizer_step {bad.index} are inf or nan in the full batch",
+        )
+        entry["not_finite"] = True
+        return False
+    return True
+
+
+def invalid(entry: dict[str, Any], headline: str) -> None:
+    """Write a case in which nothing was compared."""
+    entry["verdict"] = "invalid"
+    entry["headline"] = headline
+
+
+def different_samples(experiment: Experiment, entry: dict[str, Any]) -> bool:
+    """EQ601: a micro-batch mixed the samples of several of the reference's optimizer steps, or came out of order."""
+    cycles = experiment.cycles()
+    candidate = experiment.candidate()
+    groups: list[set[int]] = []
+    if experiment.reference().prefetched:
+        # In the order in which they were used, not handed out.
+        groups = [{cycles.get(key, -1) for key in candidate.fetched[use]} for use in candidate.uses]
+    else:
+        last_backwards, index = -1, 0
+        for event in candidate.timeline:
+            if event.kind == "fetch":
+                if event.backwards != last_backwards or not groups:
+                    groups.append(set())
+                last_backwards = event.backwards
+                groups[-1] |= {cycles.get(key, -1) for key in candidate.fetched[index]}
+                index += 1
+    flat = [cycle for group in groups for cycle in (sorted(group) if len(group) == 1 else [])]
+    one_by_one = "dataset" in experiment.wants
+    mixed = one_by_one and any(len(group - {-1}) > 1 for group in groups)
+    disordered = flat != sorted(flat)
+    unknown = one_by_one and any(group == {-1} for group in groups)
+    if not (mixed or disordered or unknown):
+        return False
+    repeated = experiment.control(permuted=False)
+    again = [step.samples for step in repeated.steps] == [
+        step.samples for step in experiment.reference().steps
+    ]
+    evidence = {
+        "micro_batches_that_mix_optimizer_steps": sum(len(group) > 1 for group in groups),
+        "repeat": "the full batch takes the same samples again"
+        if again
+        else "each run takes other samples",
+    }
+    entry["causes"] = [cause(Suspicion("EQ601"), "proved", evidence)]
+    invalid(
+        entry, "EQ601 different-samples: the accumulated run took other samples per optimizer step"
+    )
+    return True
+
+
+def inconclusive(experiment: Experiment, entry: dict[str, Any], off: float) -> None:
+    """The control differs from the reference: find out why, by repeats."""
+    repeat = experiment.control(permuted=False)
+    bitwise = _identical(repeat)
+    entry["verdict"] = "inconclusive"
+    shown = f"{off:.1e}" if math.isfinite(off) else "not finite"
+    if not bitwise and not experiment.subject.repeatable:
+        _state_survives(experiment, entry, None, f"two full_batch runs differ by {shown}")
+        return
+    if bitwise:
+        reseeded = experiment.control(permuted=False, seed_offset=1)
+        if not _identical(reseeded):
+            suspicion = Suspicion(
+                "EQ602", evidence={"relative": off, "repeat": "differs with another seed"}
+            )
+        else:
+            entry["headline"] = (
+                f"order-dependent: rows in another order give other gradients, {shown}"
+            )
+            entry["because"] = (
+                "bitwise equal when repeated in order: the code treats a row by its place in the batch"
+            )
+            measure(experiment, entry, experiment.judgement())
+            return
+    else:
+        drawn = (
+            repeat.random_drawn
+            or experiment.reference().random_drawn
+            or experiment.reference().unseeded
+        )
+        code = "EQ602" if drawn else "EQ603"
+        suspicion = Suspicion(
+            code, evidence={"relative": off, "repeat": "the same full batch gives other gradients"}
+        )
+    entry["causes"] = [cause(suspicion, "proved", suspicion.evidence)]
+    entry["headline"] = (
+        f"{suspicion.code} {entry['causes'][0]['name']}: two full_batch runs differ by {shown}"
+    )
+
+
+def differs_from_itself(
+    experiment: Experiment, entry: dict[str, Any], judgement: Judgement
+) -> bool:
+    """Run the candidate once more at the end, where the code cannot be executed anew; write the case if it differs."""
+    difference = None if experiment.subject.repeatable else _again(experiment)
+    if difference is None:
+        return False
+    _state_survives(
+        experiment, entry, judgement, f"the accumulated run differs from itself, {difference}"
+    )
+    return True
+
+
+def _again(experiment: Experiment) -> str | None:
+    """Return what differs between a second accumulated run and the first, or None."""
+    first, second = experiment.candidate(), experiment.candidate_again()
+    limit = experiment.noise().floor()
+    if [step.samples for step in first.steps] != [step.samples for step in second.steps]:
+        return "it steps after other samples"
+    for a, b in zip(first.steps, second.steps, strict=True):
+        for kind in ("gradients", "applied", "parameters", "state", "buffers"):
+            x, y = overall(getattr(a, kind)), overall(getattr(b, kind))
+            # Both runs are measured against the same reference, by their parts along it and in all.
+            if max(abs(x.rd - y.rd), abs(x.dd - y.dd)) > limit * x.rr:
+                return f"{kind} of optimizer_step {a.index}"
+        if a.learning_rates != b.learning_rates:
+            return f"learning rates of optimizer_step {a.index}"
+    logged = (first.logged, second.logged)
+    return (
+        None if logged[0] == logged[1] or any(each is None for each in logged) else "logged losses"
+    )
+
+
+def _state_survives(
+    experiment: Experiment, entry: dict[str, Any], judgement: Judgement | None, difference: str
+) -> None:
+    """An object's code cannot be executed anew for every run, and its runs differ."""
+    if judgement is not None:
+        measure(experiment, entry, judgement)
+    entry["verdict"] = "inconclusive"
+    entry["headline"] = f"state-survives: {difference}"
+    entry["because"] = (
+        f"{experiment.subject.target} is an object, which cannot be executed again: state survives between runs, "
+        "or a random generator of its own does"
+    )
+    entry["fix"] = (
+        "check it as a file, FILE.py or package.module: those are executed anew for every run"
+    )
+
+
+def _identical(recording: Recording) -> bool:
+    return all(s.dd == 0.0 for step in recording.steps for s in step.gradients.values()) and all(
+        step.matched is not None for step in recording.steps
+    )
+
+
+def too_coarse(experiment: Experiment, entry: dict[str, Any], judgement: Judgement) -> None:
+    """The runs as written agree, in noise so large that any fault would have agreed too."""
+    measure(experiment, entry, judgement)
+    entry["verdict"] = "inconclusive"
+    entry["headline"] = f"too-coarse: as written, faults below {judgement.power:.1e} cannot be seen"
+    entry["because"] = (
+        "the case could not be judged in float64, and in its own precision the noise is as large"
+    )
+    entry["fix"] = "let train run in float64: no asserted dtype, no dtype taken for granted"
+
+
+def draws(experiment: Experiment, entry: dict[str, Any], judgement: Judgement) -> bool:
+    """EQ602 that a permutation does not show: one draw for all rows of a forward, more draws when accumulated.
+
+    The full batch is repeated with other seeds, those that the loop sets itself included. What a loop draws before its
+    first step (weights, say) is no random step: from the second step on every role starts from the reference's state.
+    """
+    if not judgement.kinds() & {"gradients", "applied"}:
+        return False
+    try:
+        reseeded = experiment.control(permuted=False, seed_offset=1)
+    except StepError:
+        return False
+    steps = [step for step in reseeded.steps if step.matched is not None]
+    if len(experiment.reference().steps) > 1:
+        steps = [step for step in steps if step.matched]
+    worst = max((overall(step.gradients).relative for step in steps), default=0.0)
+    if not worst > max(
+        each.allowed for each in judgement.findings if each.kind in {"gradients", "applied"}
+    ):
+        return False
+    suspicion = Suspicion(
+        "EQ602", evidence={"relative": worst, "repeat": "the full batch differs with another seed"}
+    )
+    entry["causes"] = [cause(suspicion, "proved", suspicion.evidence)]
+    entry["verdict"] = "inconclusive"
+    entry["headline"] = (
+        f"EQ602 stochastic-step: with another seed two full_batch runs differ by {worst:.1e}"
+    )
+    measure(experiment, entry, judgement)
+    return True
