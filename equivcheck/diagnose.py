@@ -62,7 +62,7 @@ class Search:
     def __init__(self, experiment: Experiment) -> None:
         self._experiment = experiment
         self._root = View(experiment)
-        self._tried: dict[tuple[int, ...], Judgement | None] = {}
+        self._tried: dict[Interventions, Judgement | None] = {}
         self._log: bool | None = None
         self.diagnosis = Diagnosis()
 
@@ -146,7 +146,7 @@ class Search:
 
     def _judge(self, node: Node) -> Judgement | None:
         """Run the loop with a node's interventions and judge it; None if the loop does not survive them."""
-        key = tuple(id(each) for each in node.interventions)
+        key = node.interventions
         if key not in self._tried:
             if len(self._tried) > TRIALS:
                 return None

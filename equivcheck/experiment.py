@@ -21,17 +21,17 @@ import torch
 from equivcheck.attribution import Weights, solve
 from equivcheck.case import Case
 from equivcheck.errors import EquivcheckError, UsageError
-from equivcheck.execute import Run, execute
+from equivcheck.execute import Run, execute, seed_all
 from equivcheck.feed import Data, Key, read_batches
 from equivcheck.interventions import Intervention
-from equivcheck.noise import UNIT_ROUNDOFF, coordinates
+from equivcheck.noise import coordinates
 from equivcheck.observe import Comparer, Keeper, Observer, Perturbed, Pieces
 from equivcheck.promotion import promote_tree
 from equivcheck.recorder import Recorder
 from equivcheck.recording import Kept, Place, Recording, Step
-from equivcheck.split import block_permutation, plan
+from equivcheck.split import block_permutation, plan, tensors_in
 from equivcheck.subject import Subject
-from equivcheck.verdict import Judgement, Noise, judge, overall, roundoff_of, unfit
+from equivcheck.verdict import Judgement, Noise, judge, roundoff_of, unfit
 
 # What rounding may become in code of condition 1e12, beyond which float64 itself decides nothing: a difference below it
 # is worth a run with perturbed parameters.
@@ -52,6 +52,8 @@ class Attribution:
         reference, candidate: [n] float64.
         v, w: Fits of the two.
         names: Parameters in the order of the coordinates, with their length.
+        weights_piece: [n] float64, the parameters themselves, where the reference needs them as a
+            piece more: a penalty that is put into the gradients; else None.
     """
 
     step: int
@@ -106,8 +108,9 @@ class Experiment:
         self._cache: dict[Any, Any] = {}
         self.remembered: dict[Any, Any] = {}
         self._keepers: list[Keeper] = []
+        seed_all(case.seed)  # modules may draw while they are imported
         code = subject.fresh()
-        torch.manual_seed(case.seed)
+        seed_all(case.seed)
         self.data = read_batches(code.batches, case.optimizer_steps)
         self._promoted = (
             Data([promote_tree(batch) for batch in self.data.batches], self.data.rows)
@@ -283,10 +286,10 @@ class Experiment:
             "candidate", Comparer(self.reference()), self.data_for((), promoted=True), (), []
         )
 
-    def at(self, accumulation_steps: int) -> tuple[Recording, Judgement]:
-        """Return the accumulated run with another K, and its judgement."""
+    def at(self, accumulation_steps: int) -> Recording:
+        """Return the accumulated run with another K."""
 
-        def make() -> tuple[Recording, Judgement]:
+        def make() -> Recording:
             other = Experiment.__new__(Experiment)
             other.__dict__.update(self.__dict__)
             other.case = replace(self.case, accumulation_steps=accumulation_steps)
@@ -294,8 +297,7 @@ class Experiment:
             other._cache = {  # noqa: SLF001 - an experiment of this very class
                 key: value for key, value in self._cache.items() if key[0] == "reference"
             }
-            candidate = other.candidate()
-            return candidate, judge(self.reference(), candidate, self.noise())
+            return other.candidate()
 
         return self._once(("at", accumulation_steps), make)
 
@@ -311,19 +313,6 @@ class Experiment:
             return self._accumulated(role, comparer, self.data, (), [], promoted=False)
 
         return self._once((role,), make)
-
-    def native_control(self) -> Recording:
-        """Return the full-batch run as written, with its blocks permuted."""
-
-        def make() -> Recording:
-            full = [
-                [self.data.start(batch) + row for row in block_permutation(slices, 0)]
-                for batch, slices in enumerate(self.slices(self.data))
-            ]
-            comparer = Comparer(self.reference(), native=True)
-            return self._full("native_control", comparer, (), promoted=False, micro_batches=full)
-
-        return self._once(("native_control",), make)
 
     def pieces(self, interventions: Interventions = ()) -> dict[tuple[str, frozenset[Key]], Step]:
         """Return the gradient of every micro-batch alone, by optimizer and samples."""
@@ -463,18 +452,15 @@ class Experiment:
                 found.setdefault(key, step.index)
         return found
 
-    def schedule(self, interventions: Interventions = ()) -> list[Place]:
+    def schedule(self) -> list[Place]:
         """Return the place of every backward of the candidate as written."""
-        return self.candidate().places(self._all_cycles(interventions))
-
-    def _all_cycles(self, interventions: Interventions) -> dict[Key, int]:
-        return self.cycles(interventions)
+        return self.candidate().places(self.cycles())
 
     def terms(self) -> int:
         """Return the length of the longest sum behind a gradient: rows times the length of a row."""
         longest = 1
         for batch in self.data.batches:
-            for tensor in _tensors(batch):
+            for tensor in tensors_in(batch):
                 if tensor.dim() > 1 and not tensor.is_floating_point():
                     longest = max(longest, tensor[0].numel())
         return max(self.data.rows) * longest
@@ -526,16 +512,6 @@ class Experiment:
                 "the micro-batches could not be run alone: no weights, and a coarser noise floor"
             )
 
-    def _sampled(self, reference: Recording, name: str, start: Kept | None) -> torch.Tensor | None:
-        if start is None or name not in start.after:
-            return None
-        chosen = coordinates({each: tensor.numel() for each, tensor in start.after.items()}).get(
-            name
-        )
-        flat = start.after[name].flatten()
-        del reference
-        return (flat if chosen is None else flat[chosen]).double()
-
     def fit(self) -> float | None:
         """Return how far the control is off, or None if it can be relied on."""
         return unfit(self.control(), self.reference(), self.terms(), self.noise().roundoff)
@@ -569,10 +545,9 @@ class Experiment:
                 if not steps or any(each is None for each in steps):
                     continue
                 start = reference.kept[cycle - 1] if cycle > 0 else reference.initial
-                weights = {name: self._sampled(reference, name, start) for name in target.sample}
                 found.append(
                     _attribution(
-                        step, target, [each for each in steps if each is not None], weights
+                        step, target, [each for each in steps if each is not None], _sampled(start)
                     )
                 )
             return found
@@ -580,8 +555,20 @@ class Experiment:
         return self._once(("attributions", interventions), make)
 
 
+def _sampled(start: Kept | None) -> dict[str, torch.Tensor]:
+    """Return the parameters that a step starts from, at the coordinates at which gradients are sampled."""
+    if start is None:
+        return {}
+    chosen = coordinates({name: tensor.numel() for name, tensor in start.after.items()})
+    found = {}
+    for name, tensor in start.after.items():
+        flat, indices = tensor.flatten(), chosen[name]
+        found[name] = (flat if indices is None else flat[indices]).double()
+    return found
+
+
 def _attribution(
-    step: Step, target: Step, pieces: Sequence[Step], weights: dict[str, torch.Tensor | None]
+    step: Step, target: Step, pieces: Sequence[Step], weights: dict[str, torch.Tensor]
 ) -> Attribution:
     names = [(name, len(s)) for name, s in target.sample.items() if s is not None]
     matrix = torch.stack([_flat(piece, names) for piece in pieces])
@@ -613,16 +600,3 @@ def _flat(step: Step, names: Sequence[tuple[str, int]]) -> torch.Tensor:
         sample = step.sample.get(name)
         parts.append(torch.zeros(length, dtype=torch.float64) if sample is None else sample)
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if hasattr(value, "values"):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        return [tensor for each in value for tensor in _tensors(each)]
-    return []
-
-
-__all__ = ["UNIT_ROUNDOFF", "Attribution", "Experiment", "overall"]

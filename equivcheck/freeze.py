@@ -16,7 +16,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from equivcheck.interventions import Intervention
-from equivcheck.noise import SAFETY, gamma
+from equivcheck.noise import UNIT_ROUNDOFF, floor
+from equivcheck.split import tensors_in
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -58,11 +59,12 @@ class Freeze(_PerCycle):
     def __init__(self, cycles: Mapping[Key, int]) -> None:
         super().__init__(cycles)
         self.used = False
-        self._learned: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._learned: dict[Any, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
     @contextmanager
     def installed(self, recorder: Recorder) -> Iterator[None]:
         learn = recorder.recording.role == "reference"
+        pairing = recorder.pairing()
         self._cycle, self._ordinal = -1, 0
         batch, instance = torch.batch_norm, torch.instance_norm
 
@@ -85,9 +87,9 @@ class Freeze(_PerCycle):
                 dims = [d for d in range(input.dim()) if d != 1]
                 value = input.detach()
                 taken = (value.mean(dims), value.var(dims, unbiased=False))
-                self._learned.setdefault(self._cycle, []).append(taken)
+                self._learned.setdefault((pairing, self._cycle), []).append(taken)
             else:
-                known = self._learned.get(self._cycle, [])
+                known = self._learned.get((pairing, self._cycle), [])
                 if not known:
                     return batch(input, weight, bias, mean, var, training, momentum, eps, cudnn)
                 taken = known[ordinal % len(known)]
@@ -161,7 +163,7 @@ class Statistics(Intervention):
                     var + momentum * (input.var(dims) - var),
                 )
             result = batch(input, weight, bias, mean, var, training, momentum, eps, cudnn)
-            limit = SAFETY * gamma(input.numel(), 2.0**-53)
+            limit = floor(input.numel(), UNIT_ROUNDOFF[mean.dtype])
             for expected, now in zip(wanted, (mean, var), strict=True):
                 if float((expected - now).norm()) > limit * (
                     float(expected.norm()) + float(input.detach().abs().max())
@@ -207,7 +209,7 @@ class Fingerprint(_PerCycle):
 
     def _hook(self, recorder: Recorder, name: str, kept: dict[Any, Any]) -> Any:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            tensor = _first_tensor(output)
+            tensor = next((t for t in tensors_in(output) if t.is_floating_point()), None)
             keys = recorder.current_keys()
             call = self._calls.get(name, 0)
             self._calls[name] = call + 1
@@ -222,9 +224,12 @@ class Fingerprint(_PerCycle):
 
         return hook
 
-    def first_difference(self, terms: int) -> tuple[str | None, float]:
-        """Return the first module, in order of calls, whose output for a row differs, and by how much."""
-        limit = SAFETY * gamma(max(terms, 1), 2.0**-53) * 100
+    def first_difference(self, limit: float) -> tuple[str | None, float]:
+        """Return the first module, in order of calls, whose output for a row differs, and by how much.
+
+        Args:
+            limit: Relative difference that rounding may make.
+        """
         worst: dict[tuple[int, str], float] = {}
         for key, (order, value) in self._full.items():
             if key not in self._alone:
@@ -238,15 +243,3 @@ class Fingerprint(_PerCycle):
             return None, 0.0
         first = min(worst)
         return first[1] or "(the model itself)", worst[first]
-
-
-def _first_tensor(output: Any) -> torch.Tensor | None:
-    if isinstance(output, torch.Tensor):
-        return output if output.is_floating_point() else None
-    values = output.values() if hasattr(output, "values") else output
-    if isinstance(values, (list, tuple)) or hasattr(output, "values"):
-        for each in values:
-            found = _first_tensor(each)
-            if found is not None:
-                return found
-    return None

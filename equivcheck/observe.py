@@ -38,6 +38,8 @@ IN_MEMORY = 64 * 2**20
 NOISY_ELEMENT = 1e-9
 # A gradient that differs by more than this as a whole is no noise: its update is shown as it is.
 DIFFERENT = 1e-6
+# Where the code computes as written its rounding may be that of bfloat16.
+DIFFERENT_AS_WRITTEN = 0.1
 
 
 class Shelf:
@@ -123,7 +125,7 @@ class Sampler(Observer):
 
     def sample(self, recorder: Recorder, step: Step, gradients: Gradients) -> None:
         """Keep the sampled coordinates of each gradient, float64."""
-        shapes = {name: p.numel() for name, p in _parameters(recorder).items()}
+        shapes = {name: p.numel() for name, p in recorder.parameters().items()}
         if not self._chosen or set(self._chosen) != set(shapes):
             self._chosen = coordinates(shapes)
         for name, gradient in gradients.items():
@@ -178,7 +180,7 @@ class Keeper(Sampler):
         if self._pending is None:
             return
         kept, self._pending = self._pending, None
-        kept.after = {name: self.shelf.keep(p) for name, p in _parameters(recorder).items()}
+        kept.after = {name: self.shelf.keep(p) for name, p in recorder.parameters().items()}
         before = (
             recorder.recording.kept[-1].after
             if recorder.recording.kept
@@ -197,7 +199,7 @@ class Keeper(Sampler):
         return recorder.recording.initial.after if recorder.recording.initial is not None else {}
 
     def start(self, recorder: Recorder) -> None:
-        after = {name: self.shelf.keep(p) for name, p in _parameters(recorder).items()}
+        after = {name: self.shelf.keep(p) for name, p in recorder.parameters().items()}
         buffers = {name: self.shelf.keep(b) for name, b in recorder.model.named_buffers()}
         recorder.recording.initial = Kept({}, {}, after, buffers, {}, {})
 
@@ -290,10 +292,11 @@ class Comparer(Sampler):
     def _compare_state(
         self, recorder: Recorder, step: Step, optimizer: Optimizer, kept: Kept
     ) -> None:
+        self._different = DIFFERENT if recorder.is_promoted else DIFFERENT_AS_WRITTEN
         mine = set(recorder.recording.optimizers[step.optimizer])
         masks = {name: self._mask(name, kept, step) for name in mine | set(kept.state)}
         updates = []
-        for name, parameter in _parameters(recorder).items():
+        for name, parameter in recorder.parameters().items():
             if name in kept.after:
                 mask = masks.get(name) if name in mine else None
                 updates.append((name, kept.after[name], parameter.detach(), mask))
@@ -321,7 +324,11 @@ class Comparer(Sampler):
         if reference is None or candidate is None:
             return None
         difference = step.gradients.get(name)
-        if difference is None or difference.dd == 0.0 or not difference.relative <= DIFFERENT:
+        if difference is None or difference.dd == 0.0:
+            return None
+        # Beside the whole gradient: of a tensor whose gradient is zero nothing but noise is left.
+        whole = sum(each.rr for each in step.gradients.values())
+        if not difference.dd <= self._different**2 * whole:
             return None
         noisy = far_apart(reference, candidate, NOISY_ELEMENT)
         count = int(noisy.sum())
@@ -348,7 +355,7 @@ class Comparer(Sampler):
         arrived: dict[str, torch.Tensor] = {}
         if not self._chosen:
             self._chosen = coordinates(
-                {name: p.numel() for name, p in _parameters(recorder).items()}
+                {name: p.numel() for name, p in recorder.parameters().items()}
             )
 
         def note(name: str) -> Callable[[torch.Tensor], None]:
@@ -359,7 +366,7 @@ class Comparer(Sampler):
 
         handles = [
             p.register_hook(note(name))  # type: ignore[no-untyped-call]
-            for name, p in _parameters(recorder).items()
+            for name, p in recorder.parameters().items()
             if p.requires_grad
         ]
         try:
@@ -407,7 +414,7 @@ class Perturbed(Comparer):
 
     @torch.no_grad()
     def _perturb(self, recorder: Recorder) -> None:
-        for parameter in _parameters(recorder).values():
+        for parameter in recorder.parameters().values():
             if parameter.is_floating_point():
                 self._seed += 1
                 # Its own generator: the user's draws must stay what they are.
@@ -489,7 +496,7 @@ def _measured(pairs: Sequence[_Pair]) -> dict[str, Sums]:
 
 def set_state(recorder: Recorder, optimizer: Optimizer | None, kept: Kept) -> None:
     """Set parameters, buffers and one optimizer's state to what the reference had; dtypes stay as they are."""
-    for name, parameter in _parameters(recorder).items():
+    for name, parameter in recorder.parameters().items():
         if name in kept.after:
             parameter.detach().copy_(kept.after[name])
     for name, buffer in recorder.model.named_buffers():
@@ -531,13 +538,6 @@ def _set_entries(mine: dict[str, Any], theirs: dict[str, Any], parameter: torch.
             mine[key] = type(value)(cast)
         else:
             mine[key] = copy.copy(value)
-
-
-def _parameters(recorder: Recorder) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = dict(recorder.model.named_parameters())
-    for each in recorder._foreign:
-        found[recorder.names[id(each)]] = each
-    return found
 
 
 def _state(

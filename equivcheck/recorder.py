@@ -34,6 +34,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from equivcheck.differences import dense
 from equivcheck.noise import SAFETY, UNIT_ROUNDOFF, gamma
 from equivcheck.recording import Backward, Event, Place, Recording, Step
+from equivcheck.split import tensors_in
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -79,6 +80,7 @@ class Recorder:
         self.prefetches: bool | None = None
         self.boundaries: list[list[int]] = []
         self.by_sample = False
+        self.is_promoted = True
         self.in_order = False
         self.on_use: Callable[[list[Key]], None] = lambda _: None
         self._served: dict[int, tuple[StorageWeakRef, int]] = {}
@@ -97,6 +99,9 @@ class Recorder:
         self._first_backward: dict[str, int] = {}
         self._snapshots: dict[int, tuple[torch.Tensor, float]] = {}
         self._loss_scale = 1.0
+        self._carries_scale = False
+        self.unscale_before_clip = False
+        self._stepped = False
         self._open: dict[int, Step] = {}
         self._probe: list[torch.Tensor] | None = None
         self._had_gradients = False
@@ -124,7 +129,8 @@ class Recorder:
         # its gradients, 0.15 GB for each role of ten million parameters.
         self.model = nn.Module()
         self._foreign.clear()
-        self.__dict__.pop("_shadow_holders", None)
+        self.shadow_holders.clear()
+        self._served.clear()
 
     def _install(self) -> None:
         pre = register_optimizer_step_pre_hook(self._before_step)
@@ -189,6 +195,10 @@ class Recorder:
         place = self.place()
         return place is not None and not place.last
 
+    def pairing(self) -> tuple[Intervention, ...]:
+        """Return what is put right in both runs: what a reference taught, only its own candidate may use."""
+        return tuple(each for each in self.interventions if each.both)
+
     def allowed(self, kind: str) -> bool:
         """Return whether a call of this kind is carried out now."""
         return all(each.allows(kind, self) for each in self.interventions)
@@ -218,7 +228,7 @@ class Recorder:
 
     def served(self, batch: Any) -> None:
         """Remember the storage of a micro-batch that was just handed out: it is its own."""
-        for tensor in _tensors(batch, depth=6):
+        for tensor in tensors_in(batch):
             storage = tensor.untyped_storage()
             self._served[storage.data_ptr()] = (
                 StorageWeakRef(storage),  # type: ignore[no-untyped-call]
@@ -239,7 +249,7 @@ class Recorder:
             whole.remove()
 
     def _use(self, values: Any) -> None:
-        for tensor in _tensors(values, depth=4):
+        for tensor in tensors_in(values):
             try:
                 known = self._served.get(tensor.untyped_storage().data_ptr())
             except (RuntimeError, NotImplementedError):  # No storage: sparse, functorch, meta.
@@ -292,6 +302,12 @@ class Recorder:
         self._consumed[key] = end
         self._uses_taken[key] = len(self.recording.uses)
         return list(range(start, end))
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """Return the model's parameters and those that only an optimizer knows, by name."""
+        found: dict[str, torch.Tensor] = dict(self.model.named_parameters())
+        found.update((self.names[id(each)], each) for each in self._foreign)
+        return found
 
     def gradient_holders(self) -> list[torch.Tensor]:
         """Return the model's parameters and those that only an optimizer knows."""
@@ -385,8 +401,6 @@ class Recorder:
             if self._weights_probe is not None and not _same(weights, self._weights_probe):
                 self.note("parameters_changed")
 
-    _stepped = False
-
     def _note_edit(self, before: list[torch.Tensor], now: list[torch.Tensor]) -> None:
         if _same(before, now):
             return
@@ -463,9 +477,6 @@ class Recorder:
     def _pending_scale(self) -> float:
         """Return the loss scale that the gradients still carry: 1 once they were unscaled."""
         return self._loss_scale if self._carries_scale else 1.0
-
-    _carries_scale = False
-    unscale_before_clip = False
 
     @contextmanager
     def _unscaled(self, parameters: Any) -> Iterator[float]:
@@ -772,18 +783,6 @@ class Recorder:
             step.skipped = True
             self.observer.after(self, step, optimizer)
         self._snapshots.clear()
-
-
-def _tensors(value: Any, depth: int) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif depth:
-        if hasattr(value, "values") and hasattr(value, "keys"):
-            value = value.values()
-        elif not isinstance(value, (list, tuple)):
-            return
-        for each in value:
-            yield from _tensors(each, depth - 1)
 
 
 def _put_back(owner: Any, name: str, old: Any) -> None:

@@ -57,13 +57,21 @@ class Step:
         matched: Index of the reference's step that consumed the same samples; None if there is
             none.
         learning_rates: One per parameter group.
-        norms: Gradient norm at `optimizer.step` (after clipping), over this optimizer's parameters.
+        missing: Reference steps that were passed over before this one.
+        norm: L2 norm of the gradients before the last clip, unscaled, over this optimizer's parameters.
+        clipped: Whether a clip came before the step.
+        skipped: A scaler left the step out.
+        finite: Whether every gradient is.
         sample: Sampled gradient coordinates before the clip, float64, per parameter; None where
             there is no gradient.
-        gradients, applied, parameters, state, buffers: Sums against the reference, per tensor.
-        none_mismatch: Parameters with a gradient in one of the two runs only.
+        gradients, applied: Sums against the reference, per tensor: before the last clip, and as the
+            optimizer takes them.
+        parameters, state, buffers, shadows: The same, after the step.
+        none_mismatch: Parameters with a gradient in one of the two runs only, and entries of the
+            optimizer state that the reference alone has.
         masked: Per parameter, how many elements were left out because their gradient is noise.
-        objective: Sums of the stated objective's gradient against this step's, per parameter.
+        objective: Sums of this step's gradient against the stated objective's, per parameter.
+        contributions: Per backward, what it added at the sampled coordinates, float64.
     """
 
     index: int
@@ -93,7 +101,15 @@ class Step:
 
 @dataclass
 class Kept:
-    """What the reference keeps of one step, for the other roles to be compared with and set to."""
+    """What the reference keeps of one step, for the other roles to be compared with and set to.
+
+    Attributes:
+        gradients, applied: As in Step, whole; None where there is none.
+        after, buffers, state: Parameters, buffers and optimizer state after the step.
+        shadows: Copies of the weights that the loop keeps itself, before the step.
+        moved: How far the step moved each parameter, L2.
+        release: Gives the memory of what lies on disk back.
+    """
 
     gradients: dict[str, torch.Tensor | None]
     applied: dict[str, torch.Tensor | None]
@@ -107,7 +123,17 @@ class Kept:
 
 @dataclass
 class Backward:
-    """One root backward: what it carried, and which micro-batch a forward had used last (-1: unknown)."""
+    """One root backward.
+
+    Attributes:
+        index: Place among the root backwards of the run, from 0.
+        fetches: Micro-batches that had been handed out before it.
+        loss: Value of the root, without the loss scale.
+        loss_scale: What a scaler had multiplied the loss with.
+        root: Name of the root's grad_fn.
+        root_scalar: The number that the loss was multiplied with last, by hand; 1 if it was not.
+        owner: Micro-batch that a forward had used last; -1 where that is unknown.
+    """
 
     index: int
     fetches: int
@@ -120,7 +146,26 @@ class Backward:
 
 @dataclass
 class Recording:
-    """Everything that was seen of one run."""
+    """Everything that was seen of one run.
+
+    Attributes:
+        role: As in DESIGN: reference, control, candidate, ...
+        fetched: Keys of the samples of every micro-batch (or sample) handed out, in order.
+        logged: What `train` returned or yielded, one number per optimizer step; None if nothing.
+        schedulers: Class and plain arguments of every scheduler that was made.
+        prefetched: Micro-batches that were handed out before they were used, at most; 0 if none.
+        boundaries: Per optimizer step, the micro-batches that it used up.
+        uses: Micro-batches in the order in which forwards took them.
+        optimizers: Parameter names by optimizer.
+        kept, initial: What the reference keeps: of each step, and of the state before the first.
+        lowered: Operators that computed below float64, and in what dtype.
+        dropout: Whether a dropout was switched off.
+        random_drawn: Whether a global random generator advanced.
+        unseeded: Whether a generator was seeded by the operating system.
+        parameters: Number of elements of all parameters.
+        dtype, autocast: Coarsest dtype of the trained parameters, and of autocast ("" if none).
+        seconds: Wall time.
+    """
 
     role: str
     steps: list[Step] = field(default_factory=list)

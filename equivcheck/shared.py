@@ -9,6 +9,7 @@ from __future__ import annotations
 from equivcheck.errors import EquivcheckError
 from equivcheck.experiment import Experiment
 from equivcheck.interventions import Fresh, Intervention, UnscaleFirst
+from equivcheck.noise import SAFETY
 from equivcheck.verdict import judge, overall
 from equivcheck.view import Suspicion
 
@@ -34,7 +35,7 @@ def _objective(experiment: Experiment) -> list[Suspicion]:
         if step.objective is None:
             continue
         whole = overall(step.objective)
-        limit = max(100 * noise.total(step.index, lambda s: s.gradients), noise.floor())
+        limit = max(SAFETY * noise.total(step.index, lambda s: s.gradients), noise.floor())
         if whole.finite and whole.relative > limit:
             # The sums were taken with the objective's gradient as the one compared to.
             evidence = {"relative": whole.relative, "scale": whole.scale, "cosine": whole.cosine}

@@ -67,9 +67,10 @@ class Judgement:
 
     Attributes:
         findings: In order of the run; empty if it is the same function.
-        margin: Smallest allowed over measured, over all compared numbers; inf if nothing differed at all.
+        margin: Smallest allowed over measured, over all gradients; inf if none differed at all.
         power: Smallest relative fault of a gradient that would have been seen.
         compared: Number of tensor pairs.
+        zero: Per reference step, parameters whose gradient is zero but for rounding.
     """
 
     findings: list[Finding] = field(default_factory=list)

@@ -13,6 +13,7 @@ from equivcheck.attribution import predict
 from equivcheck.experiment import Attribution, Experiment, Interventions
 from equivcheck.noise import SAFETY
 from equivcheck.recording import Event, Place, Recording
+from equivcheck.split import named_tensors
 from equivcheck.verdict import Judgement
 
 
@@ -43,7 +44,14 @@ class Suspicion:
 
 
 class View:
-    """One accumulated run and what follows from it, computed when asked for."""
+    """One accumulated run and what follows from it, computed when asked for.
+
+    Attributes:
+        experiment: The runs of the case.
+        chosen: What is put right in this run.
+        steps: K, the accumulation steps of the case.
+        names: The parameters that are looked at; None for all.
+    """
 
     def __init__(self, experiment: Experiment, chosen: Interventions = ()) -> None:
         self.experiment = experiment
@@ -99,9 +107,10 @@ class View:
                     found.append((event, place))
         return found
 
-    def at_step(self, place: Place) -> int:
-        """Return the optimizer step that a place belongs to."""
-        return place.cycle
+    def cycle_of(self, matched: int) -> int:
+        """Return the cycle of a reference step: two optimizers may share the samples of one."""
+        samples = self.reference.steps[matched].samples
+        return min((self.cycles[key] for key in samples if key in self.cycles), default=matched)
 
     def tolerance(self, attribution: Attribution) -> float:
         """Return the relative error that a predicted gradient may have: noise of the pieces it is made of."""
@@ -141,12 +150,19 @@ class View:
     def counts(self, accumulation_steps: int | None = None) -> dict[str, list[list[int]]]:
         """Return what each micro-batch holds of what may be counted: rows, labels, masked entries; per cycle."""
         experiment = self.experiment
+        key = ("counts", accumulation_steps)
+        if key not in experiment.remembered:
+            experiment.remembered[key] = self._counted(accumulation_steps)
+        return experiment.remembered[key]  # type: ignore[no-any-return]
+
+    def _counted(self, accumulation_steps: int | None) -> dict[str, list[list[int]]]:
+        experiment = self.experiment
         found: dict[str, list[list[int]]] = {"rows": []}
         cuts = experiment.slices(experiment.data, accumulation_steps)
         for batch, slices in zip(experiment.data.batches, cuts, strict=True):
             found["rows"].append([stop - start for start, stop in slices])
-            for path, tensor in _leaves("", batch):
-                for label, mask in _masks(path, tensor):
+            for path, tensor in named_tensors(batch):
+                for label, mask in _masks(path or "batch", tensor) if tensor.dim() else ():
                     rows = mask.flatten(1).sum(1) if mask.dim() > 1 else mask
                     found.setdefault(label, []).append(
                         [int(rows[start:stop].sum()) for start, stop in slices]
@@ -170,21 +186,6 @@ class Part(View):
     def attributions(self) -> list[Attribution]:
         """The weights of every matched step, fitted over those parameters."""
         return [each.only(self.names or frozenset()) for each in self._whole.attributions]
-
-
-def _leaves(path: str, value: Any) -> list[tuple[str, torch.Tensor]]:
-    if isinstance(value, torch.Tensor):
-        return [(path or "batch", value)] if value.dim() else []
-    items: Any = ()
-    if hasattr(value, "items"):
-        items = value.items()
-    elif isinstance(value, (list, tuple)):
-        items = enumerate(value)
-    return [
-        leaf
-        for key, inner in items
-        for leaf in _leaves(f"{path}.{key}" if path else str(key), inner)
-    ]
 
 
 def _masks(path: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:

@@ -11,7 +11,6 @@ from equivcheck.attribution import predict, solve
 from equivcheck.errors import EquivcheckError
 from equivcheck.experiment import Attribution
 from equivcheck.interventions import Addend, Addends, Intervention, ordinal_of
-from equivcheck.recording import Place
 from equivcheck.view import Suspicion, View
 
 Component = tuple[int, tuple[int, ...]]
@@ -76,7 +75,7 @@ def _size(view: View, component: Component, parts: Parts) -> float:
 def addend_parts(view: View) -> Parts | None:
     """Return the gradients of the addends, or None where the loss has only one, or the graph cannot be walked."""
     cache = view.experiment.remembered
-    key = ("addends", tuple(id(each) for each in view.chosen))
+    key = ("addends", view.chosen)
     if key not in cache:
         cache[key] = _parts(view)
     return cache[key]  # type: ignore[no-any-return]
@@ -103,8 +102,7 @@ def spanned(view: View) -> bool:
     if parts is None:
         return False
     for each in view.attributions:
-        cycle = _cycle(view, each.matched)
-        total = torch.zeros_like(each.reference)
+        cycle = view.cycle_of(each.matched)
         matrix = []
         for component in parts.components:
             pieces = [
@@ -114,7 +112,6 @@ def spanned(view: View) -> bool:
                 return False
             matrix += [x for x in pieces if x is not None]
         fit = solve(torch.stack(matrix), each.reference)
-        del total
         if fit.residual is None or fit.residual > view.tolerance(each):
             return False
     return True
@@ -130,7 +127,7 @@ def coupled_addends(view: View, shares: Callable[[View, Attribution], list[list[
         return False
     coupled = False
     for each in view.attributions:
-        cycle, k = _cycle(view, each.matched), each.pieces.shape[0]
+        cycle, k = view.cycle_of(each.matched), each.pieces.shape[0]
         limit = view.tolerance(each)
         for component in parts.components:
             alone = [parts.alone.get((cycle, i), {}).get(component) for i in range(k)]
@@ -154,13 +151,6 @@ def coupled_addends(view: View, shares: Callable[[View, Attribution], list[list[
     return coupled
 
 
-def _cycle(view: View, matched: int) -> int:
-    return min(
-        (view.cycles[key] for key in view.reference.steps[matched].samples if key in view.cycles),
-        default=matched,
-    )
-
-
 def _taken(view: View, role: str, names: list[tuple[str, int]]) -> ByPlace:
     """Return, by cycle and micro-step, the gradient of every addend."""
     experiment = view.experiment
@@ -182,19 +172,15 @@ def _taken(view: View, role: str, names: list[tuple[str, int]]) -> ByPlace:
                 gradients.get(name, torch.zeros(length, dtype=torch.float64))
                 for name, length in names
             ]
-            here[_ordinal(places, index), path] = torch.cat(parts)
+            here[ordinal_of(places, index), path] = torch.cat(parts)
     return found
-
-
-def _ordinal(places: list[Place], index: int) -> int:
-    return ordinal_of(places, index)
 
 
 def _same(view: View, component: Component, parts: Parts) -> bool:
     """Return whether an addend has the same gradient in every micro-batch of a cycle."""
     several = False
     for each in view.attributions:
-        cycle, k = _cycle(view, each.matched), each.pieces.shape[0]
+        cycle, k = view.cycle_of(each.matched), each.pieces.shape[0]
         pieces = [parts.alone.get((cycle, i), {}).get(component) for i in range(k)]
         matrix = (
             torch.stack([x for x in pieces if x is not None])
@@ -231,7 +217,7 @@ def _wrong(view: View, component: Component, parts: Parts) -> _Wrong | bool | No
     found: _Wrong | None = None
     same = _same(view, component, parts)
     for each in view.attributions:
-        cycle = _cycle(view, each.matched)
+        cycle = view.cycle_of(each.matched)
         k = each.pieces.shape[0]
         pieces = [parts.alone.get((cycle, i), {}).get(component) for i in range(k)]
         mine = [parts.accumulated.get((cycle, i), {}).get(component) for i in range(k)]

@@ -8,6 +8,7 @@ from equivcheck.detectors.addends import coupled_addends, spanned
 from equivcheck.errors import EquivcheckError
 from equivcheck.experiment import Attribution
 from equivcheck.freeze import Fingerprint, Freeze, Statistics
+from equivcheck.noise import SAFETY
 from equivcheck.view import Suspicion, View
 
 NORM_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
@@ -116,10 +117,7 @@ def _adds_up(view: View, attribution: Attribution) -> bool:
     target = view.reference.steps[attribution.matched]
     whole = sum(b.loss for b in view.reference.backwards[target.first_backward : target.backwards])
     alone = view.experiment.pieces_recording(view.chosen)
-    cycle = min(
-        (view.cycles[key] for key in target.samples if key in view.cycles),
-        default=attribution.matched,
-    )
+    cycle = view.cycle_of(attribution.matched)
     losses: dict[int, float] = {}
     for place, backward in zip(alone.places(view.cycles), alone.backwards, strict=False):
         if place.cycle == cycle:
@@ -136,7 +134,9 @@ def _first_coupled(view: View) -> tuple[str | None, float]:
         try:
             experiment.reference((print_,))
             experiment.pieces((print_,))
-            experiment.remembered["fingerprint"] = print_.first_difference(experiment.terms())
+            experiment.remembered["fingerprint"] = print_.first_difference(
+                SAFETY * experiment.noise().floor()
+            )
         except (EquivcheckError, RuntimeError):
             # A module that cannot be watched is not named; the verdict stands without.
             experiment.remembered["fingerprint"] = (None, 0.0)

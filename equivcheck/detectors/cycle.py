@@ -44,7 +44,7 @@ def _zeroed(view: View) -> list[Suspicion]:
             "EQ301",
             [(Defer("zero_grad"),), (Hold(),)],
             _evidence(calls),
-            view.at_step(calls[0][1]),
+            calls[0][1].cycle,
             20,
         )
     ]
@@ -54,7 +54,7 @@ def _called(view: View, kind: str, code: str, rank: int) -> list[Suspicion]:
     calls = [each for each in view.inside(kind) if kind == "clip" or not _after_step(view, each[0])]
     if not calls:
         return []
-    return [Suspicion(code, [(Defer(kind),)], _evidence(calls), view.at_step(calls[0][1]), rank)]
+    return [Suspicion(code, [(Defer(kind),)], _evidence(calls), calls[0][1].cycle, rank)]
 
 
 def _unscaled(view: View) -> list[Suspicion]:
@@ -82,7 +82,7 @@ def _scales(view: View) -> list[Suspicion]:
     place, scales = first
     evidence = {"loss_scales": scales}
     variants = [(Defer("scaler"),), (Reweight(factors),)]
-    return [Suspicion("EQ402", variants, evidence, view.at_step(place), 21)]
+    return [Suspicion("EQ402", variants, evidence, place.cycle, 21)]
 
 
 def _scales_by_hand(view: View) -> list[Suspicion]:
@@ -116,7 +116,7 @@ def _edited(view: View) -> list[Suspicion]:
         each.backwards
         for each, _ in view.inside("clip", "unscale", "zero_grad", "step", "skipped", "cleared")
     }
-    calls = [each for each in view.inside("edited") if each[0].backwards - 0 not in explained]
+    calls = [each for each in view.inside("edited") if each[0].backwards not in explained]
     if not calls:
         return []
     event, place = calls[0]
@@ -127,12 +127,8 @@ def _edited(view: View) -> list[Suspicion]:
         # Divided by what the loss was multiplied with: a loss scale, of a scaler or by hand.
         carried = {backward.loss_scale, backward.root_scalar} - {1.0}
         by_hand = any(abs(scale * each - 1.0) < 1e-6 for each in carried)
-        return [
-            Suspicion(
-                "EQ403" if by_hand else "EQ109", [(Hold(),)], evidence, view.at_step(place), 26
-            )
-        ]
-    return [Suspicion("EQ107", [(Hold(),)], evidence, view.at_step(place), 45)]
+        return [Suspicion("EQ403" if by_hand else "EQ109", [(Hold(),)], evidence, place.cycle, 26)]
+    return [Suspicion("EQ107", [(Hold(),)], evidence, place.cycle, 45)]
 
 
 def _steps(view: View) -> list[Suspicion]:
@@ -155,11 +151,7 @@ def _steps(view: View) -> list[Suspicion]:
     data = view.experiment.data
     tail = set(range(data.start(len(data.rows) - 1), data.total)) if data.has_tail else set()
     if missing and tail and all({sample for _, sample in step.samples} <= tail for step in missing):
-        leaked = any(
-            {s for _, s in step.samples} & tail and {s for _, s in step.samples} - tail
-            for step in candidate.steps
-        )
-        kept = all(any(key in consumed for key in step.samples) for step in missing) and leaked
+        kept = all(step.samples & consumed for step in missing) and _straddles(view, tail)
         left = {
             "samples": sum(len(step.samples) for step in missing),
             "optimizer_steps": len(candidate.steps),
@@ -180,7 +172,7 @@ def _steps(view: View) -> list[Suspicion]:
         "expected": len(reference.steps),
         "samples_per_step": consumed_per_step[:8],
     }
-    step = view.at_step(inside[0][1]) if inside else missing[0].index
+    step = inside[0][1].cycle if inside else missing[0].index
     code = "EQ303" if inside and every and _every_at_another(view) else "EQ311"
     variants: list[tuple[Intervention, ...]] = [(Retime(ends),)]
     factor = _recounted(view)
@@ -209,13 +201,14 @@ def _every_at_another(view: View) -> bool:
     if other is None or "dataset" in view.experiment.wants:
         return True
     try:
-        recording, _ = view.experiment.at(other)
+        recording = view.experiment.at(other)
     except EquivcheckError:
         return True
     return len(recording.steps) >= len(recording.backwards)
 
 
 def _straddles(view: View, tail: set[int]) -> bool:
+    """Return whether an optimizer step took samples of the tail together with others."""
     for step in view.candidate.steps:
         samples = {sample for _, sample in step.samples}
         if samples & tail and samples - tail:

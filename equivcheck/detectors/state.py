@@ -48,9 +48,7 @@ def suspect(view: View) -> list[Suspicion]:
     updates = judgement.first("parameters", "state")
     rates = judgement.first("learning_rates")
     if moved or (updates is not None and (rates is None or updates.matched != rates.matched)):
-        step = (
-            view.at_step(moved[0][1]) if moved else (updates.matched if updates is not None else 0)
-        )
+        step = moved[0][1].cycle if moved else (updates.matched if updates is not None else 0)
         names = list(updates.names[:5]) if updates is not None else []
         evidence = {"changed_inside_cycles": len(moved), "tensors": names}
         variants = [

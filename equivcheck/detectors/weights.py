@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 from equivcheck.attribution import ratio
+from equivcheck.errors import EquivcheckError
 from equivcheck.experiment import Attribution
 from equivcheck.interventions import Reweight
+from equivcheck.verdict import overall
 from equivcheck.view import Part, Suspicion, View
 
 Predict = Callable[[Attribution, Sequence[float]], list[float]]
@@ -111,13 +113,7 @@ def _hypotheses(view: View, code: str, predictions: list[Predict], rank: int) ->
 
 def _by_cycle(view: View, factors: dict[int, list[float]]) -> dict[int, list[float]]:
     """Key factors by the first reference step of a cycle: two optimizers may share its samples."""
-    first = {
-        step.index: min(
-            (view.cycles[key] for key in step.samples if key in view.cycles), default=step.index
-        )
-        for step in view.reference.steps
-    }
-    return {first.get(matched, matched): values for matched, values in factors.items()}
+    return {view.cycle_of(matched): values for matched, values in factors.items()}
 
 
 def _denominator(view: View) -> list[Suspicion]:
@@ -158,19 +154,17 @@ def _confirmed(view: View, shown: Attribution, scale: float) -> str | None:
     if other > min(view.experiment.data.rows):
         return None
     try:
-        recording, _ = view.experiment.at(other)
-    except Exception:  # noqa: BLE001 - the user's own loop may refuse another K; the rule is then unconfirmed
+        recording = view.experiment.at(other)
+    except (
+        EquivcheckError
+    ):  # The user's own loop may refuse another K; the rule is then unconfirmed.
         return None
     step = next(
         (each for each in recording.steps if each.matched == shown.matched and each.gradients), None
     )
     if step is None:
         return None
-    total = sum(
-        (each for each in step.gradients.values()),
-        start=type(next(iter(step.gradients.values())))(),
-    )
-    measured = total.scale
+    measured = overall(step.gradients).scale
     limit = view.tolerance(shown)
     # A denominator a + b K, that the full batch (K = 1) has too: b / a follows from one K.
     slope = (1.0 / scale - 1.0) / (k - 1.0 / scale) if abs(k * scale - 1.0) > limit else math.inf

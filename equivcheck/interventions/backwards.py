@@ -1,0 +1,136 @@
+"""What is put right at backwards: the weights of micro-batches, and of addends of the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from equivcheck.addends import addend_gradients, scale_addend
+from equivcheck.interventions.base import Intervention
+
+if TYPE_CHECKING:
+    from equivcheck.recorder import Recorder
+    from equivcheck.recording import Place
+
+
+class Reweight(Intervention):
+    """Multiply the root gradient of each backward by a factor for its place.
+
+    Args:
+        factors: Per cycle, one factor for each micro-step: the true weight over the weight that a
+            hypothesis predicts.
+        names: The parameters whose gradients are concerned; None for all, by way of the root.
+    """
+
+    name = "reweight"
+
+    def __init__(
+        self, factors: Mapping[int, Sequence[float]], names: frozenset[str] | None = None
+    ) -> None:
+        self._factors = factors
+        self._names = names
+
+    def _factor(self, recorder: Recorder) -> float:
+        place = recorder.place()
+        if place is None:
+            return 1.0
+        factors = self._factors.get(place.cycle, ())
+        return factors[place.micro_step] if place.micro_step < len(factors) else 1.0
+
+    def root_factor(self, recorder: Recorder) -> float:
+        return self._factor(recorder) if self._names is None else 1.0
+
+    @contextmanager
+    def around_backward(self, recorder: Recorder, _outputs: Sequence[Any]) -> Iterator[None]:
+        factor = self._factor(recorder)
+        handles = []
+        if self._names is not None and factor != 1.0:
+            for parameter in recorder.gradient_holders():
+                if recorder.names.get(id(parameter)) in self._names:
+                    hook = parameter.register_hook(lambda g: g * factor)  # type: ignore[no-untyped-call]
+                    handles.append(hook)
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class Addend(Intervention):
+    """Multiply the gradient of one addend of the loss by a factor for its place.
+
+    Args:
+        ordinal: Which backward of a micro-step; a loop may have several.
+        path: Which addend, as the path from the root through the additions; empty for the whole
+            root.
+        factors: Per cycle, one factor for each micro-step.
+    """
+
+    name = "reweight an addend"
+
+    def __init__(
+        self, ordinal: int, path: tuple[int, ...], factors: Mapping[int, Sequence[float]]
+    ) -> None:
+        self._ordinal = ordinal
+        self._path = path
+        self._factors = factors
+
+    def _factor(self, recorder: Recorder) -> float:
+        place = recorder.place()
+        if place is None or ordinal_of(recorder.schedule, recorder.backwards - 1) != self._ordinal:
+            return 1.0
+        factors = self._factors.get(place.cycle, ())
+        return factors[place.micro_step] if place.micro_step < len(factors) else 1.0
+
+    def root_factor(self, recorder: Recorder) -> float:
+        return 1.0 if self._path else self._factor(recorder)
+
+    @contextmanager
+    def around_backward(self, recorder: Recorder, outputs: Sequence[Any]) -> Iterator[None]:
+        factor = self._factor(recorder) if self._path else 1.0
+        handle = scale_addend(outputs[0], self._path, factor) if factor != 1.0 else None
+        try:
+            yield
+        finally:
+            if handle is not None:
+                handle.remove()
+
+
+class Addends(Intervention):
+    """Takes, at every backward, the gradient of each addend of the loss alone. Changes nothing.
+
+    Attributes:
+        taken: Per backward, the sampled gradient of every addend, by path.
+    """
+
+    name = "take addends"
+
+    def __init__(self) -> None:
+        self.taken: dict[str, list[dict[tuple[int, ...], dict[str, torch.Tensor]]]] = {}
+
+    @contextmanager
+    def around_backward(self, recorder: Recorder, outputs: Sequence[Any]) -> Iterator[None]:
+        parameters = {recorder.names[id(p)]: p for p in recorder.gradient_holders()}
+        found: dict[tuple[int, ...], dict[str, torch.Tensor]] = {}
+        with recorder.paused():
+            for path, gradients in addend_gradients(outputs[0], list(parameters.values())).items():
+                found[path] = {
+                    name: recorder.observer.take(name, g)
+                    for name, g in zip(parameters, gradients, strict=True)
+                    if g is not None
+                }
+        self.taken.setdefault(recorder.recording.role, []).append(found)
+        yield
+
+
+def ordinal_of(schedule: Sequence[Place], index: int) -> int:
+    """Return which backward of its micro-step a backward is."""
+    place = schedule[index]
+    return sum(
+        1
+        for each in schedule[:index]
+        if each.cycle == place.cycle and each.micro_step == place.micro_step
+    )

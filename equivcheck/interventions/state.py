@@ -1,0 +1,252 @@
+"""Gradients, parameters and other state that are put back to what they should be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.optim import Optimizer
+
+from equivcheck.interventions.base import Intervention
+from equivcheck.shadow import shadow_weights
+
+if TYPE_CHECKING:
+    from equivcheck.recorder import Recorder
+
+
+class Hold(Intervention):
+    """Between two backwards of a cycle, gradients stay as the first one left them."""
+
+    name = "hold"
+
+    def __init__(self) -> None:
+        self._held: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+
+    @contextmanager
+    def installed(self, _recorder: Recorder) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self._held = []
+
+    @contextmanager
+    def around_backward(self, recorder: Recorder, _outputs: Sequence[Any]) -> Iterator[None]:
+        place = recorder.place()
+        if place is not None and recorder.backwards > 1:
+            before = recorder.schedule[recorder.backwards - 2]
+            if before.cycle == place.cycle and not before.last:
+                with torch.no_grad():
+                    for parameter, gradient in self._held:
+                        if gradient is None:
+                            parameter.grad = None
+                        elif parameter.grad is None:
+                            parameter.grad = gradient.clone()
+                        else:
+                            parameter.grad.copy_(gradient)
+        yield
+
+    def after_backward(self, recorder: Recorder) -> None:
+        with torch.no_grad():
+            self._held = [
+                (p, None if p.grad is None else p.grad.detach().clone())
+                for p in recorder.gradient_holders()
+            ]
+
+
+class Fresh(Intervention):
+    """Start every cycle without gradients: what earlier cycles left is dropped."""
+
+    name = "fresh"
+
+    @contextmanager
+    def around_backward(self, recorder: Recorder, _outputs: Sequence[Any]) -> Iterator[None]:
+        place = recorder.place()
+        first = recorder.backwards == 1 or (
+            place is not None and recorder.schedule[recorder.backwards - 2].cycle != place.cycle
+        )
+        if first:
+            for parameter in recorder.gradient_holders():
+                parameter.grad = None
+        yield
+
+
+class Restitute(Intervention):
+    """Add to the gradients what a hypothesis says is missing from them, just before the step.
+
+    Args:
+        missing: Per backward count at the step, and per parameter, the gradient to add (full
+            tensors).
+    """
+
+    name = "restitute"
+
+    def __init__(self, missing: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
+        self._missing = missing
+
+    def before_step(self, recorder: Recorder, optimizer: Optimizer) -> None:
+        missing = self._missing.get(recorder.backwards)
+        if missing is None:
+            return
+        with torch.no_grad():
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    extra = missing.get(recorder.name_of(parameter, optimizer))
+                    if extra is None:
+                        continue
+                    extra = extra.view(parameter.shape).to(parameter.dtype)
+                    parameter.grad = (
+                        extra.clone() if parameter.grad is None else parameter.grad + extra
+                    )
+
+
+class ZerosToNone(Intervention):
+    """Give the optimizer no gradient, instead of zeros, for parameters that took no part."""
+
+    name = "none for zeros"
+
+    def __init__(self, names: set[str]) -> None:
+        self._names = names
+
+    def before_step(self, recorder: Recorder, optimizer: Optimizer) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if recorder.name_of(parameter, optimizer) in self._names:
+                    parameter.grad = None
+
+
+class Before(Intervention):
+    """Start every optimizer step from the parameters and the state that the full batch starts it from."""
+
+    name = "state before the step"
+    both = True
+
+    def __init__(self) -> None:
+        self._known: dict[Any, list[torch.Tensor]] = {}
+        self._count: dict[str, int] = {}
+
+    @contextmanager
+    def installed(self, _recorder: Recorder) -> Iterator[None]:
+        self._count = {}
+        yield
+
+    def before_step(self, recorder: Recorder, optimizer: Optimizer) -> None:
+        name = recorder.key_of(optimizer)
+        key = (recorder.pairing(), name, self._count.get(name, 0))
+        self._count[name] = key[2] + 1
+        tensors = [p.detach() for p in recorder.gradient_holders()]
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            entries = optimizer.state.get(parameter, {})
+            tensors += [
+                each.detach()
+                for _, each in sorted(entries.items())
+                if isinstance(each, torch.Tensor)
+            ]
+        with torch.no_grad():
+            if recorder.recording.role == "reference":
+                self._known[key] = [each.clone() for each in tensors]
+            elif recorder.recording.role == "candidate":
+                for mine, theirs in zip(tensors, self._known.get(key, []), strict=False):
+                    if mine.shape == theirs.shape:
+                        mine.copy_(theirs)
+
+
+class StillBuffers(Intervention):
+    """Leave every buffer as it was at the start, in both runs: no forward advances it."""
+
+    name = "buffers held still"
+    both = True
+
+    def __init__(self) -> None:
+        self._start: list[torch.Tensor] = []
+
+    @contextmanager
+    def installed(self, recorder: Recorder) -> Iterator[None]:
+        self._start = [buffer.detach().clone() for buffer in recorder.model.buffers()]
+        yield
+
+    def before_step(self, recorder: Recorder, _optimizer: Optimizer) -> None:
+        with torch.no_grad():
+            for buffer, start in zip(recorder.model.buffers(), self._start, strict=True):
+                if buffer.shape == start.shape:
+                    buffer.detach().copy_(start)
+
+
+class Rewind(Intervention):
+    """Set state back to the cycle's start at each micro-batch: it then advances once per cycle.
+
+    Args:
+        what: Any of parameters, state, buffers, shadows.
+    """
+
+    name = "rewind"
+
+    def __init__(self, *what: str) -> None:
+        self._what = what
+        self._saved: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._entries: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._done = -1
+
+    @contextmanager
+    def installed(self, recorder: Recorder) -> Iterator[None]:
+        self._done = -1
+        # Before every forward: a loop may have fetched the whole cycle long before.
+        handle = recorder.model.register_forward_pre_hook(lambda *_: self._rewind(recorder))
+        try:
+            yield
+        finally:
+            handle.remove()
+            self._saved, self._entries = [], []
+
+    def before_fetch(self, recorder: Recorder) -> None:
+        self._rewind(recorder)
+
+    def _rewind(self, recorder: Recorder) -> None:
+        if recorder.backwards == self._done:
+            return
+        self._done = recorder.backwards
+        with torch.no_grad():
+            if recorder.inside():
+                for tensor, value in self._saved:
+                    tensor.copy_(value)
+                for entries, values in self._entries:
+                    # Fresh copies each time: the loop may change in place what is put back.
+                    entries.update(
+                        {
+                            k: v.clone() if isinstance(v, torch.Tensor) else v
+                            for k, v in values.items()
+                        }
+                    )
+            else:
+                self._save(recorder)
+
+    def _save(self, recorder: Recorder) -> None:
+        tensors: list[torch.Tensor] = []
+        self._entries = []
+        if "parameters" in self._what:
+            tensors += [p.detach() for p in recorder.gradient_holders()]
+        if "buffers" in self._what:
+            tensors += [b.detach() for b in recorder.model.buffers()]
+        if "state" in self._what:
+            for reference in recorder.alive.values():
+                optimizer = reference()
+                for entries in () if optimizer is None else optimizer.state.values():
+                    tensors += [
+                        each.detach() for each in entries.values() if isinstance(each, torch.Tensor)
+                    ]
+                    numbers = {k: v for k, v in entries.items() if isinstance(v, (int, float))}
+                    self._entries.append((entries, numbers))
+        if "shadows" in self._what:
+            shadow_weights(recorder)
+            for holder in recorder.shadow_holders.values():
+                tensors += self._holder(holder)
+        self._saved = [(tensor, tensor.clone()) for tensor in tensors]
+
+    def _holder(self, holder: Any) -> list[torch.Tensor]:
+        if isinstance(holder, torch.nn.Module):
+            return [each.detach() for each in (*holder.parameters(), *holder.buffers())]
+        if isinstance(holder, dict):
+            self._entries.append((holder, {k: v.clone() for k, v in holder.items()}))
+            return []
+        return [each for each in holder if isinstance(each, torch.Tensor)]
