@@ -1,0 +1,192 @@
+"""What detectors say where their signature is incomplete: each by a loop that has such a fault."""
+
+from __future__ import annotations
+
+import pytest
+
+from equivcheck.case import Case
+from equivcheck.decide import run_case
+from equivcheck.subject import load_subject
+
+SUBJECT = """
+from __future__ import annotations
+
+import torch
+import torch.utils.checkpoint
+from torch import nn
+from torch.nn import functional as F
+
+ROWS = [8, 8]
+
+class Norm(nn.Module):
+    def forward(self, x):
+        return (x - x.mean(0)) / (x.var(0, unbiased=False) + 1).sqrt()
+
+def build():
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
+
+def batches():
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.randn(rows, 4, generator=generator), torch.arange(rows) % 2) for rows in ROWS]
+
+def train(model, loader, accumulation_steps):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    logged, seen = [], []
+    for index, (x, y) in enumerate(loader):
+        loss = F.cross_entropy(model(x), y)
+        seen.append(loss.item())
+        (loss / accumulation_steps).backward()
+        if (index + 1) % accumulation_steps == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+            mean = sum(seen) / len(seen)
+            logged.append(mean)
+            seen = []
+    return logged
+"""
+LOSS = "loss = F.cross_entropy(model(x), y)"
+BACKWARD = "(loss / accumulation_steps).backward()"
+UNDIVIDED = (BACKWARD, "loss.backward()")
+LOG = "logged.append(mean)"
+NO_LOG = ("    return logged\n", "")
+COUPLED = ("nn.Tanh()", "Norm()")
+BEGIN = "    logged, seen = [], []\n"
+EVERY = ("if (index + 1) % accumulation_steps == 0:", "if True:")
+
+
+def only(condition):
+    """Return the replacement that lets a loop refuse to run otherwise."""
+    return (BEGIN, f"    assert {condition}\n{BEGIN}")
+
+
+def times(factor):
+    """Return the replacement that multiplies the loss by a factor of K."""
+    return (BACKWARD, f"(loss / accumulation_steps * ({factor})).backward()")
+
+
+TWO = "accumulation_steps in (1, 2)"
+TOLD = {
+    "an addend with a factor that no rule gives": (
+        "EQ000 suspected",
+        NO_LOG,
+        times("1.0"),
+        (
+            LOSS,
+            (
+                "penalty = model[0].weight.square().sum() * (0.37 if accumulation_steps > 1 else 1.0)\n"
+                f"        {LOSS} + penalty * accumulation_steps"
+            ),
+        ),
+    ),
+    "a graph that cannot be walked twice": (
+        "EQ101 proved",
+        NO_LOG,
+        UNDIVIDED,
+        (
+            LOSS,
+            (
+                "x.requires_grad_()\n"
+                "        out = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=True)\n"
+                "        loss = F.cross_entropy(out, y) + model[2].bias.square().sum()"
+            ),
+        ),
+    ),
+    "rows coupled by hand, under a mean": ("EQ201 proved", NO_LOG, COUPLED),
+    "rows coupled by hand, under a sum": (
+        "EQ201 proved",
+        NO_LOG,
+        COUPLED,
+        UNDIVIDED,
+        (LOSS, "loss = F.cross_entropy(model(x), y, reduction='sum')"),
+    ),
+    "rows coupled by hand, and not divided": ("EQ201 suspected", NO_LOG, COUPLED, UNDIVIDED),
+    "a log that no rule gives": (
+        "EQ701 suspected",
+        (LOG, "logged.append(mean + 0.01 * len(logged) * (accumulation_steps - 1))"),
+    ),
+    "a log times a constant": (
+        "EQ701 proved",
+        (LOG, "logged.append(mean * (1.7 if accumulation_steps > 1 else 1.0))"),
+    ),
+    "a rate that no count gives": (
+        "EQ000 suspected",
+        NO_LOG,
+        (
+            "            optimizer.step()",
+            (
+                "            optimizer.param_groups[0]['lr'] = 0.1 / (accumulation_steps * 3 + index)\n"
+                "            optimizer.step()"
+            ),
+        ),
+    ),
+    "a rate by count, micro-batches refused": (
+        "EQ000 suspected",
+        NO_LOG,
+        only("accumulation_steps > 1 or len(loader) <= 2"),
+        (
+            "            optimizer.step()",
+            "            optimizer.param_groups[0]['lr'] = 0.1 / (index + 1)\n            optimizer.step()",
+        ),
+    ),
+    "a horizon, other lengths refused": (
+        "EQ308 proved",
+        NO_LOG,
+        only("len(loader) in (2, 4, 8)"),
+        (
+            BEGIN,
+            "    scheduler = torch.optim.lr_scheduler.LinearLR(\n"
+            "        optimizer, 1.0, 0.5, total_iters=len(loader)\n    )\n" + BEGIN,
+        ),
+        (
+            "            optimizer.zero_grad()\n",
+            "            optimizer.zero_grad()\n            scheduler.step()\n",
+        ),
+    ),
+    "a step at every micro-batch": ("EQ303 proved", NO_LOG, EVERY),
+    "a step at every micro-batch, another K refused": ("EQ303 proved", NO_LOG, only(TWO), EVERY),
+    "a factor, another K refused": (
+        "EQ104 suspected",
+        only(TWO),
+        times("0.75 if accumulation_steps > 1 else 1.0"),
+        NO_LOG,
+    ),
+    "a factor of one K alone": (
+        "EQ104 suspected",
+        NO_LOG,
+        times("0.75 if accumulation_steps == 2 else 1.0"),
+    ),
+    "a factor, too few rows for another K": (
+        "EQ104 suspected",
+        NO_LOG,
+        ("[8, 8]", "[2, 2]"),
+        times("0.75 if accumulation_steps > 1 else 1.0"),
+    ),
+    "a factor that is no ratio": (
+        "EQ000 suspected",
+        NO_LOG,
+        times("2**0.5 if accumulation_steps > 1 else 1.0"),
+    ),
+    "another cycle length, and a tail that leaks": (
+        "EQ311 proved EQ310 proved",
+        NO_LOG,
+        ("[8, 8]", "[8, 8, 4]"),
+        (EVERY[0], "if (index + 1) % (accumulation_steps + 1) == 0 or index + 1 == len(loader):"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_a_fault_is_named_as_far_as_it_can_be_told(tmp_path, name):
+    """Proved where putting it right shows it, suspected where nothing can, unexplained otherwise."""
+    expected, *replaced = TOLD[name]
+    source = SUBJECT
+    for line, other in replaced:
+        assert line in source
+        source = source.replace(line, other)
+    path = tmp_path / "subject.py"
+    path.write_text(source, encoding="utf-8")
+    case = run_case(load_subject(str(path)), Case(str(path), 2))
+    causes = [f"{each['code']} {each['status']}" for each in case["causes"]]
+
+    assert case["verdict"] == "divergent"
+    assert " ".join(causes) == expected
