@@ -4,6 +4,7 @@
 # make bench      the benchmarks
 # make calibrate  measure rounding on correct code: what the limits are set by
 # make detection  the whole detection matrix: every mutant and trainer, minutes
+# make coverage   branches that the tests reach, layer by layer: fails below what is stated
 # make examples   rewrite reports/examples: one result and page for every cause
 # make readme     rewrite the generated parts of the README
 
@@ -19,7 +20,7 @@ RIGHT := plain_mean clipped scheduled tail token_weighted amp_bf16 logged
 WRONG := eq101_missing_division_plain eq103_mean_of_means_tokens eq201_batch_norm_1d \
 	eq301_zero_grad_in_cycle eq306_clip_by_norm eq307_scheduler_per_micro_batch
 
-.PHONY: run test lint bench calibrate detection examples readme
+.PHONY: run test lint bench calibrate detection coverage examples readme
 
 run: $(STAMP)
 	@$(BIN)/equivcheck run $(RIGHT:%=fixtures/trainers/%.py) --json reports/latest/trainers.json \
@@ -47,6 +48,19 @@ calibrate: $(STAMP)
 
 detection: $(STAMP)
 	$(BIN)/python -m pytest tests/detection -m "slow or not slow"
+
+LAYERS_0_1 := errors.py case.py causes/* result.py split.py differences.py attribution.py noise.py
+LAYER_3 := experiment.py verdict.py view.py diagnose.py detectors/* shared.py precision.py \
+	decide.py deadline.py describe.py doubts.py
+
+comma := ,
+empty :=
+modules = $(subst $(empty) ,$(comma),$(1:%=equivcheck/%))
+
+coverage: $(STAMP)
+	$(BIN)/python -m coverage run -m pytest tests/unit tests/cli tests/detection -q
+	@set -f; $(BIN)/python -m coverage report -m --include='$(call modules,$(LAYERS_0_1))' --fail-under=100
+	@set -f; $(BIN)/python -m coverage report -m --include='$(call modules,$(LAYER_3))' --fail-under=NN
 
 examples: $(STAMP)
 	@for code in $$(ls fixtures/mutants | grep -oE '^eq[0-9]{3}' | sort -u); do \
