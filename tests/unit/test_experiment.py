@@ -1,0 +1,106 @@
+"""What an experiment refuses, and what it makes of loops that give it less than others do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from equivcheck.case import Case
+from equivcheck.decide import run_case
+from equivcheck.errors import UsageError
+from equivcheck.experiment import Experiment
+from equivcheck.subject import load_subject
+
+
+class Loop:
+    """A subject of full batches of 6 rows.
+
+    Args:
+        steps_every: Full batches to an optimizer step.
+        factor: Of the loss when accumulated.
+        alone: Whether it runs with one micro-batch at a time.
+    """
+
+    def __init__(self, steps_every=1, factor=1.0, *, alone=True):
+        self.steps_every = steps_every
+        self.factor = factor
+        self.alone = alone
+
+    def build(self):
+        return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3).eval(), nn.Linear(3, 1))
+
+    def batches(self):
+        generator = torch.Generator().manual_seed(0)
+        return [torch.randn(6, 4, generator=generator) for _ in range(3)]
+
+    def train(self, model, loader, accumulation_steps):
+        assert self.alone or accumulation_steps > 1 or len(loader) == 3
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        every = accumulation_steps * self.steps_every
+        for index, x in enumerate(loader):
+            factor = self.factor if accumulation_steps > 1 else 1.0
+            (factor * model(x).square().mean() / every).backward()
+            if (index + 1) % every == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+
+
+class Stated(Loop):
+    """States its objective, which runs the normalization in training mode."""
+
+    def objective(self, model, batch):
+        model.train()
+        loss = model(batch).square().mean()
+        model.eval()
+        return loss
+
+
+class Framework(Loop):
+    """Batches by itself."""
+
+    def train(self, model, dataset, micro_batch_size, accumulation_steps):
+        raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"accumulation_steps": 2, "split": "uneven"}, "uneven-split"),
+        ({"accumulation_steps": 4}, "indivisible-batch"),
+    ],
+    ids=["uneven", "indivisible"],
+)
+def test_a_framework_gets_slices_of_one_size(fields, told):
+    with pytest.raises(UsageError, match=told):
+        Experiment(load_subject(Framework()), Case("Framework", **fields))
+
+
+def test_an_objective_leaves_the_buffers_as_they_were():
+    lab = Experiment(load_subject(Stated()), Case("Stated", 2))
+
+    assert lab.reference().steps[0].objective is not None
+    assert lab.judgement().same
+
+
+def test_an_objective_of_one_batch_says_nothing_of_a_step_over_two():
+    lab = Experiment(load_subject(Stated(steps_every=2)), Case("Stated", 2))
+
+    assert [step.objective for step in lab.reference().steps] == [None]
+
+
+def test_samples_that_no_step_consumed_are_no_pieces():
+    """The last of three full batches, where the loop steps after every second one."""
+    lab = Experiment(load_subject(Loop(steps_every=2)), Case("Loop", 2))
+
+    assert [each.pieces.shape[0] for each in lab.attributions()] in ([2], [])
+    assert lab.judgement().same
+
+
+def test_a_close_call_without_single_micro_batches_is_decided_with_a_note():
+    """A difference so small that other permutations are asked, and the pieces cannot be."""
+    lab = Loop(factor=1.0 + 2.0**-20, alone=False)
+    case = run_case(load_subject(lab), Case("Loop", 2))
+
+    assert case["verdict"] == "divergent"
+    assert any("could not be run alone" in note for note in case["notes"])
