@@ -29,7 +29,7 @@ from equivcheck.observe import Comparer, Keeper, Observer, Perturbed, Pieces
 from equivcheck.promotion import promote_tree
 from equivcheck.recorder import Recorder
 from equivcheck.recording import Kept, Place, Recording, Step
-from equivcheck.split import block_permutation, plan, tensors_in
+from equivcheck.split import block_permutation, plan, take, tensors_in
 from equivcheck.subject import Subject
 from equivcheck.verdict import Judgement, Noise, judge, roundoff_of, unfit
 
@@ -432,7 +432,10 @@ class Experiment:
         wanted = [name for name in names if name in parameters and parameters[name].requires_grad]
         buffers = {name: buffer.detach().clone() for name, buffer in recorder.model.named_buffers()}
         with recorder.paused(), torch.enable_grad(), torch.random.fork_rng(devices=[]):
-            loss = recorder.code.objective(recorder.model, recorder.data.batches[batches.pop()])
+            index = batches.pop()
+            # A copy: what the objective does to its batch must not reach the other roles.
+            rows = list(range(recorder.data.rows[index]))
+            loss = recorder.code.objective(recorder.model, take(recorder.data.batches[index], rows))
             gradients = torch.autograd.grad(
                 loss, [parameters[name] for name in wanted], allow_unused=True
             )

@@ -111,7 +111,7 @@ def _like_weights(tensors: dict[str, torch.Tensor], recorder: Recorder) -> bool:
     for key, tensor in tensors.items():
         match = parameters.get(key) if key in parameters else None
         if match is None:
-            match = next((p for name, p in pool if key.endswith(name)), None)
+            match = next((p for name, p in pool if key.endswith(f".{name}")), None)
         if match is None and key.isdigit() and int(key) < len(pool):
             match = pool[int(key)][1]
         if match is None or match.shape != tensor.shape:
