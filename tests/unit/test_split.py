@@ -352,3 +352,17 @@ def test_a_batch_without_rows_is_a_usage_error(batch):
 def test_batches_of_other_nestings_do_not_join(left, right, match):
     with pytest.raises(ValueError, match=match):
         join([left, right])
+
+
+def test_a_field_that_was_never_set_stays_so():
+    """A dataclass may fill one in later."""
+
+    @dataclasses.dataclass
+    class Batch:
+        x: torch.Tensor
+        cache: torch.Tensor = dataclasses.field(init=False)
+
+    found = take(Batch(torch.arange(4)), slice(1, 3))
+
+    assert found.x.tolist() == [1, 2]
+    assert not hasattr(found, "cache")
