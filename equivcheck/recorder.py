@@ -14,6 +14,7 @@ by comparing a few coordinates before and after.
 from __future__ import annotations
 
 import functools
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -243,7 +244,10 @@ class Recorder:
             lambda _, args, kwargs: self._use((args, kwargs)), with_kwargs=True
         )
         try:
-            yield
+            with warnings.catch_warnings():
+                # A compiled module runs eagerly here; that its hooks fire once more does no harm.
+                warnings.filterwarnings("ignore", message=".*there are global hooks on modules")
+                yield
         finally:
             every.remove()
             whole.remove()

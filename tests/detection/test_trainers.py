@@ -29,4 +29,4 @@ def test_trainer_is_equivalent(path: Path, accumulation_steps: int, split: str) 
 
     assert case["verdict"] == "equivalent", case["headline"]
     assert case["causes"] == []
-    assert case["detection_power"] < 1e-6 / accumulation_steps
+    assert case["detection_power"] < 1e-6 / accumulation_steps, case["notes"]
