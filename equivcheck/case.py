@@ -13,6 +13,8 @@ from equivcheck.errors import UsageError
 SPLITS = ("even", "uneven")
 STRATEGIES = ("none", "ddp", "fsdp", "zero", "pipeline", "tensor_parallel")
 DEVICES = ("cpu", "cuda")
+# Strategies in which every rank consumes all samples: ranks share the model, not the batch.
+SHARED_BATCH = frozenset({"pipeline", "tensor_parallel"})
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,11 @@ class Case:
         """Ten hex digits that stay the same when a later version adds a field with a default."""
         canonical = json.dumps(self._stated(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:10]
+
+    @property
+    def shares(self) -> int:
+        """Into how many parts the ranks cut a full batch."""
+        return 1 if self.strategy in SHARED_BATCH else self.world_size
 
     @property
     def label(self) -> str:

@@ -65,7 +65,13 @@ def plan_cases(
     for k in accumulation_steps:
         case = Case(target=subject.target, accumulation_steps=k, **fields)
         try:
-            plan(data.rows, k, case.split, case.world_size)
+            plan(
+                data.rows,
+                k,
+                case.split,
+                case.world_size,
+                every_rank_all=case.shares < case.world_size,
+            )
         except UsageError as error:
             if explicit:
                 raise
@@ -119,6 +125,9 @@ def run_case(
     try:
         with deadline(timeout, __file__):
             experiment = Experiment(subject, case, tell)
+            if experiment.crew is not None and timeout is not None:
+                experiment.crew.ends_at = time.monotonic() + timeout
+                experiment.crew.timeout = timeout
             entry["estimate"] = estimate(subject, experiment.data)
             refuse_what_cannot_fit(entry["estimate"])
             _decide(experiment, entry, expect, tell)

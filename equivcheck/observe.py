@@ -11,7 +11,7 @@ import copy
 import math
 import mmap
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from equivcheck.recording import Kept, Recording, Step
 from equivcheck.shadow import shadow_weights
 
 if TYPE_CHECKING:
+    from equivcheck.feed import Key
     from equivcheck.recorder import Recorder
 
 Gradients = dict[str, torch.Tensor | None]
@@ -242,7 +243,7 @@ class Comparer(Sampler):
     ) -> None:
         self.sample(recorder, step, gradients)
         step.contributions, self._arrived = self._arrived, []
-        self._match(step)
+        self._match(recorder, step)
         if step.matched is None:
             return
         kept = self._reference.kept[step.matched]
@@ -257,23 +258,26 @@ class Comparer(Sampler):
         step.shadows = _compare_shadows(kept.shadows, _shadows(recorder, torch.clone))
         kept.release()
 
-    def _match(self, step: Step) -> None:
-        """Find the reference's step that consumed the same samples; note extra and missing ones."""
+    def _match(self, recorder: Recorder, step: Step) -> None:
+        """Find the reference's step that consumed the same samples; note extra and missing ones.
+
+        Of several ranks each sees its own share of them.
+        """
         queue = self._queues.get(step.optimizer, [])
         collected = self._collected.setdefault(step.optimizer, set())
         collected |= step.samples
         for skipped, other in enumerate(queue):
-            if collected == other.samples:
+            if _is_share(collected, other.samples, recorder):
                 step.matched = other.index
                 step.missing = skipped
                 del queue[: skipped + 1]
                 collected.clear()
                 return
-            if not other.samples or not other.samples < collected:
+            if not other.samples or not _in_share(other.samples, recorder) < collected:
                 return
             # The samples of this reference step and of later ones came in one candidate step: it is missing.
             union = set().union(*(each.samples for each in queue[: skipped + 1]))
-            if union == collected:
+            if _is_share(collected, union, recorder):
                 del queue[: skipped + 1]
                 step.missing = skipped + 1
                 collected.clear()
@@ -385,6 +389,23 @@ class Comparer(Sampler):
                     if id(p) in recorder.names and g is not None
                 }
             )
+
+
+def _in_share(samples: Collection[Key], recorder: Recorder) -> set[Key]:
+    """Return those of a full batch's samples that this rank is given; all of them where that is not known."""
+    share = recorder.share
+    return {key for key in samples if share is None or key[1] in share}
+
+
+def _is_share(mine: Collection[Key], samples: Collection[Key], recorder: Recorder) -> bool:
+    """Return whether a rank has consumed its whole share of a full batch's samples.
+
+    Where ranks share a data set by themselves any equal part is one; whether all parts make the whole is seen when
+    the ranks are put together.
+    """
+    if recorder.share is not None or recorder.world_size == 1:
+        return set(mine) == _in_share(samples, recorder)
+    return set(mine) <= set(samples) and len(mine) >= len(samples) // recorder.world_size > 0
 
 
 class Perturbed(Comparer):

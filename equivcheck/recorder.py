@@ -14,6 +14,7 @@ by comparing a few coordinates before and after.
 from __future__ import annotations
 
 import functools
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -78,6 +79,9 @@ class Recorder:
         self.data: Data | None = None
         self.schedule = schedule or []
         self.shadow_holders: dict[str, Any] = {}
+        self.rank, self.world_size = 0, 1
+        self.share: frozenset[int] | None = None
+        self.watch: Callable[[Recording], None] | None = None
         self.prefetches: bool | None = None
         self.boundaries: list[list[int]] = []
         self.by_sample = False
@@ -217,6 +221,8 @@ class Recorder:
         """Add an event to the timeline."""
         event = Event(kind, self.backwards, len(self.recording.fetched), detail)
         self.recording.timeline.append(event)
+        if self.watch is not None:
+            self.watch(self.recording)
 
     def fetched(self, keys: list[Key]) -> None:
         """Note a micro-batch that is about to be handed out."""
@@ -775,6 +781,7 @@ class Recorder:
             if not step.sample:
                 self._observe(optimizer, step, closure=True)
             self.observer.after(self, step, optimizer)
+        step.at = time.time_ns()
         self._snapshots.clear()
         self._weights_probe = None
         self._stepped = True
