@@ -25,7 +25,7 @@ from equivcheck.observe import Observer, Pieces
 from equivcheck.promotion import promoted
 from equivcheck.recorder import Recorder
 from equivcheck.recording import Place, Recording
-from equivcheck.subject import Code, Subject, arguments, raised
+from equivcheck.subject import Code, Subject, arguments, modules_restored, raised
 
 if TYPE_CHECKING:
     from equivcheck.case import Case
@@ -90,12 +90,14 @@ def execute(subject: Subject, case: Case, run: Run, observer: Observer) -> Recor
 def process_state() -> Iterator[None]:
     """Put back what user code, or a seed of ours, sets for the whole process.
 
-    The default dtype, the gradient mode, and the random states of torch (cpu), numpy and Python.
+    The default dtype, the gradient mode, the random states of torch (cpu), numpy and Python, and the modules that
+    were executed again, so that a check inside a test leaves the test's own imports alone.
     """
     dtype, enabled = torch.get_default_dtype(), torch.is_grad_enabled()
     drawn, legacy, python = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002 - as below
     try:
-        yield
+        with modules_restored():
+            yield
     finally:
         torch.set_default_dtype(dtype)
         torch.set_grad_enabled(enabled)
