@@ -6,7 +6,8 @@ import math
 from typing import Any
 
 from equivcheck.errors import EquivcheckError
-from equivcheck.experiment import Attribution, Experiment
+from equivcheck.experiment import Experiment
+from equivcheck.fit import Attribution
 from equivcheck.recording import Recording
 from equivcheck.verdict import Judgement, logged_difference, overall, rate_difference
 from equivcheck.view import View

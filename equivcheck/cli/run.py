@@ -50,7 +50,6 @@ def execute(options: argparse.Namespace) -> int:
             expected="a target with build, batches and train",
             fix="equivcheck init writes one to start from",
         )
-    settings.refuse_unsupported()
     refuse_targets(options.targets)
     match = selection.compiled(options.select)
     outputs = Outputs(settings)
