@@ -50,6 +50,7 @@ class Run:
         seed_offset: Added to the seed of the training itself, not of the model.
         rank: The rank that runs it.
         world_size: Ranks that run it together.
+        part: Which part of the batch this rank has; 0 where every rank has all of it.
         share: The samples that this rank is given; None where it takes its own share of all.
     """
 
@@ -70,6 +71,7 @@ class Run:
     schedule: list[Place] = field(default_factory=list)
     rank: int = 0
     world_size: int = 1
+    part: int = 0
     share: frozenset[int] | None = None
 
     @property
@@ -175,7 +177,8 @@ def _execute(
             # A hook on modules would break the graph of a compiled one; promoted runs do not compile.
             feed.on_served = recorder.usage.served
             stack.enter_context(recorder.usage.watching_use())
-        recorder.rank, recorder.world_size, recorder.share = run.rank, run.world_size, run.share
+        recorder.rank, recorder.world_size = run.rank, run.world_size
+        recorder.part, recorder.share = run.part, run.share
         recorder.watch = watch
         recorder.code = code
         recorder.data = run.data

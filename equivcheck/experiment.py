@@ -424,6 +424,7 @@ class Experiment:
                 interventions=list(interventions),
                 schedule=written[rank].places(self.cycles()) if written else [],
                 rank=rank,
+                part=rank if self.case.shares > 1 else 0,
                 world_size=self.case.world_size,
                 share=None
                 if "dataset" in self.wants
@@ -588,7 +589,11 @@ class Experiment:
                 start = reference.kept[cycle - 1] if cycle > 0 else reference.initial
                 found.append(
                     attribute(
-                        step, target, [each for each in steps if each is not None], sampled(start)
+                        step,
+                        target,
+                        [each for each in steps if each is not None],
+                        sampled(start),
+                        self.case.shares,
                     )
                 )
             return found

@@ -14,7 +14,7 @@ by comparing a few coordinates before and after.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +65,7 @@ class Recorder:
         self.code: Code | None = None
         self.data: Data | None = None
         self.is_promoted = True
-        self.rank, self.world_size = 0, 1
+        self.rank, self.world_size, self.part = 0, 1, 0
         self.share: frozenset[int] | None = None
         self.watch: Callable[[Recording], None] | None = None
         self.is_paused = False
@@ -130,6 +130,21 @@ class Recorder:
         if not self.backwards or self.backwards > len(self.schedule):
             return None
         return self.schedule[self.backwards - 1]
+
+    def factor(self, factors: Mapping[int, Sequence[float]]) -> float:
+        """Return the factor for the backward that ran last, or is running; 1 where there is none.
+
+        Args:
+            factors: Per cycle, one for each micro-step; or for those of rank 0, then for those of rank 1 ...
+        """
+        place = self.place()
+        if place is None:
+            return 1.0
+        chosen = factors.get(place.cycle, ())
+        index = place.micro_step
+        if len(chosen) > place.micro_steps:
+            index += self.part * place.micro_steps
+        return chosen[index] if index < len(chosen) else 1.0
 
     def inside(self) -> bool:
         """Return whether a cycle is under way: some of its backwards have run, and not the last."""

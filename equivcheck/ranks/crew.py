@@ -40,7 +40,14 @@ STALLED: Final = 60.0
 TO_TELL: Final = 0.9
 _START: Final = 120.0
 # What a rank's own collective raises when another rank has gone.
-_OF_A_PEER: Final = ("Connection closed by peer", "Connection reset", "Broken pipe", "gloo", "Gloo", "NCCL")
+_OF_A_PEER: Final = (
+    "Connection closed by peer",
+    "Connection reset",
+    "Broken pipe",
+    "gloo",
+    "Gloo",
+    "NCCL",
+)
 
 
 @dataclass
@@ -224,8 +231,7 @@ class Crew:
     def _failed(self, role: str) -> Exception:
         until = time.monotonic() + GRACE
         while (left := until - time.monotonic()) > 0 and any(
-            each.failure is None and each.died is None and each.done is None
-            for each in self._ranks
+            each.failure is None and each.died is None and each.done is None for each in self._ranks
         ):
             self._hear(left)
         rank = self._first()
@@ -238,7 +244,8 @@ class Crew:
         if failure.ours:
             return RuntimeError(f"rank {rank}:\n{failure.user_traceback}")
         alike = [
-            r for r, other in enumerate(self._ranks)
+            r
+            for r, other in enumerate(self._ranks)
             if other.failure is not None and other.failure.message == failure.message
         ]
         if len(alike) == self.world_size > 1:
@@ -257,12 +264,15 @@ class Crew:
 
     def _first(self) -> int:
         """Return the rank that failed by itself: killed, or else the first to raise."""
-        killed = [r for r, each in enumerate(self._ranks) if each.died is not None and each.failure is None]
-        raised = {
-            r: each.failure for r, each in enumerate(self._ranks) if each.failure is not None
-        }
+        killed = [
+            r
+            for r, each in enumerate(self._ranks)
+            if each.died is not None and each.failure is None
+        ]
+        raised = {r: each.failure for r, each in enumerate(self._ranks) if each.failure is not None}
         own = {
-            r: failure for r, failure in raised.items()
+            r: failure
+            for r, failure in raised.items()
             if not any(word in failure.message + failure.user_traceback for word in _OF_A_PEER)
         }
         if killed and not own:
@@ -272,8 +282,16 @@ class Crew:
         return min(r for r, failure in chosen.items() if failure.message == earliest.message)
 
     def _dead(self, role: str, rank: int, code: int, stopped: str | None) -> StepError:
-        how = f"was killed by signal {-code} ({_signal_name(-code)})" if code < 0 else f"ended with exit code {code}"
-        because = "killed from outside, or by the system for lack of memory" if code == -signal.SIGKILL else None
+        how = (
+            f"was killed by signal {-code} ({_signal_name(-code)})"
+            if code < 0
+            else f"ended with exit code {code}"
+        )
+        because = (
+            "killed from outside, or by the system for lack of memory"
+            if code == -signal.SIGKILL
+            else None
+        )
         return StepError(
             f"rank-died: rank {rank} {how}",
             where=self._place(role, rank),
@@ -297,11 +315,19 @@ class Crew:
         for r, each in enumerate(self._ranks):
             standing = self._standing(r)
             if each.done is not None or standing.state == RETURNED:
-                lines.append(f"rank {r}: returned from train after {standing.optimizer_step} optimizer steps\n")
+                lines.append(
+                    f"rank {r}: returned from train after {standing.optimizer_step} optimizer steps\n"
+                )
             else:
                 stack = each.answer[0] if each.answer is not None else []
-                lines.append(f"{self._place('rank', r).removeprefix('rank, ')}: {stack[0] if stack else 'no answer'}\n")
-        what = f"no rank computed anything for {seconds:.0f} s" if stalled else f"no verdict after {seconds:g} s"
+                lines.append(
+                    f"{self._place('rank', r).removeprefix('rank, ')}: {stack[0] if stack else 'no answer'}\n"
+                )
+        what = (
+            f"no rank computed anything for {seconds:.0f} s"
+            if stalled
+            else f"no verdict after {seconds:g} s"
+        )
         return TimedOut(
             f"timed-out: {what}, rank {rank} {why}",
             where=self._place(role, rank),
@@ -314,12 +340,15 @@ class Crew:
     def _waited_for(self) -> tuple[int, str]:
         """Return the rank that keeps the others waiting: the one with the fewest collectives."""
         returned = [
-            r for r, each in enumerate(self._ranks)
+            r
+            for r, each in enumerate(self._ranks)
             if each.done is not None or self._standing(r).state == RETURNED
         ]
         if returned and len(returned) < self.world_size:
             return returned[0], "has returned from train, and others have not"
-        issued = {r: each.answer[1] for r, each in enumerate(self._ranks) if each.answer is not None}
+        issued = {
+            r: each.answer[1] for r, each in enumerate(self._ranks) if each.answer is not None
+        }
         silent = [r for r in range(self.world_size) if r not in issued]
         if silent:
             return silent[0], "does not answer"

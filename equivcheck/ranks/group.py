@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore, PrefixStore, Store, TCPStore
 from torch.distributed import distributed_c10d
 
 from equivcheck.recording import Collective
@@ -66,7 +67,7 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def join(rank: int, world_size: int, device: str, store: dist.Store) -> None:
+def join(rank: int, world_size: int, device: str, store: Store) -> None:
     """Join the group of this run's ranks, and let the user's own calls find it.
 
     Args:
@@ -76,15 +77,13 @@ def join(rank: int, world_size: int, device: str, store: dist.Store) -> None:
         store: Where the ranks meet.
     """
     backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
-    dist.init_process_group(
-        backend, store=store, rank=rank, world_size=world_size, timeout=NEVER
-    )
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=NEVER)
     _keep()
 
 
-def meet(folder: Path, world_size: int) -> dist.Store:
+def meet(folder: Path, world_size: int) -> Store:
     """Return a store in a folder that all ranks of one machine share."""
-    return dist.FileStore(str(folder / "rendezvous"), world_size)
+    return FileStore(str(folder / "rendezvous"), world_size)
 
 
 def _keep() -> None:
@@ -98,7 +97,8 @@ def _keep() -> None:
     def destroy_process_group(*_args: Any, **_kwargs: Any) -> None:
         """Leave the group to the end of the process."""
 
-    for module in (dist, distributed_c10d):
+    modules: tuple[Any, ...] = (dist, distributed_c10d)
+    for module in modules:
         module.init_process_group = init_process_group
         module.destroy_process_group = destroy_process_group
 
@@ -106,7 +106,8 @@ def _keep() -> None:
 def issued() -> int:
     """Return the number of collectives that this rank has issued, over all of its groups."""
     total = 0
-    for group in list(distributed_c10d._world.pg_map):
+    groups: list[Any] = list(distributed_c10d._world.pg_map)
+    for group in groups:
         try:
             total += int(group._get_sequence_number_for_group())
         except RuntimeError:  # A backend without numbers.
@@ -164,6 +165,6 @@ def described(collectives: Mapping[int, list[Collective]]) -> dict[int, dict[str
     }
 
 
-def meet_at(host: str, port: int, prefix: str) -> dist.Store:
+def meet_at(host: str, port: int, prefix: str) -> Store:
     """Return a store that ranks on several machines share, as a client of the one that is there."""
-    return dist.PrefixStore(prefix, dist.TCPStore(host, port, is_master=False))
+    return PrefixStore(prefix, TCPStore(host, port, is_master=False))

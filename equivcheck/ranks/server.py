@@ -12,10 +12,9 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
-
-from multiprocessing import forkserver
 
 
 @functools.cache
