@@ -16,7 +16,7 @@ LAYERS = (
     {
         *("subject", "feed", "recording", "recorder", "observe", "shadow"),
         *("promotion", "interventions", "neutral", "entropy", "freeze", "addends"),
-        *("execute", "memory", "deadline"),
+        *("execute", "memory", "deadline", "strategies"),
     },
     {
         *("experiment", "verdict", "view", "diagnose", "detectors"),
