@@ -7,7 +7,8 @@ from typing import Any, Final
 
 from equivcheck import series
 from equivcheck.errors import EquivcheckError
-from equivcheck.experiment import Attribution, Experiment
+from equivcheck.experiment import Experiment
+from equivcheck.fit import Attribution
 from equivcheck.recording import Recording
 from equivcheck.verdict import Judgement, Noise, logged_difference, overall, rate_difference
 from equivcheck.view import View
