@@ -18,7 +18,8 @@ from typing import Any, Final
 
 from equivcheck.differences import Sums
 from equivcheck.errors import EquivcheckError
-from equivcheck.experiment import Attribution, Experiment
+from equivcheck.experiment import Experiment
+from equivcheck.fit import Attribution
 from equivcheck.noise import SAFETY
 from equivcheck.recording import Recording, Step
 from equivcheck.timelines import timelines
