@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from equivcheck.attribution import predict
+from equivcheck.counting import masks
 from equivcheck.experiment import Experiment, Interventions
 from equivcheck.fit import Attribution
 from equivcheck.noise import SAFETY
@@ -163,7 +164,7 @@ class View:
         for batch, slices in zip(experiment.data.batches, cuts, strict=True):
             found["rows"].append([stop - start for start, stop in slices])
             for path, tensor in named_tensors(batch):
-                for label, mask in _masks(path or "batch", tensor) if tensor.dim() else ():
+                for label, mask in masks(path or "batch", tensor) if tensor.dim() else ():
                     rows = mask.flatten(1).sum(1) if mask.dim() > 1 else mask
                     found.setdefault(label, []).append(
                         [int(rows[start:stop].sum()) for start, stop in slices]
@@ -188,16 +189,3 @@ class Part(View):
         """The weights of every matched step, fitted over those parameters."""
         return [each.only(self.names or frozenset()) for each in self._whole.attributions]
 
-
-def _masks(path: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
-    if tensor.is_floating_point() or tensor.is_complex():
-        values = bool(((tensor == 0) | (tensor == 1)).all())
-        return [(f"{path} != 0", tensor != 0)] if values else []
-    found = [(f"{path} entries", torch.ones_like(tensor, dtype=torch.bool))]
-    if tensor.dtype == torch.bool or int(tensor.min()) >= 0:
-        found.append((f"{path} != 0", tensor != 0))
-    if tensor.dtype != torch.bool and bool((tensor < 0).any()):
-        found.append((f"{path} >= 0", tensor >= 0))
-        if tensor.dim() > 1 and tensor.shape[1] > 1:
-            found.append((f"{path}[:, 1:] >= 0", tensor[:, 1:] >= 0))
-    return found
