@@ -27,7 +27,7 @@ from equivcheck.errors import EquivcheckError, StepError, TimedOut, UsageError
 from equivcheck.execute import process_state, seed_all
 from equivcheck.experiment import Experiment
 from equivcheck.feed import read_batches
-from equivcheck.memory import estimate, refuse_what_cannot_fit
+from equivcheck.memory import refuse_what_cannot_fit
 from equivcheck.precision import Precision, judge_precision
 from equivcheck.promotion import promoted
 from equivcheck.shared import shared_faults, skipped_steps
@@ -118,8 +118,9 @@ def run_case(
 
     try:
         with deadline(timeout, __file__):
-            experiment = Experiment(subject, case, tell)
-            entry["estimate"] = estimate(subject, experiment.data)
+            make = getattr(subject, "experiment", Experiment)
+            experiment = make(subject, case, tell)
+            entry["estimate"] = experiment.estimate()
             refuse_what_cannot_fit(entry["estimate"])
             _decide(experiment, entry, expect, tell)
     except UsageError:
@@ -139,6 +140,7 @@ def run_case(
     finally:
         if experiment is not None:
             entry["runs"] = experiment.runs
+            entry.update(experiment.facts())
             experiment.close()
     entry["seconds"] = time.perf_counter() - started
     return entry
@@ -260,7 +262,7 @@ def _conclude(
 
 
 def _runs_natively(experiment: Experiment) -> bool:
-    other = Experiment(experiment.subject, experiment.case, promoted=False)
+    other = experiment.again(promoted=False)
     try:
         other.reference()
         other.candidate()
@@ -310,7 +312,7 @@ def _natively(
     """Judge the case on the native runs, against their own control."""
     entry["notes"].append(f"judged as written, not in float64: {why}")
     entry["judged"] = "native"
-    native = Experiment(experiment.subject, experiment.case, progress, promoted=False)
+    native = experiment.again(progress, promoted=False)
     try:
         reference = native.reference()
         if not usable(reference, entry, native.subject):

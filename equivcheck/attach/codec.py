@@ -47,7 +47,10 @@ class _Encoder:
         if isinstance(value, (tuple, set, frozenset)):
             items = sorted(value) if isinstance(value, (set, frozenset)) else value
             kind = type(value).__name__ if type(value) in {tuple, set, frozenset} else "tuple"
-            return {"$": kind, "v": [self.encode(each, f"{path}.{i}") for i, each in enumerate(items)]}
+            return {
+                "$": kind,
+                "v": [self.encode(each, f"{path}.{i}") for i, each in enumerate(items)],
+            }
         if isinstance(value, Mapping):
             return self._mapping(value, path)
         if isinstance(value, torch.dtype):
@@ -139,6 +142,8 @@ def decode(
             return getattr(torch, inner)
         if kind == "intervention":
             return known[inner]
-        return {"tuple": tuple, "set": set, "frozenset": frozenset}[kind](walk(each) for each in inner)
+        return {"tuple": tuple, "set": set, "frozenset": frozenset}[kind](
+            walk(each) for each in inner
+        )
 
     return walk(value)

@@ -47,7 +47,12 @@ class Rule:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the rule, JSON-ready."""
-        return {"paths": self.paths, "padding": self.padding, "row_length": self.row_length, "forwards": self.forwards}
+        return {
+            "paths": self.paths,
+            "padding": self.padding,
+            "row_length": self.row_length,
+            "forwards": self.forwards,
+        }
 
 
 def row_digests(named: list[tuple[str, torch.Tensor]], rule: Rule) -> list[int]:

@@ -170,9 +170,10 @@ def _descendants(token: str) -> list[int]:
     mark = f"EQUIVCHECK_RUN={token}".encode()
     for each in Path("/proc").glob("[0-9]*"):
         try:
-            if int(each.name) != os.getpid() and mark in (each / "environ").read_bytes():
-                if (each / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
-                    found.append(int(each.name))
+            if int(each.name) == os.getpid() or mark not in (each / "environ").read_bytes():
+                continue
+            if (each / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                found.append(int(each.name))
         except (OSError, ValueError):
             continue
     return found

@@ -99,7 +99,16 @@ class Follower(Comparer):
 
 
 class Shaken(Perturbed, Follower):
-    """A control of a full batch that several processes may share."""
+    """A control of a full batch that several processes may share.
+
+    Args:
+        reference: The recording that was kept.
+        which: Chooses the signs of the roundings.
+    """
+
+    def __init__(self, reference: Recording, which: int = 0) -> None:
+        super().__init__(reference)
+        self._seed = which * 1_000_000
 
 
 class Contributor(Follower):

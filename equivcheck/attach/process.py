@@ -122,7 +122,7 @@ class Attachment:
         atexit.register(self.finish, "exit")
         os.register_at_fork(after_in_child=self._forked)
         self._leave: Callable[[int], NoReturn] = os._exit
-        os._exit = self._exit
+        os._exit = self._exit  # type: ignore[assignment]
         self._hook = sys.excepthook
         sys.excepthook = self._raised
 
@@ -153,7 +153,7 @@ class Attachment:
             step.samples = frozenset((0, number) for number in numbers)
         comparer: Follower
         if kind == "perturb":
-            comparer = Shaken(reference)
+            comparer = Shaken(reference, self.spec.perturbation)
         elif kind == "contribute":
             comparer = Contributor(reference, self.facts.contributions, native=self.spec.native)
         else:
@@ -190,8 +190,11 @@ class Attachment:
         total = -(-len(spec.digests) // self.facts.world_size)
         return self._passed >= total or (self._reached_last and all(key[0] for key in keys))
 
-    def _called(self, named: list[tuple[str, torch.Tensor]], rows: int) -> None:
-        self.facts.counts.append(counted(named, rows))
+    def _called(self, named: list[tuple[str, torch.Tensor]], rows: int, joins: bool) -> None:
+        if not joins or not self.facts.counts:
+            self.facts.counts.append({})
+        for label, count in counted(named, rows).items():
+            self._counted(label, count)
 
     def _counted(self, label: str, count: int) -> None:
         if self.facts.counts:
@@ -312,4 +315,3 @@ def _without_ours(trace: TracebackType | None) -> TracebackType | None:
     for each in reversed(kept):
         chain = TracebackType(chain, each.tb_frame, each.tb_lasti, each.tb_lineno)
     return chain
-

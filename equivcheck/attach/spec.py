@@ -46,6 +46,7 @@ class Spec:
         rule: How samples are recognised, as the full batch's run found it.
         schedule: Place of every backward, from an earlier run.
         interventions: What is put right.
+        perturbation: Which signs a control's roundings have.
         seed_offset: Random numbers drawn in a forward are others.
         length: What `len(loader)` says.
     """
@@ -67,6 +68,7 @@ class Spec:
     rule: dict[str, Any] = field(default_factory=dict)
     schedule: list[Place] = field(default_factory=list)
     interventions: list[Intervention] = field(default_factory=list)
+    perturbation: int = 0
     seed_offset: int = 0
     length: int | None = None
 
@@ -136,4 +138,3 @@ def _class(name: str) -> type[Intervention]:
     if not (isinstance(found, type) and issubclass(found, Intervention)):
         raise TypeError(f"{name} is no intervention")
     return found
-

@@ -198,4 +198,3 @@ def _refused(path: Path, why: str) -> UsageError:
         because="it was cut short, changed, or is not one of ours",
         fix="record again",
     )
-

@@ -71,7 +71,7 @@ class ProcessRecorder(Recorder):
         is_neutral: Dropout is switched off.
         seed_offset: If not 0, forwards draw other random numbers.
         on_enter: Called with the keys of each micro-batch before its forward; returns whether it is to be noted.
-        on_called: Called with the tensors of such a micro-batch and its number of rows.
+        on_called: Called with the tensors of such a micro-batch, its number of rows, and whether it joins the last.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class ProcessRecorder(Recorder):
         is_neutral: bool,
         seed_offset: int,
         on_enter: Callable[[list[Key]], bool],
-        on_called: Callable[[list[tuple[str, torch.Tensor]], int], None],
+        on_called: Callable[[list[tuple[str, torch.Tensor]], int, bool], None],
     ) -> None:
         super().__init__(
             nn.Module(), recording, observer, interventions=interventions, schedule=schedule
@@ -173,8 +173,9 @@ class ProcessRecorder(Recorder):
             keys = self.samples.keys(digests)
             if not self.on_enter(keys):
                 return
-            self.on_called(named, len(keys))
-        if self._joins():
+            joins = self._joins()
+            self.on_called(named, len(keys), joins)
+        if joins:
             # Several forwards before one backward are one micro-batch.
             self.recording.fetched[-1] += keys
             self._forwards += 1
@@ -202,7 +203,9 @@ class ProcessRecorder(Recorder):
         self._take(owner(called, optimizers))
         recording = self.recording
         first = next((p for p in self.model.parameters()), None)
-        recording.dtype = str(first.dtype).removeprefix("torch.") if first is not None else "float32"
+        recording.dtype = (
+            str(first.dtype).removeprefix("torch.") if first is not None else "float32"
+        )
         recording.parameters = sum(p.numel() for p in self.model.parameters())
         if self.is_promoted:
             promote_module(self.model)
@@ -210,8 +213,8 @@ class ProcessRecorder(Recorder):
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     self.name_of(parameter, optimizer)
-        for each in self.interventions:
-            self._stack.enter_context(each.installed(self))
+        for intervention in self.interventions:
+            self._stack.enter_context(intervention.installed(self))
         # Classes that were defined, and imported, since the hooks were put in place.
         self.schedulers.install(self._stack)
         self.steps.install_controls(self._stack)

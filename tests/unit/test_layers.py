@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2] / "equivcheck"
 
 LAYERS = (
     {"errors", "case", "causes", "result"},
-    {"split", "differences", "attribution", "noise"},
+    {"split", "differences", "attribution", "noise", "counting", "tensorfile"},
     {
         *(
             "subject",
@@ -26,7 +26,7 @@ LAYERS = (
             "shadow",
         ),
         *("promotion", "casting", "interventions", "neutral", "entropy", "freeze", "addends"),
-        *("execute", "memory", "deadline"),
+        *("execute", "memory", "deadline", "attach"),
     },
     {
         *("experiment", "fit", "verdict", "view", "diagnose", "detectors"),
