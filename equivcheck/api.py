@@ -310,6 +310,12 @@ def plan(
     jobs: list[Job] = []
     notes: list[str] = []
     for target in targets:
+        if hasattr(
+            target, "experiment"
+        ):  # command lines: what they run is known when they have run
+            named = {n: values[n] for n in ("seed", "device", "optimizer_steps") if n in values}
+            jobs.append(Job(target, Case(str(target), accumulation_steps=1, **named)))
+            continue
         with process_state():
             subject = load_subject(target, values.get("train"))
             cases, remarks = plan_cases(

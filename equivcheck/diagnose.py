@@ -246,7 +246,9 @@ class Search:
                 and (_size(r) < size / 2 or len(r.kinds()) < len(before.kinds() if before else ()))
                 for r in results
             )
-            if helped or not each.variants:
+            # A run that does not survive, or cannot be made again, rules nothing out.
+            untested = all(result is None for result in results)
+            if helped or untested:
                 seen.add(each.code)
                 self.diagnosis.causes.append(cause(each, "suspected", each.evidence))
             else:

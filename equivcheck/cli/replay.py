@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,15 @@ def execute(options: argparse.Namespace) -> int:
     """Print FIXED, STILL DIVERGENT, SAME or ERROR and return the case's own exit code."""
     before = _recorded(options.case_id, options.result)
     with own_stdout() as out:
-        from equivcheck.subject import load_subject  # noqa: PLC0415 - loaded only to run
+        from equivcheck.scripts.target import script_of  # noqa: PLC0415 - loaded only to run
+        from equivcheck.subject import load_subject  # noqa: PLC0415
 
         case = Case.from_dict(before)
-        subject = load_subject(case.target, before.get("train"))
+        subject: Any = script_of(before)
+        if subject is None:
+            subject = load_subject(case.target, before.get("train"))
+        else:
+            case = replace(case, accumulation_steps=1, world_size=1)
         job = Job(subject, case, before.get("train"))
         expect = tuple(before.get("expect") or ())
         [now] = outcomes([job], expect=expect, timeout=options.timeout)

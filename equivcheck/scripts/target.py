@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from equivcheck.case import Case
 from equivcheck.errors import UsageError
 from equivcheck.scripts.experiment import ScriptExperiment
 
-__all__ = ["Command", "Script", "interpreters"]
+__all__ = ["Command", "Script", "interpreters", "script_of", "scripts_of"]
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,9 @@ class Script:
             return f"{self.full.text} [{' | '.join(self.versions)}]"
         return f"{self.full.text} | {self.accumulated.text}"
 
+    def __str__(self) -> str:
+        return self.target
+
     @property
     def location(self) -> str:
         """The accumulated command line."""
@@ -104,6 +107,57 @@ class Script:
     ) -> ScriptExperiment:
         """Return the experiment that decides the case."""
         return ScriptExperiment(self, case, progress, promoted=promoted)
+
+
+def scripts_of(
+    full: str | None,
+    accumulated: Sequence[str],
+    versions: str | None,
+    optimizer_steps: int,
+) -> list[Script]:
+    """Return what `--full`, `--accumulated` and `--versions` ask for: one script for each accumulated command.
+
+    Raises:
+        UsageError: One of the two is missing, or a command cannot be run.
+    """
+    if full is None:
+        raise UsageError(
+            "no-full-command: --full is missing",
+            expected="the command line that trains on the full batch at once",
+            fix='--full "python train.py --batch-size 16 --accum 1"',
+        )
+    if versions is not None:
+        if accumulated:
+            raise UsageError(
+                "versions-and-accumulated: --versions runs one command in two environments",
+                expected="--full and --versions, or --full and --accumulated",
+                fix="run the two questions one after the other",
+            )
+        pair = interpreters(versions)
+        first, second = (Command.parse(full, each) for each in pair)
+        return [Script(first, second, optimizer_steps, pair)]
+    if not accumulated:
+        raise UsageError(
+            "no-accumulated-command: --accumulated is missing",
+            expected="the command line that trains on the same samples in micro-batches",
+            fix='--accumulated "python train.py --batch-size 4 --accum 4"',
+        )
+    one = Command.parse(full)
+    return [Script(one, Command.parse(each), optimizer_steps) for each in accumulated]
+
+
+def script_of(case: Mapping[str, Any]) -> Script | None:
+    """Return the script of a case of a saved result; None if the case is another kind of subject's."""
+    if "full_command" not in case:
+        return None
+    versions = case.get("versions") or []
+    [found] = scripts_of(
+        case["full_command"],
+        [] if versions else [case["accumulated_command"]],
+        ",".join(versions) or None,
+        int(case["optimizer_steps"]),
+    )
+    return found
 
 
 def interpreters(value: str) -> tuple[str, str]:

@@ -30,7 +30,7 @@ LAYERS = (
     },
     {
         *("experiment", "fit", "verdict", "view", "diagnose", "detectors"),
-        *("shared", "precision", "decide", "describe", "doubts", "series", "timelines"),
+        *("shared", "precision", "decide", "describe", "doubts", "series", "timelines", "scripts"),
     },
     {"api", "config", "report"},
     {"cli", "plugin", "__init__", "__main__"},
