@@ -53,9 +53,11 @@ class Experiment:
 
     Attributes:
         reseeds_forwards: Another seed changes what forwards draw, and nothing before them.
+        intervenes: Runs can be made with something put right.
     """
 
     reseeds_forwards = False
+    intervenes = True
 
     def __init__(
         self,

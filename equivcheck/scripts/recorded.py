@@ -104,6 +104,8 @@ def rekeyed(recorded: Recorded, known: Recorded) -> None:
 class RecordedExperiment(ScriptExperiment):
     """Two recordings, and a third of the first command as the control if there is one."""
 
+    intervenes = False
+
     def __init__(
         self, full: Recorded, accumulated: Recorded, control: Recorded | None, case: Case
     ) -> None:

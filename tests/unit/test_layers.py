@@ -26,7 +26,8 @@ LAYERS = (
             "shadow",
         ),
         *("promotion", "casting", "interventions", "neutral", "entropy", "freeze", "addends"),
-        *("execute", "memory", "deadline", "attach"),
+        *("execute", "memory", "deadline", "strategies"),
+        "attach",
     },
     {
         *("experiment", "fit", "verdict", "view", "diagnose", "detectors"),
