@@ -11,12 +11,12 @@ import pytest
 ROOT = Path(__file__).parents[2] / "equivcheck"
 
 LAYERS = (
-    {"errors", "case", "causes", "result"},
+    {"errors", "case", "causes", "result", "_bundled"},
     {"split", "differences", "attribution", "noise"},
     {
         *("subject", "feed", "recording", "recorder", "observe", "shadow"),
         *("promotion", "interventions", "neutral", "entropy", "freeze", "addends"),
-        *("execute", "memory", "deadline"),
+        *("execute", "memory", "deadline", "suite"),
     },
     {
         *("experiment", "verdict", "view", "diagnose", "detectors"),
