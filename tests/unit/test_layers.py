@@ -26,7 +26,7 @@ LAYERS = (
             "shadow",
         ),
         *("promotion", "casting", "interventions", "neutral", "entropy", "freeze", "addends"),
-        *("execute", "memory", "deadline", "suite"),
+        *("execute", "memory", "deadline", "strategies", "suite"),
     },
     {
         *("experiment", "fit", "verdict", "view", "diagnose", "detectors"),
