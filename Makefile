@@ -6,6 +6,8 @@
 # make detection  the whole detection matrix: every mutant and trainer, minutes
 # make coverage   branches that the tests reach, layer by layer: fails below what is stated
 # make examples   rewrite reports/examples: one result and page for every cause
+# make env-NAME   an environment for one family of frameworks: transformers, lightning, deepspeed, jax, keras
+# make envs       all of them
 # make readme     rewrite the generated parts of the README
 
 SHELL  := bash
@@ -20,7 +22,7 @@ RIGHT := plain_mean clipped scheduled tail token_weighted amp_bf16 logged
 WRONG := eq101_missing_division_plain eq103_mean_of_means_tokens eq201_batch_norm_1d \
 	eq301_zero_grad_in_cycle eq306_clip_by_norm eq307_scheduler_per_micro_batch
 
-.PHONY: run test lint bench calibrate detection coverage examples readme
+.PHONY: run test lint bench calibrate detection coverage examples readme envs
 
 run: $(STAMP)
 	@$(BIN)/equivcheck run $(RIGHT:%=fixtures/trainers/%.py) --json reports/latest/trainers.json \
@@ -50,7 +52,7 @@ detection: $(STAMP)
 	$(BIN)/python -m pytest tests/detection -m "slow or not slow"
 
 LAYERS_0_1 := errors.py case.py causes/* result.py split.py differences.py attribution.py noise.py
-LAYER_3 := experiment.py verdict.py view.py diagnose.py detectors/* shared.py precision.py \
+LAYER_3 := experiment.py fit.py verdict.py view.py diagnose.py detectors/* shared.py precision.py \
 	decide.py deadline.py describe.py doubts.py
 
 comma := ,
@@ -76,4 +78,22 @@ readme: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,lint]'
+	touch $@
+
+# One environment per family of frameworks. Each sees torch, and what the tests need, through a path to the main
+# environment, so that it holds the framework alone: 40 to 700 MB instead of 1.6 GB.
+FRAMEWORKS := transformers lightning deepspeed jax keras
+ENVS       ?= .venvs
+
+envs: $(FRAMEWORKS:%=env-%)
+
+env-%: $(ENVS)/%/installed ;
+
+.PRECIOUS: $(ENVS)/%/installed
+$(ENVS)/%/installed: $(STAMP)
+	test -x $(@D)/bin/python || $(BIN)/python -m venv --without-pip $(@D)
+	@cd $(@D)/lib/python3*/site-packages && $(abspath $(BIN))/python -c \
+		'import sysconfig; print(sysconfig.get_path("purelib"))' > shared.pth
+	$(BIN)/python -m pip --python $(@D)/bin/python install --quiet --constraint constraints.txt \
+		--editable '.[$*]'
 	touch $@

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import shlex
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -79,14 +82,25 @@ def load_result(path: str) -> Result:
     return Result(results.load(path))
 
 
+Functions = Callable[..., Any]
+Batches = Callable[[], Any] | list[Any] | tuple[Any, ...]
+# What may be given several values, each of which makes cases of its own.
+AXES = ("split", "world_size", "strategy", "precision")
+
+
 def measure(
-    target: object,
+    target: object = None,
     *,
+    build: Functions | None = None,
+    batches: Batches | None = None,
+    train: Functions | str | None = None,
+    objective: Functions | None = None,
     accumulation_steps: Iterable[int] | int | None = None,
-    split: str = "even",
-    expect: Iterable[str] = (),
-    train: str | None = None,
-    precision: str = "native",
+    split: Iterable[str] | str = "even",
+    world_size: Iterable[int] | int = 1,
+    strategy: Iterable[str] | str = "none",
+    expect: Iterable[str] | str = (),
+    precision: Iterable[str] | str = "native",
     device: str = "cpu",
     optimizer_steps: int = 8,
     seed: int = 0,
@@ -95,11 +109,16 @@ def measure(
     """Run the experiment and return what was found; a divergence is data, not an exception.
 
     Args:
-        target: `train_step.py`, `pkg.mod:Subject`, or an object with build, batches and train.
+        target: `train_step.py`, `pkg.mod:Subject`, or a module or object with build, batches and train.
+        build: Returns a fresh model; in place of the target's own, as the next three.
+        batches: Returns the full batches, one per optimizer step; or the batches themselves, in a list.
+        train: The training loop, a function or `FILE:ATTR`.
+        objective: The loss that a full batch ought to have.
         accumulation_steps: One or several K; by default 2 and 4 where the batch allows them.
-        split: "even" or "uneven" micro-batches.
+        split: "even" or "uneven" micro-batches, or both.
+        world_size: One or several numbers of ranks.
+        strategy: How several ranks work together.
         expect: Codes of causes that theory predicts for this subject.
-        train: Another training loop to put under the target, `FILE:ATTR`.
         precision: Handed to a `train` that asks for it.
         device: "cpu" or "cuda".
         optimizer_steps: Upper bound on full batches.
@@ -109,34 +128,38 @@ def measure(
     Raises:
         UsageError: An argument, or the target, is wrong.
     """
-    given = {
-        "accumulation_steps": accumulation_steps,
-        "split": split,
-        "expect": tuple([expect] if isinstance(expect, str) else expect),
-        "precision": precision,
-        "device": device,
-        "optimizer_steps": optimizer_steps,
-        "seed": seed,
-        "timeout": timeout,
-    }
-    if not (accumulation_steps is None or isinstance(accumulation_steps, int)):
-        given["accumulation_steps"] = tuple(accumulation_steps)
-    values = {name: _checked(name, value) for name, value in given.items()}
-    values["train"] = train
-    jobs, notes = plan([target], values, explicit=accumulation_steps is not None)
-    cases = list(outcomes(jobs, expect=values["expect"], timeout=values["timeout"]))
-    named = target if isinstance(target, str) else getattr(jobs[0].subject, "target", "")
-    return Result(results.assemble(cases, target=str(named), notes=notes))
+    subject = subject_of(target, build=build, batches=batches, train=train, objective=objective)
+    jobs, notes, named = scenario(
+        subject,
+        train=train if isinstance(train, str) else None,
+        accumulation_steps=accumulation_steps,
+        split=split,
+        world_size=world_size,
+        strategy=strategy,
+        expect=expect,
+        precision=precision,
+        device=device,
+        optimizer_steps=optimizer_steps,
+        seed=seed,
+        timeout=timeout,
+    )
+    cases = list(outcomes(jobs, expect=named["expect"], timeout=named["timeout"]))
+    return Result(results.assemble(cases, target=name_of(target, jobs), notes=notes))
 
 
 def check(
-    target: object,
+    target: object = None,
     *,
+    build: Functions | None = None,
+    batches: Batches | None = None,
+    train: Functions | str | None = None,
+    objective: Functions | None = None,
     accumulation_steps: Iterable[int] | int | None = None,
-    split: str = "even",
-    expect: Iterable[str] = (),
-    train: str | None = None,
-    precision: str = "native",
+    split: Iterable[str] | str = "even",
+    world_size: Iterable[int] | int = 1,
+    strategy: Iterable[str] | str = "none",
+    expect: Iterable[str] | str = (),
+    precision: Iterable[str] | str = "native",
     device: str = "cpu",
     optimizer_steps: int = 8,
     seed: int = 0,
@@ -153,23 +176,101 @@ def check(
     __tracebackhide__ = True
     found = measure(
         target,
+        build=build,
+        batches=batches,
+        train=train,
+        objective=objective,
         accumulation_steps=accumulation_steps,
         split=split,
+        world_size=world_size,
+        strategy=strategy,
         expect=expect,
-        train=train,
         precision=precision,
         device=device,
         optimizer_steps=optimizer_steps,
         seed=seed,
         timeout=timeout,
     )
-    if found.exit_code == 0:
-        return found
-    deciding = [c for c in found.cases if results.case_exit_code(c) == found.exit_code]
+    raise_unless_equivalent(found)
+    return found
+
+
+def raise_unless_equivalent(found: Result) -> None:
+    """Raise the error that a result stands for, with the blocks of the deciding cases as its message.
+
+    Raises:
+        DivergenceError: The exit code is 1; the error carries the result.
+        EquivcheckError: Another kind, for every other code but 0.
+    """
+    __tracebackhide__ = True
+    code = found.exit_code
+    if code == 0:
+        return
+    deciding = [case for case in found.cases if results.case_exit_code(case) == code]
     message = "\n\n".join(text.block(case) for case in deciding) or "nothing was left to run"
-    if found.exit_code == 1:
-        raise DivergenceError(message)
-    raise _RAISED[found.exit_code](message)
+    if code == 1:
+        raise DivergenceError(message, found)
+    raise _RAISED[code](message)
+
+
+def subject_of(
+    target: object = None,
+    *,
+    build: Functions | None = None,
+    batches: Batches | None = None,
+    train: Functions | str | None = None,
+    objective: Functions | None = None,
+    name: str | None = None,
+) -> object:
+    """Return what `plan` takes as a target: the target itself, or parts of one.
+
+    Args:
+        target: As for `measure`.
+        build: As for `measure`.
+        batches: As for `measure`.
+        train: As for `measure`; text is no part, but an option of the plan.
+        objective: As for `measure`.
+        name: What a subject that is no text is called in the result.
+    """
+    loop = None if isinstance(train, str) else train
+    is_whole = all(part is None for part in (build, batches, loop, objective))
+    if target is not None and is_whole and (isinstance(target, str) or name is None):
+        return target
+    from equivcheck.subject import Parts  # noqa: PLC0415 - not where nothing is checked
+
+    return Parts(target, build, batches, loop, objective, name)
+
+
+def name_of(target: object, jobs: Sequence[Job]) -> str:
+    """Return what a result calls its target."""
+    return target if isinstance(target, str) else jobs[0].case.target if jobs else str(target or "")
+
+
+def scenario(
+    subject: object, *, train: str | None = None, **given: Any
+) -> tuple[list[Job], list[str], dict[str, Any]]:
+    """Return jobs, notes and checked options for one subject, every combination of its axes.
+
+    Args:
+        subject: A target as `plan` takes it.
+        train: `FILE:ATTR` of another training loop.
+        given: Options by name; those in `AXES` may have several values.
+
+    Raises:
+        UsageError: An option, or the subject, is wrong.
+    """
+    explicit = given.get("accumulation_steps") is not None
+    axes = {name: _several(given.pop(name)) for name in AXES if name in given}
+    values = {name: _checked(name, value) for name, value in given.items()}
+    values["train"] = train
+    jobs: list[Job] = []
+    notes: list[str] = []
+    for point in itertools.product(*axes.values()):
+        chosen = {n: _checked(n, v) for n, v in zip(axes, point, strict=True)}
+        planned, remarks = plan([subject], {**values, **chosen}, explicit=explicit)
+        jobs += planned
+        notes += [remark for remark in remarks if remark not in notes]
+    return jobs, notes, values
 
 
 @dataclass(frozen=True)
@@ -200,6 +301,12 @@ def plan(
     from equivcheck.subject import load_subject  # noqa: PLC0415
 
     fields = ("split", "precision", "device", "optimizer_steps", "seed")
+    for name in ("world_size", "strategy"):
+        if values.get(name, OPTIONS[name].default) != OPTIONS[name].default:
+            raise UsageError(
+                f"{name}={values[name]} is not supported: this version runs one process",
+                expected=f"{name}={OPTIONS[name].default}",
+            )
     jobs: list[Job] = []
     notes: list[str] = []
     for target in targets:
@@ -250,7 +357,16 @@ def outcomes(
             **results.finite(outcome),
             "expect": list(expect),
             "train": job.train,
+            **_replay(job),
         }
+
+
+def _replay(job: Job) -> dict[str, str | None]:
+    """Return how to run a case again that no command line can: the test that made its subject."""
+    if getattr(job.subject, "repeatable", True):
+        return {}
+    test = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" (")[0]
+    return {"replay": f"pytest {shlex.quote(test)}" if test else None}
 
 
 def _crash(error: Exception) -> dict[str, Any]:
@@ -263,7 +379,15 @@ def _crash(error: Exception) -> dict[str, Any]:
     }
 
 
+def _several(value: Any) -> list[Any]:
+    return [value] if isinstance(value, (str, int)) else list(value)
+
+
 def _checked(name: str, value: Any) -> Any:
+    if name == "accumulation_steps" and isinstance(value, Iterable) and not isinstance(value, str):
+        value = tuple(value)
+    if name == "expect" and not isinstance(value, str):
+        value = tuple(value or ())
     if value is None:
         return None
     try:

@@ -15,16 +15,17 @@ import numpy as np
 import torch
 from torch import nn
 
+from equivcheck.casting import promote_module
 from equivcheck.entropy import other_seeds, watch_entropy
 from equivcheck.errors import EquivcheckError, StepError, UsageError
 from equivcheck.feed import Data, Feed, Key
 from equivcheck.neutral import functional_dropout_off, switch_off_modules
 from equivcheck.noise import UNIT_ROUNDOFF
 from equivcheck.observe import Observer, Pieces
-from equivcheck.promotion import promote_module, promoted
+from equivcheck.promotion import promoted
 from equivcheck.recorder import Recorder
 from equivcheck.recording import Place, Recording
-from equivcheck.subject import Code, Subject, arguments, raised
+from equivcheck.subject import Code, Subject, arguments, modules_restored, raised
 
 if TYPE_CHECKING:
     from equivcheck.case import Case
@@ -89,12 +90,14 @@ def execute(subject: Subject, case: Case, run: Run, observer: Observer) -> Recor
 def process_state() -> Iterator[None]:
     """Put back what user code, or a seed of ours, sets for the whole process.
 
-    The default dtype, the gradient mode, and the random states of torch (cpu), numpy and Python.
+    The default dtype, the gradient mode, the random states of torch (cpu), numpy and Python, and the modules that
+    were executed again, so that a check inside a test leaves the test's own imports alone.
     """
     dtype, enabled = torch.get_default_dtype(), torch.is_grad_enabled()
     drawn, legacy, python = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002 - as below
     try:
-        yield
+        with modules_restored():
+            yield
     finally:
         torch.set_default_dtype(dtype)
         torch.set_grad_enabled(enabled)
@@ -137,15 +140,15 @@ def _execute(
                 model, recording, observer, interventions=run.interventions, schedule=run.schedule
             )
         )
-        recorder.prefetches = run.prefetches
-        recorder.boundaries = run.boundaries
-        recorder.in_order = run.in_order
+        recorder.usage.prefetches = run.prefetches
+        recorder.usage.boundaries = run.boundaries
+        recorder.usage.in_order = run.in_order
         recorder.is_promoted = run.is_promoted
-        recorder.by_sample = "dataset" in given
+        recorder.usage.by_sample = "dataset" in given
         if run.is_promoted:
             # A hook on modules would break the graph of a compiled one; promoted runs do not compile.
-            feed.on_served = recorder.served
-            stack.enter_context(recorder.watching_use())
+            feed.on_served = recorder.usage.served
+            stack.enter_context(recorder.usage.watching_use())
         recorder.code = code
         recorder.data = run.data
 
@@ -162,7 +165,7 @@ def _execute(
         if run.prefetches:
             # The state is set when a micro-batch is used. In other loops when it is fetched: what
             # a loss is made of may have been computed before the forward, from the parameters.
-            recorder.on_use = entered
+            recorder.usage.on_use = entered
         observer.start(recorder)
         if run.is_promoted:
             mode = stack.enter_context(promoted(working))
@@ -246,15 +249,16 @@ def _offers(model: nn.Module, feed: Feed, case: Case, run: Run) -> dict[str, obj
 
 
 # What calls back into torch's or the user's code shows their frame last, so a last frame here is a fault of ours.
+_HERE = Path(__file__).parent
 _HOOKS = tuple(
-    str(Path(__file__).with_name(f"{name}.py")) for name in ("recorder", "observe", "shadow")
+    str(_HERE / name) for name in ("recorder.py", "observe.py", "states.py", "shadow.py", "hooks/")
 )
 
 
 def _is_ours(error: Exception) -> bool:
     """Return whether an exception was raised by our own hooks, not by the code under test."""
     frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and frames[-1].filename in _HOOKS
+    return bool(frames) and frames[-1].filename.startswith(_HOOKS)
 
 
 def _step_error(error: BaseException, recording: Recording, run: Run) -> StepError:

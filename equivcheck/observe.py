@@ -7,13 +7,9 @@ state.
 
 from __future__ import annotations
 
-import copy
 import math
-import mmap
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,15 +19,14 @@ from equivcheck.differences import Sums, dense, far_apart, sums, sums_many
 from equivcheck.noise import coordinates
 from equivcheck.recording import Kept, Recording, Step
 from equivcheck.shadow import shadow_weights
+from equivcheck.shelf import Shelf
+from equivcheck.states import numbers, set_state, state_of
 
 if TYPE_CHECKING:
     from equivcheck.recorder import Recorder
 
 Gradients = dict[str, torch.Tensor | None]
 
-# Beyond this many bytes the reference lives in memory-mapped files (removed with the run): five million float64
-# parameters with gradients and two moments, one step. Below it nothing is written; above it one step's is in memory.
-IN_MEMORY = 64 * 2**20
 # A gradient element that differs by more than this share of itself, in a tensor that agrees as a whole, is rounding
 # noise around zero: what a sign- or ratio-based optimizer makes of it says nothing. A fault of less than this share
 # is still seen in the gradient itself, which is judged first.
@@ -40,48 +35,6 @@ NOISY_ELEMENT = 1e-9
 DIFFERENT = 1e-6
 # Where the code computes as written its rounding may be that of bfloat16.
 DIFFERENT_AS_WRITTEN = 0.1
-
-
-class Shelf:
-    """Keeps copies of tensors: in memory, and in files once they are many bytes.
-
-    A file is mapped, so that it takes memory while it is read and none after `release`.
-    """
-
-    def __init__(self) -> None:
-        self._bytes = 0
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._maps: list[mmap.mmap] = []
-
-    def keep(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a copy, of the same dtype and shape; it must not be written to."""
-        tensor = tensor.detach()
-        size = tensor.numel() * tensor.element_size()
-        if self._bytes + size <= IN_MEMORY or size < mmap.PAGESIZE:
-            self._bytes += size
-            return tensor.clone()
-        if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="equivcheck-")
-        path = Path(self._folder.name) / f"{len(self._maps)}.bin"
-        with path.open("w+b") as file:
-            # Written, not copied into the mapping: those pages would count as this process's until they are on disk.
-            tensor.cpu().reshape(-1).view(torch.uint8).numpy().tofile(file)
-            file.flush()
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        self._maps.append(mapped)
-        return torch.frombuffer(mapped, dtype=tensor.dtype).view(tensor.shape)
-
-    def release(self) -> None:
-        """Give the memory of mapped pages back; they are read again when they are looked at."""
-        if hasattr(mmap, "MADV_DONTNEED"):
-            for each in self._maps:
-                each.madvise(mmap.MADV_DONTNEED)
-
-    def close(self) -> None:
-        """Remove the files."""
-        if self._folder is not None:
-            self._folder.cleanup()
-            self._folder = None
 
 
 class Observer:
@@ -190,7 +143,7 @@ class Keeper(Sampler):
         moved = sums_many([(before[name], kept.after[name]) for name in both])
         kept.moved = {name: each.difference_norm for name, each in zip(both, moved, strict=True)}
         kept.buffers = {name: self.shelf.keep(b) for name, b in recorder.model.named_buffers()}
-        kept.state = _state(recorder, optimizer, self.shelf.keep)
+        kept.state = state_of(recorder, optimizer, self.shelf.keep)
         recorder.recording.kept.append(kept)
         self.shelf.release()
 
@@ -300,11 +253,11 @@ class Comparer(Sampler):
             if name in kept.after:
                 mask = masks.get(name) if name in mine else None
                 updates.append((name, kept.after[name], parameter.detach(), mask))
-        state = _state(recorder, optimizer, lambda tensor: tensor)
+        state = state_of(recorder, optimizer, lambda tensor: tensor)
         moments = []
         for name, entries in kept.state.items():
-            others = dict(_numbers(state.get(name, {})))
-            for key, value in _numbers(entries):
+            others = dict(numbers(state.get(name, {})))
+            for key, value in numbers(entries):
                 other = others.get(key)
                 if other is None or other.shape != value.shape:
                     step.none_mismatch.append(f"{name}.{key}")
@@ -449,7 +402,7 @@ class Pieces(Comparer):
         In other loops it is set when the micro-batch is fetched, or used.
         """
         fetched, following = recorder.recording.fetched, recorder.backwards
-        if recorder.prefetches and not recorder.recording.uses and following < len(fetched):
+        if recorder.usage.prefetches and not recorder.recording.uses and following < len(fetched):
             self.enter(recorder, fetched[following][0])
 
     def enter(self, recorder: Recorder, key: Any) -> None:
@@ -492,80 +445,6 @@ def _measured(pairs: Sequence[_Pair]) -> dict[str, Sums]:
     measured = sums_many([(reference, candidate) for _, reference, candidate in whole])
     found.update(zip((name for name, *_ in whole), measured, strict=True))
     return found
-
-
-def set_state(recorder: Recorder, optimizer: Optimizer | None, kept: Kept) -> None:
-    """Set parameters, buffers and one optimizer's state to what the reference had; dtypes stay as they are."""
-    for name, parameter in recorder.parameters().items():
-        if name in kept.after:
-            parameter.detach().copy_(kept.after[name])
-    for name, buffer in recorder.model.named_buffers():
-        if name in kept.buffers and kept.buffers[name].shape == buffer.shape:
-            buffer.detach().copy_(kept.buffers[name])
-    if optimizer is None:
-        return
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            name = recorder.names.get(id(parameter), "")
-            if name in kept.state:
-                _set_entries(optimizer.state[parameter], kept.state[name], parameter)
-
-
-def _set_entries(mine: dict[str, Any], theirs: dict[str, Any], parameter: torch.Tensor) -> None:
-    for key, value in theirs.items():
-        old = mine.get(key)
-        if isinstance(value, torch.Tensor):
-            if (
-                isinstance(old, torch.Tensor)
-                and old.shape == value.shape
-                and old.is_floating_point() == value.is_floating_point()
-            ):
-                old.detach().copy_(value)
-            else:
-                like = (
-                    parameter.dtype
-                    if value.is_floating_point() and value.shape == parameter.shape
-                    else None
-                )
-                mine[key] = value.detach().clone().to(like or value.dtype)
-        elif isinstance(value, (list, tuple)) and any(
-            isinstance(each, torch.Tensor) for each in value
-        ):
-            cast = [
-                each.clone().to(parameter.dtype) if isinstance(each, torch.Tensor) else each
-                for each in value
-            ]
-            mine[key] = type(value)(cast)
-        else:
-            mine[key] = copy.copy(value)
-
-
-def _state(
-    recorder: Recorder, optimizer: Optimizer, keep: Callable[[torch.Tensor], torch.Tensor]
-) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
-    for parameter, entries in optimizer.state.items():
-        name = recorder.names.get(id(parameter))
-        if name is None or not isinstance(entries, dict):
-            continue
-        found[name] = {key: _copied(value, keep) for key, value in entries.items()}
-    return found
-
-
-def _copied(value: Any, keep: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    if isinstance(value, torch.Tensor):
-        return keep(value)
-    if isinstance(value, (list, tuple)):
-        return type(value)([_copied(each, keep) for each in value])
-    return copy.copy(value) if isinstance(value, (dict, set)) else value
-
-
-def _numbers(entries: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
-    for key, value in entries.items():
-        if isinstance(value, torch.Tensor):
-            yield key, value
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            yield key, torch.tensor(float(value), dtype=torch.float64)
 
 
 def _shadows(

@@ -8,6 +8,7 @@ import math
 import numbers
 import os
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -27,6 +28,8 @@ EXIT_CODES = {
     "inconclusive": 4,
     "invalid": 4,
 }
+_NUMBERS = re.compile(r"\[(?:\n\s+(?:[-+.\deE]+|null|true|false),?)+\n\s+\]")
+
 PRIORITY = (70, 130, 3, 1, 4, 5, 0)
 NOTHING_SELECTED, INTERRUPTED = 5, 130
 
@@ -145,7 +148,12 @@ def _holds_non_finite(value: Any) -> bool:
 
 def to_json(result: Mapping[str, Any]) -> str:
     """Return the result as JSON text that any parser reads: no NaN, no Infinity."""
-    return json.dumps(finite(result), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(finite(result), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    # A list of numbers on one line: thousands of lines of one number each help neither eye nor diff.
+    # A line break in a string is escaped, so that this meets the layout alone.
+    return _NUMBERS.sub(
+        lambda found: " ".join(found[0].split()).replace("[ ", "[")[:-2] + "]", text
+    )
 
 
 def write(path: str | os.PathLike[str], result: Mapping[str, Any]) -> None:

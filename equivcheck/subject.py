@@ -12,6 +12,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 import sysconfig
 import traceback
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from equivcheck.errors import EquivcheckError, StepError, TargetError, UsageError
@@ -63,35 +64,94 @@ class Subject:
         return self._load()
 
 
+@dataclass(frozen=True)
+class Parts:
+    """A subject given in parts: functions and closures, alone or in place of a target's own.
+
+    Attributes:
+        target: Whatever has the parts not given here; None if nothing has.
+        build, train, objective: As in a subject.
+        batches: The same, or the full batches themselves in a list.
+        name: What the subject is called in results; by default the name of `train`.
+    """
+
+    target: object = None
+    build: Callable[[], Any] | None = None
+    batches: Callable[[], Any] | list[Any] | tuple[Any, ...] | None = None
+    train: Callable[..., Any] | None = None
+    objective: Callable[[Any, Any], Any] | None = None
+    name: str | None = None
+
+    def functions(self) -> dict[str, Callable[..., Any]]:
+        """Return the parts that are given, by name.
+
+        Raises:
+            UsageError: One of them is not a function.
+        """
+        found: dict[str, Callable[..., Any]] = {}
+        for name in (*REQUIRED, "objective"):
+            value = getattr(self, name)
+            if name == "batches" and isinstance(value, (list, tuple)):
+                value = functools.partial(list, value)
+            if value is None:
+                continue
+            if not callable(value) or (name == "build" and hasattr(value, "state_dict")):
+                raise UsageError(
+                    f"not-a-function: {name}= is {type(value).__name__}",
+                    expected=f"a function {name}({'' if name in REQUIRED[:2] else 'model, ...'})",
+                    because="every run starts with a model of its own" if name == "build" else None,
+                    fix=f"{name}=lambda: ..." if name in REQUIRED[:2] else None,
+                )
+            found[name] = value
+        return found
+
+
 def load_subject(target: object, train: str | None = None) -> Subject:
     """Return the subject that a target names.
 
     Args:
-        target: A string in one of the forms of `FORM`, or an object with `build`, `batches` and `train`.
+        target: Text in one of the forms of `FORM`, a path, an object with `build`, `batches` and `train`, or `Parts`.
         train: A target whose `train` replaces the subject's own.
 
     Raises:
         TargetError: The form is bad, nothing is there, the user's module does not import (its own
             traceback is in the message), or an attribute is missing (the closest name is offered).
     """
-    source = _source(target)
+    parts = target if isinstance(target, Parts) else Parts(target)
+    given = parts.functions()
+    source = _source(parts.target) if parts.target is not None else _nowhere(given)
+    name = parts.name or source.target
     trainer = None if train is None else _trainer(train)
 
     def load() -> Code:
         holder = source.load()
-        found = {name: _attribute(holder, name, source.target) for name in REQUIRED[:2]}
-        loop = _attribute(holder, "train", source.target) if trainer is None else trainer()
-        for name in REQUIRED[:2]:
-            _require_no_arguments(name, found[name], source.target)
-        return Code(
-            found["build"],
-            _reading(found["batches"], source.target),
-            loop,
-            getattr(holder, "objective", None),
-        )
+
+        def found(part: str) -> Any:
+            return given[part] if part in given else _attribute(holder, part, source.target)
+
+        build, batches = found("build"), found("batches")
+        loop = found("train") if trainer is None else trainer()
+        _require_no_arguments("build", build, name)
+        _require_no_arguments("batches", batches, name)
+        objective = given.get("objective", getattr(holder, "objective", None))
+        return Code(build, _reading(batches, name), loop, objective)
 
     code = load()
-    return Subject(source.target, source.repeatable, _location(code.train), load)
+    return Subject(name, source.repeatable and not given, _location(code.train), load)
+
+
+def _nowhere(given: Mapping[str, Callable[..., Any]]) -> _Source:
+    """Return the source of a subject that is given in parts alone."""
+    absent = [name for name in REQUIRED if name not in given]
+    if absent:
+        raise UsageError(
+            f"no-subject: there is no target, and no {' and no '.join(f'{n}=' for n in absent)}",
+            expected="a target, or build=, batches= and train=",
+        )
+    train = inspect.unwrap(given["train"])
+    name = getattr(train, "__qualname__", type(train).__qualname__)
+    module = getattr(train, "__module__", None)
+    return _Source(f"{module}:{name}" if module else name, repeatable=False, load=SimpleNamespace)
 
 
 def _reading(batches: Callable[[], Any], target: str) -> Callable[[], Any]:
@@ -129,6 +189,11 @@ class _Source:
 
 
 def _source(target: object) -> _Source:
+    if isinstance(target, os.PathLike):
+        target = os.fspath(target)
+    if isinstance(target, ModuleType):
+        # As it is, with what a test may have replaced in it; its name, to be executed again, is text.
+        return _Source(target.__name__, repeatable=False, load=lambda: target)
     if not isinstance(target, str):
         name = getattr(target, "__qualname__", None) or type(target).__qualname__
         return _Source(str(name), repeatable=False, load=lambda: _instance(target))
@@ -301,10 +366,15 @@ def _file_loader(place: str) -> Callable[[], ModuleType]:
 def _module_loader(place: str) -> Callable[[], ModuleType]:
     if not all(part.isidentifier() for part in place.split(".")):
         raise TargetError(f"bad-target: {place!r} is no module name", expected=FORM)
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
+    folder = Path.cwd()
+
+    def execute() -> ModuleType:
+        with _importable(folder):
+            return importlib.import_module(place)
+
     try:
-        spec = importlib.util.find_spec(place)
+        with _importable(folder):
+            spec = importlib.util.find_spec(place)
     except ModuleNotFoundError:
         spec = None
     except Exception as error:  # noqa: BLE001 - a parent package may raise anything
@@ -319,7 +389,7 @@ def _module_loader(place: str) -> Callable[[], ModuleType]:
             else None,
         )
     origin = Path(spec.origin).resolve()
-    return lambda: _again(lambda: importlib.import_module(place), origin.parent, place)
+    return lambda: _again(execute, origin.parent, place)
 
 
 def _package_root(path: Path) -> tuple[Path, str]:
@@ -332,8 +402,43 @@ def _package_root(path: Path) -> tuple[Path, str]:
     return folder, ".".join(parts)
 
 
+# Folders from which modules were executed again: what came from there goes when the run is over.
+_executed: set[Path] = set()
+
+
+@contextmanager
+def modules_restored() -> Iterator[None]:
+    """Put back every module, and the import path, that executing a subject again has replaced.
+
+    A check may run inside a test of the same folder: the test's own module, and the helpers it has imported, must be
+    the same objects afterwards, and nothing that was executed for the check alone may be found by a later import.
+    """
+    before, path = dict(sys.modules), list(sys.path)
+    try:
+        yield
+    finally:
+        for name in [name for name in sys.modules if name not in before]:
+            if any(_lies_in(sys.modules[name], root) for root in _executed):
+                _forget(name, sys.modules[name])
+        for name, module in before.items():
+            if sys.modules.get(name) is not module:
+                sys.modules[name] = module
+                parent, _, last = name.rpartition(".")
+                if parent in before and hasattr(before[parent], last):
+                    setattr(before[parent], last, module)
+        sys.path[:] = path
+
+
+def _forget(name: str, module: ModuleType) -> None:
+    del sys.modules[name]
+    parent, _, last = name.rpartition(".")
+    if getattr(sys.modules.get(parent), last, None) is module:
+        delattr(sys.modules[parent], last)
+
+
 def _again(execute: Callable[[], ModuleType], root: Path, place: str) -> ModuleType:
     """Execute a module, and what it imports from its own folder, as if for the first time."""
+    _executed.add(root)
     for name in [name for name, module in list(sys.modules.items()) if _lies_in(module, root)]:
         del sys.modules[name]
     importlib.invalidate_caches()

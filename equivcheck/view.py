@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from equivcheck.attribution import predict
-from equivcheck.experiment import Attribution, Experiment, Interventions
+from equivcheck.experiment import Experiment, Interventions
+from equivcheck.fit import Attribution
 from equivcheck.noise import SAFETY
 from equivcheck.recording import Event, Place, Recording
 from equivcheck.split import named_tensors

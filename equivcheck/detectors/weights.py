@@ -8,7 +8,7 @@ from fractions import Fraction
 
 from equivcheck.attribution import ratio
 from equivcheck.errors import EquivcheckError
-from equivcheck.experiment import Attribution
+from equivcheck.fit import Attribution
 from equivcheck.interventions import Reweight
 from equivcheck.verdict import overall
 from equivcheck.view import Part, Suspicion, View
