@@ -30,6 +30,7 @@ def _cases() -> list[object]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step")
 @pytest.mark.parametrize(("path", "world_size", "accumulation_steps", "split"), _cases())
 def test_mutant_yields_its_code(

@@ -61,6 +61,7 @@ def _skip_what_is_not_written_for(
         pytest.skip("the schedule asks for more micro-batches")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("path", "world_size", "accumulation_steps", "split"), _cases())
 def test_trainer_is_equivalent(
     path: Path, world_size: int, accumulation_steps: int, split: str
