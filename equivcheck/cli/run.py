@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, TextIO
 
 from equivcheck import result as results
@@ -103,10 +102,10 @@ def _scripts(options: argparse.Namespace, settings: Settings) -> list[Any]:
 
 
 def refuse_targets(targets: list[str]) -> None:
-    """Refuse what this version does not load.
+    """Refuse an empty command line.
 
     Raises:
-        UsageError: No target, a suite, or a folder.
+        UsageError: No target.
     """
     if not targets:
         raise UsageError(
@@ -114,13 +113,6 @@ def refuse_targets(targets: list[str]) -> None:
             expected="a file or module with build, batches and train",
             fix="equivcheck init, then equivcheck run train_step.py",
         )
-    for target in targets:
-        if target.startswith("suite:") or Path(target).is_dir():
-            raise UsageError(
-                f"{target} is a suite or folder; this version runs single subjects",
-                expected="FILE.py, FILE.py:ATTRIBUTE, package.module or package.module:ATTRIBUTE",
-                fix=f"equivcheck run {target.rstrip('/')}/*.py" if Path(target).is_dir() else None,
-            )
 
 
 class _Run:
@@ -146,6 +138,7 @@ class _Run:
                 self._options.targets,
                 settings.values,
                 explicit=settings.stated("accumulation_steps"),
+                stated=settings.stated,
             )
             jobs = [job for job in planned if selection.selected(job.case, match)]
             if planned and not jobs:
@@ -188,7 +181,6 @@ class _Run:
                 progress.begin(job.case.label)
                 [case] = outcomes(
                     [job],
-                    expect=self._settings["expect"],
                     timeout=self._settings["timeout"],
                     progress=progress,
                 )

@@ -35,8 +35,9 @@ import pytest
         (["run", "--full", "python", "--versions", "a,b,c"], "names 3 interpreters"),
         (["run", "--full", "python", "--versions", "a,b"], "no-such-interpreter"),
         (["run", "--full", "python", "--accumulated", "python '"], "bad-command"),
-        (["run", "suite:normalization"], "is a suite or folder"),
-        (["run", "."], "is a suite or folder"),
+        (["run", "suite:normalisation"], "suite:normalization"),
+        (["run", "empty"], "empty-folder: empty has no suite and no subject"),
+        (["run", "suite:normalization", "--expect", "EQ101"], "states what theory expects"),
         (["list", "train_step.py", "--json", "x"], "unknown argument --json of equivcheck list"),
         (["replay", "abcd"], "there is no result at reports/latest/result.json"),
         (["report", "nope.json"], "cannot read the result nope.json"),
@@ -48,6 +49,8 @@ import pytest
 )
 def test_a_mistake_is_exit_code_2(cli, engine, arguments, told):
     """With a sentence on stderr, and nothing was run."""
+    Path("empty").mkdir()
+
     outcome = cli(*arguments)
 
     assert outcome.code == 2

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2] / "equivcheck"
 
 LAYERS = (
-    {"errors", "case", "causes", "result"},
+    {"errors", "case", "causes", "result", "_bundled"},
     {"split", "differences", "attribution", "noise", "counting", "tensorfile"},
     {
         *(
@@ -26,8 +26,7 @@ LAYERS = (
             "shadow",
         ),
         *("promotion", "casting", "interventions", "neutral", "entropy", "freeze", "addends"),
-        *("execute", "memory", "deadline", "strategies"),
-        "attach",
+        *("execute", "memory", "deadline", "strategies", "suite", "attach"),
     },
     {
         *("experiment", "fit", "verdict", "view", "diagnose", "detectors"),
