@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -20,17 +21,19 @@ import torch
 
 from equivcheck.case import Case
 from equivcheck.casting import promote_tree
+from equivcheck.counting import masks
 from equivcheck.errors import EquivcheckError, UsageError
 from equivcheck.execute import Run, execute, seed_all
 from equivcheck.feed import Data, Key, read_batches
 from equivcheck.fit import Attribution, attribute, sampled
 from equivcheck.interventions import Intervention
+from equivcheck.memory import estimate
 from equivcheck.observe import Comparer, Keeper, Observer, Perturbed, Pieces
 from equivcheck.ranks.crew import Crew
 from equivcheck.ranks.merge import merged
 from equivcheck.recorder import Recorder
 from equivcheck.recording import Place, Recording, Step
-from equivcheck.split import block_permutation, plan, take, tensors_in
+from equivcheck.split import block_permutation, named_tensors, plan, take, tensors_in
 from equivcheck.subject import Subject
 from equivcheck.verdict import Judgement, Noise, judge, roundoff_of, unfit
 
@@ -50,7 +53,16 @@ class Experiment:
         case: The point of the matrix.
         progress: Told the role that begins.
         promoted: Judge in float64; otherwise every role computes as written.
+
+    Attributes:
+        reseeds_forwards: Another seed changes what forwards draw, and nothing before them.
+        intervenes: Runs can be made with something put right.
     """
+
+    reseeds_forwards = False
+    intervenes = True
+
+    crew: Crew | None = None
 
     def __init__(
         self,
@@ -82,7 +94,8 @@ class Experiment:
         self.wants = set(inspect.signature(code.train).parameters)
         self.plan = self._plan(case.accumulation_steps)
         self._check_even()
-        self.crew = Crew(subject, case.world_size, case.device) if case.world_size > 1 else None
+        if case.world_size > 1:
+            self.crew = Crew(subject, case.world_size, case.device)
 
     def _check_even(self) -> None:
         named = sorted({"dataset", "micro_batch_size"} & self.wants)
@@ -115,6 +128,50 @@ class Experiment:
             keeper.shelf.close()
         if self.crew is not None:
             self.crew.close()
+
+    # ---- what another kind of experiment answers in its own way --------------------------------
+
+    def again(
+        self, progress: Callable[[str], None] = lambda _: None, *, promoted: bool
+    ) -> Experiment:
+        """Return a new experiment on the same case."""
+        other = type(self)(self.subject, self.case, progress, promoted=promoted)
+        if self.crew is not None and other.crew is not None:
+            other.crew.ends_at, other.crew.timeout = self.crew.ends_at, self.crew.timeout
+        return other
+
+    def limit(self, seconds: float | None) -> None:
+        """Give the ranks so many seconds from now, of which they are told why they were late."""
+        if self.crew is not None and seconds is not None:
+            self.crew.ends_at, self.crew.timeout = time.monotonic() + seconds, seconds
+
+    def estimate(self) -> dict[str, Any]:
+        """Return what the case is expected to need, before it runs."""
+        return estimate(self.subject, self.data)
+
+    def facts(self) -> dict[str, Any]:
+        """Return entries of the result's case that only the runs have shown."""
+        return {}
+
+    def other_samples(self) -> dict[str, Any] | None:
+        """Return how the samples of the two runs differ, where samples are recognised by what they hold."""
+        return None
+
+    def counts(self, accumulation_steps: int | None) -> dict[str, list[list[int]]]:
+        """Return what each micro-batch holds of what may be counted, by label; per cycle."""
+        found: dict[str, list[list[int]]] = {"rows": []}
+        cuts = self.slices(self.data, accumulation_steps)
+        for batch, slices in zip(self.data.batches, cuts, strict=True):
+            found["rows"].append([stop - start for start, stop in slices])
+            for path, tensor in named_tensors(batch):
+                for label, mask in masks(path or "batch", tensor) if tensor.dim() else ():
+                    rows = mask.flatten(1).sum(1) if mask.dim() > 1 else mask
+                    found.setdefault(label, []).append(
+                        [int(rows[start:stop].sum()) for start, stop in slices]
+                    )
+        return {
+            label: values for label, values in found.items() if len(values) == len(self.data.rows)
+        }
 
     # ---- geometry ------------------------------------------------------------------------------
 

@@ -190,13 +190,16 @@ class Comparer(Sampler):
         self._collected: dict[str, set[Any]] = {}
         self._gradients: Gradients = {}
         self._arrived: list[dict[str, torch.Tensor]] = []
+        self._share: frozenset[int] | None = None
+        self._ranks = 1
 
     def gradients(
         self, recorder: Recorder, step: Step, gradients: Gradients, applied: Gradients
     ) -> None:
         self.sample(recorder, step, gradients)
         step.contributions, self._arrived = self._arrived, []
-        self._match(recorder, step)
+        self._share, self._ranks = recorder.share, recorder.world_size
+        self._match(step)
         if step.matched is None:
             return
         kept = self._reference.kept[step.matched]
@@ -211,7 +214,7 @@ class Comparer(Sampler):
         step.shadows = _compare_shadows(kept.shadows, _shadows(recorder, torch.clone))
         kept.release()
 
-    def _match(self, recorder: Recorder, step: Step) -> None:
+    def _match(self, step: Step) -> None:
         """Find the reference's step that consumed the same samples; note extra and missing ones.
 
         Of several ranks each sees its own share of them.
@@ -220,21 +223,35 @@ class Comparer(Sampler):
         collected = self._collected.setdefault(step.optimizer, set())
         collected |= step.samples
         for skipped, other in enumerate(queue):
-            if _is_share(collected, other.samples, recorder):
+            if self._is_share(collected, other.samples):
                 step.matched = other.index
                 step.missing = skipped
                 del queue[: skipped + 1]
                 collected.clear()
                 return
-            if not other.samples or not _in_share(other.samples, recorder) < collected:
+            if not other.samples or not self._in_share(other.samples) < collected:
                 return
             # The samples of this reference step and of later ones came in one candidate step: it is missing.
             union = set().union(*(each.samples for each in queue[: skipped + 1]))
-            if _is_share(collected, union, recorder):
+            if self._is_share(collected, union):
                 del queue[: skipped + 1]
                 step.missing = skipped + 1
                 collected.clear()
                 return
+
+    def _in_share(self, samples: Collection[Key]) -> set[Key]:
+        """Return those of a full batch's samples that this rank is given; all of them where that is not known."""
+        return {key for key in samples if self._share is None or key[1] in self._share}
+
+    def _is_share(self, mine: Collection[Key], samples: Collection[Key]) -> bool:
+        """Return whether a rank has consumed its whole share of a full batch's samples.
+
+        Where ranks share a data set by themselves any equal part is one; whether all parts make the whole is seen
+        when the ranks are put together.
+        """
+        if self._share is not None or self._ranks == 1:
+            return set(mine) == self._in_share(samples)
+        return set(mine) <= set(samples) and len(mine) >= len(samples) // self._ranks > 0
 
     def after(self, recorder: Recorder, step: Step, optimizer: Optimizer) -> None:
         if step.matched is None:
@@ -342,23 +359,6 @@ class Comparer(Sampler):
                     if id(p) in recorder.names and g is not None
                 }
             )
-
-
-def _in_share(samples: Collection[Key], recorder: Recorder) -> set[Key]:
-    """Return those of a full batch's samples that this rank is given; all of them where that is not known."""
-    share = recorder.share
-    return {key for key in samples if share is None or key[1] in share}
-
-
-def _is_share(mine: Collection[Key], samples: Collection[Key], recorder: Recorder) -> bool:
-    """Return whether a rank has consumed its whole share of a full batch's samples.
-
-    Where ranks share a data set by themselves any equal part is one; whether all parts make the whole is seen when
-    the ranks are put together.
-    """
-    if recorder.share is not None or recorder.world_size == 1:
-        return set(mine) == _in_share(samples, recorder)
-    return set(mine) <= set(samples) and len(mine) >= len(samples) // recorder.world_size > 0
 
 
 class Perturbed(Comparer):
