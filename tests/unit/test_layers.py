@@ -26,7 +26,7 @@ LAYERS = (
             "shadow",
         ),
         *("promotion", "casting", "interventions", "neutral", "entropy", "freeze", "addends"),
-        "ranks",
+        *("ranks", "parts"),
         *("execute", "memory", "deadline", "strategies", "suite", "attach"),
     },
     {
