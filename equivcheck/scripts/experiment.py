@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from equivcheck.attach.launch import Ended, launch
+from equivcheck.attach.server import SHARED
 from equivcheck.attach.spec import Spec
 from equivcheck.attach.store import Facts, load, with_kept
 from equivcheck.case import Case
@@ -135,7 +136,13 @@ class ScriptExperiment(Experiment):
         lengths = [each.length for each in interventions if each.length is not None]
         if lengths:
             spec.length = lengths[0]
-        ended = launch(list(command.words), spec, folder, variables=dict(command.variables))
+        ended = launch(
+            list(command.words),
+            spec,
+            folder,
+            variables=dict(command.variables),
+            server=SHARED,
+        )
         recording = self._read(folder / "ranks", role, ended, command, interventions)
         recording.seconds = ended.seconds
         self.runs.append({"role": role, "seconds": ended.seconds})
