@@ -57,10 +57,12 @@ class Experiment:
     Attributes:
         reseeds_forwards: Another seed changes what forwards draw, and nothing before them.
         intervenes: Runs can be made with something put right.
+        trials: As many of them are worth making.
     """
 
     reseeds_forwards = False
     intervenes = True
+    trials = 60
 
     crew: Crew | None = None
 

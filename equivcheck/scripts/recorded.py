@@ -25,7 +25,7 @@ from equivcheck.feed import Key
 from equivcheck.observe import compare
 from equivcheck.recording import Kept, Recording, Step
 from equivcheck.scripts.experiment import ScriptExperiment
-from equivcheck.scripts.merge import merged
+from equivcheck.scripts.merge import together
 from equivcheck.verdict import Judgement, Noise, judge, roundoff_of
 
 __all__ = ["RecordedExperiment", "compare_recordings"]
@@ -62,7 +62,7 @@ class Recorded:
                 where=str(folder),
                 fix="record again",
             )
-        self.recording = merged([recording for recording, _ in read], self.facts)
+        self.recording = together([recording for recording, _ in read])
 
     @property
     def digests(self) -> dict[Key, int]:
@@ -95,10 +95,10 @@ def rekeyed(recorded: Recorded, known: Recorded) -> None:
         seen[digest] = times + 1
         same = by_digest.get(digest, [])
         names[key] = same[times] if times < len(same) else (1, key[1])
-    recording = recorded.recording
-    recording.fetched = [[names[key] for key in keys] for keys in recording.fetched]
-    for step in recording.steps:
-        step.samples = frozenset(names[key] for key in step.samples)
+    for recording in (recorded.recording, *recorded.recording.ranks):
+        recording.fetched = [[names.get(key, key) for key in keys] for keys in recording.fetched]
+        for step in recording.steps:
+            step.samples = frozenset(names.get(key, key) for key in step.samples)
 
 
 class RecordedExperiment(ScriptExperiment):
@@ -136,7 +136,9 @@ class RecordedExperiment(ScriptExperiment):
             return
         self._cache["measured",] = True
         self.case = replace(
-            case, accumulation_steps=self._accumulation_steps(accumulated.recording)
+            case,
+            accumulation_steps=self._accumulation_steps(accumulated.recording),
+            world_size=len(accumulated.facts),
         )
 
     def close(self) -> None:
