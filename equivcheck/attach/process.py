@@ -129,9 +129,7 @@ class Attachment:
     def _samples(self, rank: int, world_size: int) -> Samples:
         if self.spec.digests is None:
             return Samples(None, rank=rank, world_size=world_size)
-        known: dict[int, list[int]] = {}
-        for digest, number in zip(self.spec.digests, self.spec.numbers, strict=True):
-            known.setdefault(digest, []).append(number)
+        known = list(zip(self.spec.digests, self.spec.numbers, strict=True))
         return Samples(known, rank=rank, world_size=world_size)
 
     def adopt(self) -> Observer:

@@ -10,7 +10,7 @@ from equivcheck.attribution import ratio
 from equivcheck.errors import EquivcheckError
 from equivcheck.fit import Attribution
 from equivcheck.interventions import Reweight
-from equivcheck.topology import factor_of
+from equivcheck.topology import factor_of, undecided
 from equivcheck.verdict import overall
 from equivcheck.view import Part, Suspicion, View
 
@@ -68,6 +68,10 @@ def _in_all(view: View) -> list[Suspicion]:
     ]
     found += hypotheses(view, "EQ102", twice, rank=14)
     factor = factor_of(view)
+    if undecided(view):
+        return [each for each in found if each.code not in {"EQ101", "EQ102"}] + [
+            unproved(view, "EQ101" if a > 0 else "EQ102", rank=12) for a, _ in undecided(view) if a
+        ]
     if factor is not None:
         # A pure factor of K, of the number of ranks, or of both: that decides between these codes.
         named = {1: "EQ101", -1: "EQ102"}.get(factor[0])
@@ -76,6 +80,15 @@ def _in_all(view: View) -> list[Suspicion]:
             found += scaled(view, named, float(view.steps) ** factor[0], rank=12)
     elif not found:
         found += _denominator(view)
+    return found
+
+
+def unproved(view: View, code: str, rank: int) -> Suspicion:
+    """Return a suspicion of a factor that may be one of K or of the number of ranks: no other K can tell."""
+    found = scaled(view, code, 1.0, rank)[0]
+    found.variants = []
+    found.evidence["factor"] = f"{overall(view.candidate.steps[found.step].gradients).scale:.6g}"
+    found.evidence["undecided"] = "a factor of K and one of the number of ranks are the same here"
     return found
 
 
@@ -250,6 +263,11 @@ def _confirmed_by_steps(view: View, shown: Attribution, scale: float) -> str | N
         found = _rules(shown.micro_steps, each.micro_steps, scale, limit)
         for label, values in view.counts().items():
             mine, theirs = values[shown.matched % len(values)], values[each.matched % len(values)]
+            if sum(mine) and sum(theirs):
+                excess = sum(mine) / scale - sum(mine)
+                found[f"the count is off by the same number ({label})"] = sum(theirs) / (
+                    (sum(theirs) + excess) or math.inf
+                )
             for name, rule in _denominators().items():
                 if not mine or not theirs or not rule(mine) or not rule(theirs):
                     continue

@@ -80,6 +80,7 @@ class ScriptExperiment(Experiment):
     reseeds_forwards = True
     # Each takes seconds: a new process, and the script from its first line.
     trials = 20
+    other_steps = False
 
     def __init__(
         self,

@@ -39,7 +39,6 @@ def test_a_right_script_is_equivalent(decide):
         pytest.param("clip-in-cycle", "EQ306", marks=slow),
         pytest.param("scheduler-in-cycle", "EQ307", marks=slow),
         pytest.param("horizon", "EQ308", marks=slow),
-        pytest.param("cycle-length", "EQ311", marks=slow),
         pytest.param("batch-norm", "EQ201", marks=slow),
     ],
 )

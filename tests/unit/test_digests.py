@@ -12,7 +12,7 @@ from equivcheck.attach.digests import Rule, row_digests
 
 def digests(tensor, rule=None, **others):
     named = [("args.0", tensor), *((f"kwargs.{name}", each) for name, each in others.items())]
-    return row_digests(named, Rule() if rule is None else rule)
+    return [whole for whole, _ in row_digests(named, Rule() if rule is None else rule)]
 
 
 @pytest.mark.parametrize(
@@ -95,6 +95,15 @@ def test_what_the_attention_mask_leaves_out_counts_for_nothing():
     whole = digests(ids, rule, attention_mask=mask)
 
     assert digests(ids[:1, :2], rule, attention_mask=mask[:1, :2]) == whole[:1]
+
+
+def test_a_row_that_lost_its_last_token_is_recognised_by_its_second_number():
+    """`ids[:, :-1]` cuts the longest row of a batch; beside longer ones it keeps all its tokens."""
+    whole = row_digests([("args.0", torch.tensor([[5, 6, 7, 0], [1, 2, 3, 4]]))], Rule())
+    alone = row_digests([("args.0", torch.tensor([[5, 6]]))], Rule())
+
+    assert whole[0][1] == alone[0][0]
+    assert whole[0][0] != alone[0][0]
 
 
 def test_what_has_no_rows_is_left_out():
