@@ -7,7 +7,7 @@ import os
 import shlex
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from equivcheck import result as results
@@ -351,13 +351,7 @@ def plan(
     from equivcheck.subject import load_subject  # noqa: PLC0415
     from equivcheck.suite import cases_of, expanded, is_suite  # noqa: PLC0415
 
-    fields = ("split", "precision", "device", "optimizer_steps", "seed")
-    for name in ("world_size", "strategy"):
-        if values.get(name, OPTIONS[name].default) != OPTIONS[name].default:
-            raise UsageError(
-                f"{name}={values[name]} is not supported: this version runs one process",
-                expected=f"{name}={OPTIONS[name].default}",
-            )
+    fields = ("split", "strategy", "precision", "device", "optimizer_steps", "seed")
     jobs: list[Job] = []
     notes: list[str] = []
     for target in [
@@ -365,6 +359,11 @@ def plan(
         for given in targets
         for each in (expanded(given) if isinstance(given, str) else [given])
     ]:
+        if hasattr(target, "experiment"):  # command lines: what they run is known when they have
+            named = {n: values[n] for n in ("seed", "device", "optimizer_steps") if n in values}
+            point = Case(str(target), accumulation_steps=1, **named)
+            jobs.append(Job(target, point, tuple(values.get("expect") or ())))
+            continue
         with process_state():
             if is_suite(target):
                 planned, remarks = cases_of(str(target), values, stated)
@@ -378,6 +377,7 @@ def plan(
                     subject,
                     list(values.get("accumulation_steps") or DEFAULT_ACCUMULATION_STEPS),
                     explicit=explicit,
+                    world_sizes=list(values.get("world_size") or OPTIONS["world_size"].default),
                     **{name: values[name] for name in fields if name in values},
                 )
                 expect = tuple(values.get("expect") or ())
@@ -392,10 +392,15 @@ def job_of(case: Mapping[str, Any]) -> Job:
     Raises:
         UsageError: The target, or the workload, is not there any more.
     """
-    from equivcheck.subject import load_subject  # noqa: PLC0415 - loaded only to run
+    from equivcheck.scripts.target import script_of  # noqa: PLC0415 - loaded only to run
+    from equivcheck.subject import load_subject  # noqa: PLC0415
     from equivcheck.suite import load_workload  # noqa: PLC0415
 
     point = Case.from_dict(case)
+    script = script_of(case)
+    if script is not None:
+        point = replace(point, accumulation_steps=1, world_size=1)
+        return Job(script, point, tuple(case.get("expect") or ()))
     subject = (
         load_subject(point.target, point.train)
         if point.workload is None

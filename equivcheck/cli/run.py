@@ -39,8 +39,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on where a run was ended")
     parser.add_argument("--shard", metavar="I/N", help="only the I-th of N parts of the cases")
     parser.add_argument("--show-config", action="store_true", help="print every option's origin")
-    for flag in ("--full", "--accumulated"):
-        parser.add_argument(flag, metavar="CMD", help="not supported in this version")
+    parser.add_argument("--full", metavar="CMD", help="an unmodified script on the full batch")
+    parser.add_argument(
+        "--accumulated",
+        metavar="CMD",
+        action="append",
+        help="and in micro-batches; may be repeated",
+    )
+    parser.add_argument(
+        "--versions", metavar="A,B", help="--full under two interpreters or environments instead"
+    )
 
 
 def execute(options: argparse.Namespace) -> int:
@@ -49,14 +57,10 @@ def execute(options: argparse.Namespace) -> int:
     if options.show_config:
         print("\n".join(settings.lines()))
         return 0
-    if options.full or options.accumulated:
-        raise UsageError(
-            "--full and --accumulated are not supported in this version",
-            expected="a target with build, batches and train",
-            fix="equivcheck init writes one to start from",
-        )
-    settings.refuse_unsupported()
-    refuse_targets(options.targets)
+    if options.full or options.accumulated or options.versions:
+        options.targets = _scripts(options, settings)
+    else:
+        refuse_targets(options.targets)
     match = selection.compiled(options.select)
     outputs = Outputs(settings)
     with own_stdout() as stdout:
@@ -71,6 +75,35 @@ def execute(options: argparse.Namespace) -> int:
     if failure is not None:
         raise failure
     return int(result["exit_code"])
+
+
+def _scripts(options: argparse.Namespace, settings: Settings) -> list[Any]:
+    """Return the command lines as targets.
+
+    Raises:
+        UsageError: There are targets beside them, an option that command lines have themselves, or a bad command.
+    """
+    if options.targets:
+        raise UsageError(
+            f"{options.targets[0]} stands beside --full",
+            expected="targets, or command lines",
+            fix="run the two one after the other",
+        )
+    own = ("accumulation_steps", "split", "world_size", "strategy", "precision", "train")
+    for name in own:
+        if settings.stated(name):
+            raise UsageError(
+                f"{OPTIONS[name].flag} with --full: the command lines say it themselves",
+                where=settings.origins[name],
+                expected="options of the script inside its command line",
+            )
+    from equivcheck.scripts.target import scripts_of  # noqa: PLC0415 - torch is loaded only to run
+
+    return list(
+        scripts_of(
+            options.full, options.accumulated or [], options.versions, settings["optimizer_steps"]
+        )
+    )
 
 
 def refuse_targets(targets: list[str]) -> None:
@@ -104,7 +137,7 @@ class _Run:
         self._seconds = self._saved = self._cost = 0.0
         self._journal = Journal(
             outputs.result_path,
-            [*options.targets, settings["train"] or ""],
+            [*map(str, options.targets), settings["train"] or ""],
             {name: settings[name] for name in ("train", "seed", "rng", "device")},
         )
 
@@ -140,7 +173,7 @@ class _Run:
         """Return the result so far."""
         whole = results.assemble(
             sorted(self._cases, key=lambda case: self._order[case["id"]]),
-            target=" ".join(self._options.targets),
+            target=" ".join(map(str, self._options.targets)),
             notes=self._notes,
             interrupted=self._interrupted,
         )
@@ -191,7 +224,9 @@ class _Run:
     def _finished(self, jobs: list[Job], progress: Progress) -> Generator[dict[str, Any]]:
         """Run the jobs, in this process or side by side, and yield the cases as they finish."""
         timeout = self._settings["timeout"]
-        if self._settings["jobs"] > 1 and len(jobs) > 1:
+        # Command lines are run in processes of their own already.
+        named = all(isinstance(target, str) for target in self._options.targets)
+        if self._settings["jobs"] > 1 and len(jobs) > 1 and named:
             yield from side_by_side(
                 jobs,
                 self._settings["jobs"],

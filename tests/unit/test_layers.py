@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2] / "equivcheck"
 
 LAYERS = (
     {"errors", "case", "causes", "result", "_bundled"},
-    {"split", "differences", "attribution", "noise"},
+    {"split", "differences", "attribution", "noise", "counting", "tensorfile"},
     {
         *(
             "subject",
@@ -26,11 +26,13 @@ LAYERS = (
             "shadow",
         ),
         *("promotion", "casting", "interventions", "neutral", "entropy", "freeze", "addends"),
-        *("execute", "memory", "deadline", "strategies", "suite"),
+        "ranks",
+        *("execute", "memory", "deadline", "strategies", "suite", "attach"),
     },
     {
+        "topology",
         *("experiment", "fit", "verdict", "view", "diagnose", "detectors"),
-        *("shared", "precision", "decide", "describe", "doubts", "series", "timelines"),
+        *("shared", "precision", "decide", "describe", "doubts", "series", "timelines", "scripts"),
     },
     {"api", "workers", "config", "report"},
     {"cli", "plugin", "__init__", "__main__"},
