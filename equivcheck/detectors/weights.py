@@ -199,8 +199,9 @@ def _confirmed(view: View, shown: Attribution, scale: float) -> str | None:
         return None
     try:
         recording = view.experiment.at(other)
-    except EquivcheckError:  # The loop may refuse another K, a command line has but one.
-        return _confirmed_by_steps(view, shown, scale)
+    except EquivcheckError:
+        # The loop may refuse another K, the rule is then unconfirmed; a command line has but one.
+        return None if view.experiment.other_steps else _confirmed_by_steps(view, shown, scale)
     step = next(
         (each for each in recording.steps if each.matched == shown.matched and each.gradients), None
     )
