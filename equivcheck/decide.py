@@ -20,6 +20,7 @@ from equivcheck.doubts import (
     draws,
     inconclusive,
     invalid,
+    stochastic,
     too_coarse,
     usable,
 )
@@ -208,7 +209,9 @@ def _decide(
             raise
     if differs_from_itself(experiment, entry, judgement):
         return
-    if draws(experiment, entry, judgement):
+    drawn = draws(experiment, judgement)
+    if drawn is not None and not _put_right(experiment):
+        stochastic(experiment, entry, judgement, drawn)
         return
     if precision is not None and _promotion_changed(experiment, judgement, precision):
         _natively(experiment, entry, expect, progress, "float64 and the native runs disagree")
@@ -257,6 +260,12 @@ def _conclude(
     entry["verdict"] = verdict
     entry["headline"] = headline(entry, judgement)
     entry["notes"] += [note for note in experiment.notes if note not in entry["notes"]]
+
+
+def _put_right(experiment: Experiment) -> bool:
+    """Return whether interventions bring the accumulated run back within noise: random draws are not its fault."""
+    causes = diagnose(experiment).causes
+    return all("intervention" in each["evidence"] for each in causes)
 
 
 def _runs_natively(experiment: Experiment) -> bool:

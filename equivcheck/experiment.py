@@ -260,18 +260,37 @@ class Experiment:
 
         return self._once(("at", accumulation_steps), make)
 
-    def native(self, role: str) -> Recording:
-        """Return native_reference or native_candidate: as written, from the reference's states."""
+    def contributed(self, interventions: Interventions = ()) -> Recording:
+        """Return the accumulated run in float64 once more, with what each backward added."""
+
+        def make() -> Recording:
+            comparer = Comparer(self.reference(interventions), contributions=True)
+            schedule = self.schedule() if interventions else []
+            data = self.data_for(interventions, promoted=True)
+            return self._accumulated("candidate", comparer, data, interventions, schedule)
+
+        return self._once(("contributed", interventions), make)
+
+    def native(self, role: str, *, left: bool = False) -> Recording:
+        """Return native_reference or native_candidate: as written, from the reference's states.
+
+        Args:
+            role: Which of the two.
+            left: Keep the gradients as each cycle's last backward left them, too.
+        """
 
         def make() -> Recording:
             comparer = Comparer(
-                self.reference(), native=True, contributions=role == "native_candidate"
+                self.reference(),
+                native=True,
+                contributions=role == "native_candidate",
+                left=left,
             )
             if role == "native_reference":
                 return self._full(role, comparer, (), promoted=False)
             return self._accumulated(role, comparer, self.data, (), [], promoted=False)
 
-        return self._once((role,), make)
+        return self._once((role, left), make)
 
     def pieces(self, interventions: Interventions = ()) -> dict[tuple[str, frozenset[Key]], Step]:
         """Return the gradient of every micro-batch alone, by optimizer and samples."""
@@ -299,6 +318,18 @@ class Experiment:
             return found
 
         return self._once(("pieces", interventions), make)
+
+    def alone_of_length(self, length: int) -> Recording:
+        """Return the run that steps after every micro-batch, told that the loader has another length."""
+
+        def make() -> Recording:
+            data = self.data_for((), promoted=True)
+            micro = self.micro_batches(data)
+            size = self.micro_batch_size
+            run = Run("pieces", data, micro, 1, size, length=length, optimizer_steps=length)
+            return self._execute(run, Pieces(self.reference(), self.cycles()))
+
+        return self._once(("alone", length), make)
 
     def pieces_recording(self, interventions: Interventions = ()) -> Recording:
         """Return the run that took the pieces."""

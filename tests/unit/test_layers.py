@@ -29,7 +29,7 @@ LAYERS = (
         *("execute", "memory", "deadline"),
     },
     {
-        *("experiment", "fit", "verdict", "view", "diagnose", "detectors"),
+        *("experiment", "fit", "company", "verdict", "view", "diagnose", "detectors"),
         *("shared", "precision", "decide", "describe", "doubts"),
     },
     {"api", "config", "report"},
