@@ -210,16 +210,20 @@ def _decide(
     if differs_from_itself(experiment, entry, judgement):
         return
     drawn = draws(experiment, judgement)
-    if drawn is not None and not _put_right(experiment):
-        stochastic(experiment, entry, judgement, drawn)
-        return
+    diagnosis: Diagnosis | None = None
+    if drawn is not None:
+        # What interventions bring back within noise is not the fault of random draws.
+        diagnosis = diagnose(experiment)
+        if not all("intervention" in each["evidence"] for each in diagnosis.causes):
+            stochastic(experiment, entry, judgement, drawn)
+            return
     if precision is not None and _promotion_changed(experiment, judgement, precision):
         _natively(experiment, entry, expect, progress, "float64 and the native runs disagree")
         return
     if judgement.same and not judgement.power < BLIND:
         too_coarse(experiment, entry, judgement)
         return
-    _conclude(experiment, entry, judgement, precision, expect, progress)
+    _conclude(experiment, entry, judgement, precision, expect, progress, diagnosis)
 
 
 def _conclude(
@@ -229,16 +233,18 @@ def _conclude(
     precision: Precision | None,
     expect: tuple[str, ...],
     progress: Progress,
+    diagnosis: Diagnosis | None = None,
 ) -> None:
     causes: list[dict[str, Any]] = []
     shared = shared_faults(experiment)
     if experiment.is_promoted:
         shared += [each for each in skipped_steps(experiment) if each.shared or judgement.same]
-    diagnosis = Diagnosis()
-    if not judgement.same:
+    if judgement.same:
+        diagnosis = Diagnosis()
+    elif diagnosis is None:
         progress("diagnosis")
         diagnosis = diagnose(experiment)
-        causes += diagnosis.causes
+    causes += diagnosis.causes
     causes += [cause(each, "proved", each.evidence) for each in shared]
     verdict = "divergent" if causes else "equivalent"
     if precision is not None:
@@ -260,12 +266,6 @@ def _conclude(
     entry["verdict"] = verdict
     entry["headline"] = headline(entry, judgement)
     entry["notes"] += [note for note in experiment.notes if note not in entry["notes"]]
-
-
-def _put_right(experiment: Experiment) -> bool:
-    """Return whether interventions bring the accumulated run back within noise: random draws are not its fault."""
-    causes = diagnose(experiment).causes
-    return all("intervention" in each["evidence"] for each in causes)
 
 
 def _runs_natively(experiment: Experiment) -> bool:

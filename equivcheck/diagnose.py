@@ -285,6 +285,4 @@ def cause(suspicion: Suspicion, status: str, evidence: dict[str, Any]) -> dict[s
 
 def diagnose(experiment: Experiment) -> Diagnosis:
     """Return the causes of the divergence of an experiment, with proofs."""
-    if "diagnosis" not in experiment.remembered:
-        experiment.remembered["diagnosis"] = Search(experiment).run()
-    return experiment.remembered["diagnosis"]  # type: ignore[no-any-return]
+    return Search(experiment).run()

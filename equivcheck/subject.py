@@ -417,9 +417,10 @@ def modules_restored() -> Iterator[None]:
     try:
         yield
     finally:
-        for name in [name for name in sys.modules if name not in before]:
-            if any(_lies_in(sys.modules[name], root) for root in _executed):
-                _forget(name, sys.modules[name])
+        added = {name: module for name, module in sys.modules.items() if name not in before}
+        for name, module in _users(added).items():
+            if any(_lies_in(module, root) for root in _executed):
+                _forget(name, module)
         for name, module in before.items():
             if sys.modules.get(name) is not module:
                 sys.modules[name] = module
@@ -439,8 +440,9 @@ def _forget(name: str, module: ModuleType) -> None:
 def _again(execute: Callable[[], ModuleType], root: Path, place: str) -> ModuleType:
     """Execute a module, and what it imports from its own folder, as if for the first time."""
     _executed.add(root)
-    for name in [name for name, module in list(sys.modules.items()) if _lies_in(module, root)]:
-        del sys.modules[name]
+    for name, module in _users(sys.modules).items():
+        if _lies_in(module, root):
+            del sys.modules[name]
     importlib.invalidate_caches()
     with _importable(root):
         try:
@@ -468,7 +470,24 @@ def _lies_in(module: ModuleType, root: Path) -> bool:
     return _real(filename).startswith(f"{root}/") and not is_library(filename)
 
 
-# Some thousand modules are asked about before every run: resolving a path once is enough.
+# Some thousand modules are asked about before every run: once is enough for those of Python and of installed packages.
+_libraries: dict[str, ModuleType] = {}
+
+
+def _users(modules: Mapping[str, ModuleType]) -> dict[str, ModuleType]:
+    """Return those modules that may be the user's own."""
+    found = {}
+    for name, module in modules.items():
+        if _libraries.get(name) is module:
+            continue
+        filename = getattr(module, "__file__", None)
+        if filename and not is_library(filename):
+            found[name] = module
+        else:
+            _libraries[name] = module
+    return found
+
+
 @functools.cache
 def _real(filename: str) -> str:
     return str(Path(filename).resolve())

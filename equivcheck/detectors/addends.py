@@ -17,6 +17,9 @@ Component = tuple[int, tuple[int, ...]]
 Gradient = dict[str, torch.Tensor]
 ByPlace = dict[tuple[int, int], dict[Component, Gradient]]
 
+# One addend with another factor than the rest is the side term, however large its gradient is.
+_FACTORS = ("EQ101", "EQ102")
+
 
 @dataclass
 class Parts:
@@ -73,6 +76,8 @@ def suspect(view: View) -> list[Suspicion]:
     if not found or (len(found) == len(wrong) and len({each.rule for each in found.values()}) == 1):
         return []  # Nothing is wrong; or the whole loss is, in one way.
     main = max(parts.components, key=lambda c: _size(view, c, parts))
+    if len(found) == 1 and len(wrong) > 1 and main in found and found[main].rule in _FACTORS:
+        main = next(component for component in parts.components if component != main)
     by_code: dict[str, list[Component]] = {}
     for component, each in found.items():
         code = "EQ107" if each.same else each.rule if component == main else "EQ106"
