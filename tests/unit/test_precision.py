@@ -9,7 +9,7 @@ import torch
 
 from equivcheck.differences import Sums
 from equivcheck.noise import UNITS, growth
-from equivcheck.precision import COARSE, judge_precision, native_gap
+from equivcheck.precision import judge_precision, native_gap
 from equivcheck.recording import Recording, Step
 
 WIDTH = 64
@@ -39,8 +39,11 @@ class Lab:
         self.accumulation_steps = accumulation_steps
         self._promoted = Recording("candidate", [promoted or step({"w": SUM}, PIECES)])
 
-    def native(self, role, *, left=False):
+    def native(self, role):
         return self._native[role]
+
+    def left_by_backward(self):
+        return self._native["native_candidate"]
 
     def candidate(self):
         return self._promoted
@@ -95,14 +98,28 @@ def test_a_buffer_that_promotion_could_not_raise_is_no_edit():
 
 
 @pytest.mark.parametrize(
-    ("own", "accumulation_steps", "loses"),
-    [(0.5, 4, True), (2.0, 4, False), (0.5, 1, False), (0.0, 4, False)],
-    ids=["more than its own error", "less", "one micro-batch", "no error of its own"],
+    ("lost", "own", "accumulation_steps", "loses"),
+    [
+        (2.0, 1.0, 4, True),
+        (2.0, 4.0, 4, False),
+        (2.0, 1.0, 1, False),
+        (2.0, 0.0, 4, False),
+        (0.9, 0.5, 4, False),
+    ],
+    ids=[
+        "more than its own error",
+        "less",
+        "one micro-batch",
+        "no error of its own",
+        "less than one roundoff",
+    ],
 )
-def test_a_coarse_dtype_is_judged_by_the_full_batch(own, accumulation_steps, loses):
-    """Its own error is what a correct run in that dtype has anyway."""
-    full = step({"w": SUM}, error=own * COARSE)
-    lab = Lab(full, step({"w": rounded(COARSE)}, PIECES), accumulation_steps, dtype="bfloat16")
+def test_a_coarse_dtype_is_judged_by_the_full_batch(lost, own, accumulation_steps, loses):
+    """Its own error is what a correct run in that dtype has anyway; all in roundoffs of bfloat16."""
+    unit = 2.0**-8
+    full = step({"w": SUM}, error=own * unit)
+    candidate = step({"w": rounded(lost * unit)}, PIECES)
+    lab = Lab(full, candidate, accumulation_steps, dtype="bfloat16")
 
     assert (judge_precision(lab).loss is not None) is loses
 
