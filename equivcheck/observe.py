@@ -190,15 +190,22 @@ class Comparer(Sampler):
         reference: The recording that was kept.
         native: The run computes as written: gradients are sampled and compared, parameters and state are set only.
         contributions: Keep what each backward adds, at the sampled coordinates.
+        left: Keep what the last backward leaves, too.
     """
 
     def __init__(
-        self, reference: Recording, *, native: bool = False, contributions: bool = False
+        self,
+        reference: Recording,
+        *,
+        native: bool = False,
+        contributions: bool = False,
+        left: bool = False,
     ) -> None:
         super().__init__()
         self._reference = reference
         self._native = native
         self._want_contributions = contributions
+        self._want_left = left
         self._queues = {
             key: [s for s in reference.steps if s.optimizer == key] for key in reference.optimizers
         }
@@ -206,6 +213,8 @@ class Comparer(Sampler):
         self._gradients: Gradients = {}
         self._wanted: Gradients = {}
         self._arrived: list[dict[str, torch.Tensor]] = []
+        self._contributed: list[dict[str, torch.Tensor]] = []
+        self._left: dict[str, torch.Tensor | None] = {}
         self._share: frozenset[int] | None = None
         self._ranks = 1
 
@@ -213,7 +222,11 @@ class Comparer(Sampler):
         self, recorder: Recorder, step: Step, gradients: Gradients, applied: Gradients
     ) -> None:
         self.sample(recorder, step, gradients)
-        step.contributions, self._arrived = self._arrived, []
+        if self._arrived:
+            self._contributed, self._arrived = self._arrived, []
+        # Of two optimizers that step on the same backwards, the second has the same.
+        step.contributions = self._contributed
+        step.left = {name: self._left.get(name) for name in gradients} if self._left else {}
         self._share, self._ranks = recorder.share, recorder.world_size
         self._match(step)
         if step.matched is None:
@@ -383,6 +396,12 @@ class Comparer(Sampler):
             for handle in handles:
                 handle.remove()
             self._arrived.append(arrived)
+        if self._want_left:
+            with torch.no_grad():
+                self._left = {
+                    name: None if p.grad is None else self.take(name, p.grad)
+                    for name, p in recorder.parameters().items()
+                }
 
     def returned(self, recorder: Recorder, inputs: Any, result: Any) -> None:
         if self._want_contributions:

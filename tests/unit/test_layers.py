@@ -31,7 +31,7 @@ LAYERS = (
     },
     {
         "topology",
-        *("experiment", "fit", "verdict", "view", "diagnose", "detectors"),
+        *("experiment", "fit", "company", "verdict", "view", "diagnose", "detectors"),
         *("shared", "precision", "decide", "describe", "doubts", "series", "timelines", "scripts"),
     },
     {"api", "workers", "config", "report"},
