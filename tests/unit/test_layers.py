@@ -30,7 +30,7 @@ LAYERS = (
         *("execute", "memory", "deadline", "strategies", "suite", "attach"),
     },
     {
-        "topology",
+        *("topology", "traffic"),
         *("experiment", "fit", "company", "verdict", "view", "diagnose", "detectors"),
         *("shared", "precision", "decide", "describe", "doubts", "series", "timelines", "scripts"),
     },
