@@ -135,6 +135,7 @@ def measure(
     precision: Iterable[str] | str = "native",
     device: str = "cpu",
     optimizer_steps: int = 8,
+    rows: str | None = None,
     seed: int = 0,
     timeout: float | None = None,
 ) -> Result:
@@ -154,6 +155,7 @@ def measure(
         precision: Handed to a `train` that asks for it.
         device: "cpu" or "cuda".
         optimizer_steps: Upper bound on full batches.
+        rows: Which rows of which batches alone are used, as in `0:0-4,1:2`; by default all.
         seed: Seed of every run.
         timeout: Longest time for one case in seconds.
 
@@ -172,6 +174,7 @@ def measure(
         precision=precision,
         device=device,
         optimizer_steps=optimizer_steps,
+        rows=rows,
         seed=seed,
         timeout=timeout,
     )
@@ -194,6 +197,7 @@ def check(
     precision: Iterable[str] | str = "native",
     device: str = "cpu",
     optimizer_steps: int = 8,
+    rows: str | None = None,
     seed: int = 0,
     timeout: float | None = None,
 ) -> Result:
@@ -220,6 +224,7 @@ def check(
         precision=precision,
         device=device,
         optimizer_steps=optimizer_steps,
+        rows=rows,
         seed=seed,
         timeout=timeout,
     )
@@ -332,7 +337,7 @@ def plan(
     from equivcheck.execute import process_state  # noqa: PLC0415
     from equivcheck.subject import load_subject  # noqa: PLC0415
 
-    fields = ("split", "precision", "device", "optimizer_steps", "seed")
+    fields = ("split", "precision", "device", "optimizer_steps", "rows", "seed")
     for name in ("world_size", "strategy"):
         if values.get(name, OPTIONS[name].default) != OPTIONS[name].default:
             raise UsageError(

@@ -30,6 +30,7 @@ class Case:
         device: Where the subject is to compute.
         optimizer_steps: Upper bound on full batches, >= 1.
         workload: Name of a suite's workload, when the target is a suite.
+        rows: Which rows of which batches alone are used, as in `0:0-4,1:2`; None for all.
     """
 
     target: str
@@ -42,6 +43,7 @@ class Case:
     device: str = "cpu"
     optimizer_steps: int = 8
     workload: str | None = None
+    rows: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("accumulation_steps", "world_size", "optimizer_steps"):

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2] / "equivcheck"
 
 LAYERS = (
-    {"errors", "case", "causes", "result"},
+    {"errors", "case", "causes", "result", "rows"},
     {"split", "differences", "attribution", "noise"},
     {
         *(
@@ -32,7 +32,7 @@ LAYERS = (
         *("experiment", "fit", "verdict", "view", "diagnose", "detectors"),
         *("shared", "precision", "decide", "describe", "doubts", "series", "timelines"),
     },
-    {"api", "config", "report"},
+    {"api", "config", "report", "search", "repro"},
     {"cli", "plugin", "__init__", "__main__"},
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
