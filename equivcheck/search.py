@@ -132,7 +132,7 @@ class Search:
             self.progress(case.label)
             try:
                 [self.ran[point]] = outcomes(
-                    [Job(self.subject, case)], expect=self.expect, timeout=self.timeout
+                    [Job(self.subject, case, self.expect)], timeout=self.timeout
                 )
             except UsageError:
                 self.ran[point] = None
