@@ -117,7 +117,7 @@ def load_result(path: str) -> Result:
 Functions = Callable[..., Any]
 Batches = Callable[[], Any] | list[Any] | tuple[Any, ...]
 # What may be given several values, each of which makes cases of its own.
-AXES = ("split", "world_size", "strategy", "precision")
+AXES = ("split", "strategy", "precision")
 
 
 def measure(
@@ -136,6 +136,7 @@ def measure(
     device: str = "cpu",
     optimizer_steps: int = 8,
     rows: str | None = None,
+    rng: str = "off",
     seed: int = 0,
     timeout: float | None = None,
 ) -> Result:
@@ -156,6 +157,7 @@ def measure(
         device: "cpu" or "cuda".
         optimizer_steps: Upper bound on full batches.
         rows: Which rows of which batches alone are used, as in `0:0-4,1:2`; by default all.
+        rng: What becomes of dropout: "off", or masks keyed "per-sample".
         seed: Seed of every run.
         timeout: Longest time for one case in seconds.
 
@@ -175,6 +177,7 @@ def measure(
         device=device,
         optimizer_steps=optimizer_steps,
         rows=rows,
+        rng=rng,
         seed=seed,
         timeout=timeout,
     )
@@ -198,6 +201,7 @@ def check(
     device: str = "cpu",
     optimizer_steps: int = 8,
     rows: str | None = None,
+    rng: str = "off",
     seed: int = 0,
     timeout: float | None = None,
 ) -> Result:
@@ -225,6 +229,7 @@ def check(
         device=device,
         optimizer_steps=optimizer_steps,
         rows=rows,
+        rng=rng,
         seed=seed,
         timeout=timeout,
     )
@@ -356,13 +361,10 @@ def plan(
     from equivcheck.subject import load_subject  # noqa: PLC0415
     from equivcheck.suite import cases_of, expanded, is_suite  # noqa: PLC0415
 
-    fields = ("split", "precision", "device", "optimizer_steps", "rows", "seed")
-    for name in ("world_size", "strategy"):
-        if values.get(name, OPTIONS[name].default) != OPTIONS[name].default:
-            raise UsageError(
-                f"{name}={values[name]} is not supported: this version runs one process",
-                expected=f"{name}={OPTIONS[name].default}",
-            )
+    fields = (
+        *("split", "strategy", "precision", "device", "optimizer_steps", "rows", "seed"),
+        *("train", "rng"),
+    )
     jobs: list[Job] = []
     notes: list[str] = []
     for target in [
@@ -388,6 +390,7 @@ def plan(
                     subject,
                     list(values.get("accumulation_steps") or DEFAULT_ACCUMULATION_STEPS),
                     explicit=explicit,
+                    world_sizes=list(values.get("world_size") or OPTIONS["world_size"].default),
                     **{name: values[name] for name in fields if name in values},
                 )
                 expect = tuple(values.get("expect") or ())
@@ -494,7 +497,8 @@ def checked(name: str, value: Any) -> Any:
     Raises:
         UsageError: It is not allowed; the message says what is.
     """
-    if name == "accumulation_steps" and isinstance(value, Iterable) and not isinstance(value, str):
+    several = name in ("accumulation_steps", "world_size")
+    if several and isinstance(value, Iterable) and not isinstance(value, str):
         value = tuple(value)
     if name == "expect" and not isinstance(value, str):
         value = tuple(value or ())

@@ -26,7 +26,7 @@ from equivcheck.report import text, words
 HELP = "look for the smallest failing case"
 OPTIONS = (
     *("accumulation_steps", "split", "world_size", "strategy", "device", "precision", "train"),
-    *("expect", "optimizer_steps", "rows", "seed", "timeout", "json", "html", "junit"),
+    *("expect", "optimizer_steps", "rows", "rng", "seed", "timeout", "json", "html", "junit"),
     *("github", "color"),
 )
 CASES = 100
@@ -123,6 +123,8 @@ def _search(target: str, settings: Settings, budget: int) -> Any:
         optimizer_steps=settings["optimizer_steps"],
         seed=settings["seed"],
         rows=settings["rows"],
+        train=settings["train"],
+        rng=settings["rng"],
     )
     sizes = list(_several(settings["world_size"]))
     worlds = [(size, settings["strategy"] if size > 1 else "none") for size in sizes]

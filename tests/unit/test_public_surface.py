@@ -19,7 +19,7 @@ SIGNATURE = (
     "strategy: 'Iterable[str] | str' = 'none', expect: 'Iterable[str] | str' = (), "
     "precision: 'Iterable[str] | str' = 'native', device: 'str' = 'cpu', "
     "optimizer_steps: 'int' = 8, rows: 'str | None' = None, "
-    "seed: 'int' = 0, timeout: 'float | None' = None) -> 'Result'"
+    "rng: 'str' = 'off', seed: 'int' = 0, timeout: 'float | None' = None) -> 'Result'"
 )
 
 
