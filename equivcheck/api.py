@@ -32,6 +32,37 @@ _RAISED: dict[int, type[EquivcheckError]] = {
 }
 
 
+class Found(dict[str, Any]):
+    """One case of a result, with the numbers of its gradients at hand.
+
+    Attributes, each None where nothing was compared: `scale`, `relative`, `cosine`; and `cause`, the first code.
+    """
+
+    def _gradients(self, name: str) -> float | None:
+        number: float | None = ((self.get("divergence") or {}).get("gradients") or {}).get(name)
+        return number
+
+    @property
+    def scale(self) -> float | None:
+        """Least-squares factor of the accumulated gradients; 1.0 is right."""
+        return self._gradients("scale")
+
+    @property
+    def relative(self) -> float | None:
+        """Relative error of the accumulated gradients."""
+        return self._gradients("relative")
+
+    @property
+    def cosine(self) -> float | None:
+        """Cosine between the two gradients; 1.0 is the same direction."""
+        return self._gradients("cosine")
+
+    @property
+    def cause(self) -> str | None:
+        """Code of the first cause."""
+        return next((str(cause["code"]) for cause in self.get("causes") or ()), None)
+
+
 @dataclass(frozen=True)
 class Result:
     """What a run found; a thin view on the result JSON.
@@ -58,7 +89,7 @@ class Result:
         return results.exit_code(self.cases, interrupted=bool(self.data.get("interrupted")))
 
     @property
-    def worst(self) -> Mapping[str, Any] | None:
+    def worst(self) -> Found | None:
         """The case that decides the verdict, the largest divergence first; None without a case."""
 
         def pressing(case: Mapping[str, Any]) -> tuple[int, float]:
@@ -66,7 +97,8 @@ class Result:
             rank = results.PRIORITY.index(results.case_exit_code(case))
             return -rank, gradients.get("relative") or 0.0
 
-        return max(self.cases, key=pressing, default=None)
+        case = max(self.cases, key=pressing, default=None)
+        return None if case is None else Found(case)
 
     def to_json(self) -> str:
         """Return the result JSON."""
@@ -261,12 +293,12 @@ def scenario(
     """
     explicit = given.get("accumulation_steps") is not None
     axes = {name: _several(given.pop(name)) for name in AXES if name in given}
-    values = {name: _checked(name, value) for name, value in given.items()}
+    values = {name: checked(name, value) for name, value in given.items()}
     values["train"] = train
     jobs: list[Job] = []
     notes: list[str] = []
     for point in itertools.product(*axes.values()):
-        chosen = {n: _checked(n, v) for n, v in zip(axes, point, strict=True)}
+        chosen = {n: checked(n, v) for n, v in zip(axes, point, strict=True)}
         planned, remarks = plan([subject], {**values, **chosen}, explicit=explicit)
         jobs += planned
         notes += [remark for remark in remarks if remark not in notes]
@@ -383,7 +415,12 @@ def _several(value: Any) -> list[Any]:
     return [value] if isinstance(value, (str, int)) else list(value)
 
 
-def _checked(name: str, value: Any) -> Any:
+def checked(name: str, value: Any) -> Any:
+    """Return the value of an option, parsed.
+
+    Raises:
+        UsageError: It is not allowed; the message says what is.
+    """
     if name == "accumulation_steps" and isinstance(value, Iterable) and not isinstance(value, str):
         value = tuple(value)
     if name == "expect" and not isinstance(value, str):

@@ -8,6 +8,9 @@ import sys
 import pytest
 from hypothesis import settings
 
+# Runs pytest within pytest, for the tests of the plugin; only a conftest that is loaded first may name it.
+pytest_plugins = ["pytester"]
+
 # Before anything imports torch or numpy: reductions change with the number of threads, and
 # processes started by a test inherit it.
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):

@@ -26,7 +26,7 @@ LAYERS = (
             "shadow",
         ),
         *("promotion", "casting", "interventions", "neutral", "entropy", "freeze", "addends"),
-        *("execute", "memory", "deadline"),
+        *("execute", "memory", "deadline", "strategies"),
     },
     {
         *("experiment", "fit", "verdict", "view", "diagnose", "detectors"),
