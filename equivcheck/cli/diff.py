@@ -29,9 +29,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> int:
     """Print one line per change; 1 if anything passes no longer, else 0."""
     if options.open and options.html == "-":
-        raise UsageError(
-            "--open with --html - has no file to open", fix=f"--html {LATEST} --open"
-        )
+        raise UsageError("--open with --html - has no file to open", fix=f"--html {LATEST} --open")
     old, new = results.load(options.old), results.load(options.new)
     found = changes.changes(old, new)
     shown = [each for each in found if each["what"] != "same"]
@@ -46,7 +44,9 @@ def execute(options: argparse.Namespace) -> int:
         for each in shown:
             place = text.printable(f"{each['case'].get('target', '')}  {words.label(each['case'])}")
             print(f"{each['what']:<9} {each['id']}  {place}")
-            print(f"  was     {changes.told(each['before'])}\n  now     {changes.told(each['after'])}")
+            print(
+                f"  was     {changes.told(each['before'])}\n  now     {changes.told(each['after'])}"
+            )
         print(f"{len(shown)} changed, {len(found) - len(shown)} same")
     if options.open:
         open_page(options.html)

@@ -29,7 +29,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("result", metavar="RESULT", help="a file written by run --json")
     for name in _RENDERERS:
         parser.add_argument(f"--{name}", metavar="PATH", help=f"write {name}; - for stdout")
-    parser.add_argument("--svg", metavar="FOLDER", help="write the plots of failing cases as SVG files")
+    parser.add_argument(
+        "--svg", metavar="FOLDER", help="write the plots of failing cases as SVG files"
+    )
     parser.add_argument(
         "--open", action="store_true", help=f"show the page in a browser (--html, or {LATEST})"
     )

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 from equivcheck import result as results
 from equivcheck.api import Job, outcomes, plan
 from equivcheck.cli import selection
-from equivcheck.cli.outputs import Outputs
+from equivcheck.cli.outputs import LATEST, Outputs, open_page
 from equivcheck.cli.parser import add_options, flags
 from equivcheck.cli.screen import Progress, colored, own_stdout, say
 from equivcheck.config import OPTIONS, Settings, resolve
@@ -33,6 +33,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-x", action="store_true", dest="stop", help="stop at the first failure")
     parser.add_argument("-q", action="store_true", dest="quiet", help="failures and summary only")
     parser.add_argument("-v", action="store_true", dest="verbose", help="a block for every case")
+    parser.add_argument("--open", action="store_true", help="show the page in a browser")
     parser.add_argument("--show-config", action="store_true", help="print every option's origin")
     for flag in ("--full", "--accumulated"):
         parser.add_argument(flag, metavar="CMD", help="not supported in this version")
@@ -41,6 +42,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> int:
     """Run the cases and return the exit code of the whole."""
     settings = resolve(flags(options))
+    if options.open and not settings["html"]:
+        options.html = str(LATEST / "report.html")
+        settings = resolve(flags(options))
     if options.show_config:
         print("\n".join(settings.lines()))
         return 0
@@ -63,6 +67,8 @@ def execute(options: argparse.Namespace) -> int:
         result = run.result()
         run.tell(result)
         outputs.finish(result, stdout)
+        if options.open and settings["html"] != "-":
+            open_page(settings["html"])
     if failure is not None:
         raise failure
     return int(result["exit_code"])

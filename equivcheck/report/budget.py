@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -88,7 +89,9 @@ def reduce(result: Mapping[str, Any], level: Level) -> Reduced:
         else:
             kept.append(_core(case))
     if len(cases) > level.matrix:
-        notes.append(f"{len(cases) - level.matrix} of {len(cases)} cases are in the result file only")
+        notes.append(
+            f"{len(cases) - level.matrix} of {len(cases)} cases are in the result file only"
+        )
     return Reduced({**result, "cases": kept}, list(detailed), list(dict.fromkeys(notes)))
 
 
@@ -146,9 +149,7 @@ def _thinned(series: Mapping[str, Any], points: int, notes: list[str]) -> dict[s
     ranked = _sizes(series, len(x))
     edges = [round(i * len(x) / points) for i in range(points + 1)]
     wanted = [
-        max(range(a, b), key=ranked.__getitem__)
-        for a, b in zip(edges, edges[1:], strict=False)
-        if b > a
+        max(range(a, b), key=ranked.__getitem__) for a, b in itertools.pairwise(edges) if b > a
     ]
 
     def pick(value: Any) -> Any:

@@ -103,7 +103,9 @@ def markdown(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
         if each["what"] != "same":
             place = f"{each['case'].get('target', '')} {words.label(each['case'])} {each['id']}"
             cells = (each["what"], place, told(each["before"]), told(each["after"]))
-            lines.append("| " + " | ".join(text.printable(c).replace("|", "\\|") for c in cells) + " |")
+            lines.append(
+                "| " + " | ".join(text.printable(c).replace("|", "\\|") for c in cells) + " |"
+            )
     return "\n".join(lines[:200]) + "\n"
 
 
@@ -122,7 +124,9 @@ def _row(each: Mapping[str, Any]) -> dict[str, Any]:
         "headline": words.headline(each["case"]),
         "axis": Decades.over(sizes),
         "sizes": sizes,
-        "good": [case is not None and not words.failed(case) for case in (each["before"], each["after"])],
+        "good": [
+            case is not None and not words.failed(case) for case in (each["before"], each["after"])
+        ],
         "fix": causes[0]["fix"] if causes and words.failed(each["case"]) else "",
         "replay": f"equivcheck replay {each['id']}" if each["after"] is not None else "",
     }

@@ -23,9 +23,7 @@ def points(
     x: Sequence[float], values: Sequence[float | None], axis: Axis
 ) -> list[tuple[float, float]]:
     """Return (x, height) of every value there is, 0 to 100."""
-    return [
-        (a, axis.place(v)) for a, v in zip(places(x), values, strict=True) if v is not None
-    ]
+    return [(a, axis.place(v)) for a, v in zip(places(x), values, strict=True) if v is not None]
 
 
 def path(x: Sequence[float], values: Sequence[float | None], axis: Axis) -> str:

@@ -42,6 +42,9 @@ TITLES = {
     "ranks": "Ranks",
     "control": "Control and noise",
 }
+# What a template may ask of an error or of a trial; older results have fewer keys.
+_ERROR = dict.fromkeys(("type", "message", "where", "expected", "because", "fix", "traceback"))
+_TRIAL = {"codes": (), "put_right": (), "relative": None, "within_noise": False}
 _NUMBER = re.compile(r"\d[\d.]*e[+-]\d+")
 ROWS = 100  # of a table, before the script adds more
 
@@ -115,7 +118,9 @@ def _render(result: Mapping[str, Any], reduced: Reduced) -> str:
     whole = {case["id"]: case for case in result["cases"]}
     sections = [_section(case) for case in cases if case["id"] in set(reduced.detailed)]
     failing = [case for case in cases if words.failed(case)]
-    first = next((s for s in sections if words.failed(s["case"])), sections[0] if sections else None)
+    first = next(
+        (s for s in sections if words.failed(s["case"])), sections[0] if sections else None
+    )
     return write(
         "page.html",
         result=reduced.result,
@@ -168,7 +173,9 @@ def _title(result: Mapping[str, Any], failing: Sequence[Mapping[str, Any]]) -> s
 
 
 def _remarks(result: Mapping[str, Any]) -> list[str]:
-    return [remark.removeprefix("\nnote  ").replace("\n      ", " ") for remark in text.remarks(result)][:50]
+    return [
+        remark.removeprefix("\nnote  ").replace("\n      ", " ") for remark in text.remarks(result)
+    ][:50]
 
 
 def _section(case: Mapping[str, Any]) -> dict[str, Any]:
@@ -187,11 +194,11 @@ def _section(case: Mapping[str, Any]) -> dict[str, Any]:
         },
         "replay": f"equivcheck replay {case['id']}",
         "told": words.margin(case),
-        "error": case.get("error"),
+        "error": _ERROR | case["error"] if case.get("error") else None,
         "notes": list(case.get("notes") or ()),
         "because": case.get("because"),
         "fix": case.get("fix"),
-        "trials": list(case.get("interventions") or ())[:30],
+        "trials": [_TRIAL | dict(each) for each in (case.get("interventions") or ())[:30]],
     }
 
 
@@ -203,8 +210,12 @@ def _groups(cases: Sequence[Mapping[str, Any]], detailed: set[str]) -> list[dict
             group = found.setdefault(cause["code"], {**cause, "cases": [], "of": case})
             if case["id"] in detailed and group["of"]["id"] not in detailed:
                 group.update(cause, of=case)
-            group["cases"].append({"id": case["id"], "label": words.label(case), "failed": words.failed(case)})
-    order = sorted(found.values(), key=lambda g: (g["status"] != "proved", -len(g["cases"]), g["code"]))
+            group["cases"].append(
+                {"id": case["id"], "label": words.label(case), "failed": words.failed(case)}
+            )
+    order = sorted(
+        found.values(), key=lambda g: (g["status"] != "proved", -len(g["cases"]), g["code"])
+    )
     for group in order:
         group["more"] = max(0, len(group["cases"]) - 40)
         group["cases"] = group["cases"][:40]
@@ -252,7 +263,9 @@ def _cell(case: Mapping[str, Any], detailed: set[str]) -> dict[str, Any]:
         "verdict": case["verdict"],
         "mark": MARKS.get(case["verdict"], ""),
         "code": ", ".join(codes[:2]) if case["verdict"] != "equivalent" else "",
-        "word": "ok" if case["verdict"] == "equivalent" and case_exit_code(case) == 0 else case["verdict"],
+        "word": "ok"
+        if case["verdict"] == "equivalent" and case_exit_code(case) == 0
+        else case["verdict"],
         "number": words.number(far[1]) if far is not None else "",
         "detailed": case["id"] in detailed,
         "failed": words.failed(case),
@@ -271,7 +284,9 @@ def _templates() -> Environment:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=lambda value: text.printable(value) if isinstance(value, str) and type(value) is str else value,
+        finalize=lambda value: (
+            text.printable(value) if isinstance(value, str) and type(value) is str else value
+        ),
     )
     found.filters.update(
         number=words.number,

@@ -43,7 +43,9 @@ def start(case: Mapping[str, Any]) -> str | None:
         body.append(_path(curves.area(x, panel["noise"], axis), fill=NOISE, stroke=QUIET))
     if panel["allowed"]:
         body.append(_path(curves.path(x, panel["allowed"], axis), stroke=QUIET, dash="6 5"))
-    for line, color in zip(reversed(panel["lines"]), reversed(LINES[: len(panel["lines"])]), strict=True):
+    for line, color in zip(
+        reversed(panel["lines"]), reversed(LINES[: len(panel["lines"])]), strict=True
+    ):
         body.append(_path(curves.path(x, line["values"], axis), stroke=color, width=3))
         if len(x) <= 40:
             body += [
@@ -77,7 +79,14 @@ def weights(case: Mapping[str, Any]) -> str | None:
             )
             if len(bars) <= 10:
                 body.append(
-                    _text(x + slot * 0.18, TOP + room - height - 6, words.factor(bar[key]), "middle", color, 14)
+                    _text(
+                        x + slot * 0.18,
+                        TOP + room - height - 6,
+                        words.factor(bar[key]),
+                        "middle",
+                        color,
+                        14,
+                    )
                 )
         name = f"{rank}.{bar['micro_step']}" if panel["ranks"] > 1 else str(bar["micro_step"])
         if len(bars) <= 32:
@@ -98,7 +107,14 @@ def proof(case: Mapping[str, Any]) -> str | None:
         y = TOP + room * (i + 0.5)
         a, b = _x(axis.place(p["after"])), _x(axis.place(p["before"]))
         body += [
-            _text(LEFT, y - 24, f"{cause['code']} {cause['name']}: with {p['put_right']}", "start", "#1a1c20", 17),
+            _text(
+                LEFT,
+                y - 24,
+                f"{cause['code']} {cause['name']}: with {p['put_right']}",
+                "start",
+                "#1a1c20",
+                17,
+            ),
             f'<line x1="{a}" x2="{b}" y1="{y}" y2="{y}" stroke="{QUIET}" stroke-width="2"/>',
             f'<circle cx="{a}" cy="{y}" r="9" fill="#fff" stroke="{GOOD}" stroke-width="4"/>',
             f'<rect x="{b - 8}" y="{y - 8}" width="16" height="16" fill="{BAD}" transform="rotate(45 {b} {y})"/>',
@@ -106,7 +122,9 @@ def proof(case: Mapping[str, Any]) -> str | None:
             _text(a, y + 34, words.number(p["after"]), "middle", GOOD),
         ]
     body += _legend([("before", BAD), ("after", GOOD)])
-    return _slide(case, words.headline(case), body, "relative difference, before and after the repair")
+    return _slide(
+        case, words.headline(case), body, "relative difference, before and after the repair"
+    )
 
 
 def heatmap(case: Mapping[str, Any]) -> str | None:
@@ -121,7 +139,9 @@ def heatmap(case: Mapping[str, Any]) -> str | None:
     body = []
     for i, row in enumerate(rows):
         y = TOP + i * height
-        body.append(_text(left - 12, y + height * 0.65, str(row["name"])[-32:], "end", "#1a1c20", 14))
+        body.append(
+            _text(left - 12, y + height * 0.65, str(row["name"])[-32:], "end", "#1a1c20", 14)
+        )
         body += [
             f'<rect x="{left + j * width:.1f}" y="{y:.1f}" width="{max(width - 1, 0.5):.1f}" '
             f'height="{height - 1:.1f}" fill="{SHADES[cell["shade"]]}"/>'
@@ -139,13 +159,17 @@ def _slide(case: Mapping[str, Any], told: str, body: Sequence[str], what: str) -
     title = words.headline(case)
     size = 24 if len(title) <= 70 else 18
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
-        f'font-family="system-ui, sans-serif" role="img" aria-label={quoteattr(text.printable(told))}>',
+        (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
+            f'font-family="system-ui, sans-serif" role="img" aria-label={quoteattr(text.printable(told))}>'
+        ),
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>',
         _text(30, 44, title[:100], "start", "#1a1c20", size, weight=600),
         *(_text(30, 74 + 20 * i, line, "start", QUIET, 15) for i, line in enumerate(_lines(told))),
         *body,
-        _text(WIDTH - RIGHT, HEIGHT - 14, f"{what} · case {case['id']} · equivcheck", "end", QUIET, 12),
+        _text(
+            WIDTH - RIGHT, HEIGHT - 14, f"{what} · case {case['id']} · equivcheck", "end", QUIET, 12
+        ),
         "</svg>",
     ]
     return "\n".join(parts) + "\n"
@@ -202,7 +226,13 @@ def _legend(entries: Sequence[tuple[str, str]]) -> Iterator[str]:
 
 
 def _text(
-    x: float, y: float, said: str, anchor: str, color: str = QUIET, size: int = 14, weight: int = 400
+    x: float,
+    y: float,
+    said: str,
+    anchor: str,
+    color: str = QUIET,
+    size: int = 14,
+    weight: int = 400,
 ) -> str:
     return (
         f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{color}" font-size="{size}" '
