@@ -44,7 +44,7 @@ def targets() -> dict[str, list[str]]:
 
 def result_of(name: str, chosen: list[str]) -> dict:
     """Run one example."""
-    from equivcheck import measure, result  # noqa: PLC0415 - torch, only when something is run
+    from equivcheck import measure, result
 
     steps = (2, 4) if name == "several" else (4,)
     runs = [measure(each, accumulation_steps=steps) for each in chosen]
@@ -60,19 +60,28 @@ def result_of(name: str, chosen: list[str]) -> dict:
 def steady(value: object) -> object:
     """Return a result without what differs from machine to machine: times, versions, and noise."""
     if isinstance(value, dict):
-        apart = {"seconds", "environment", "runs", "estimate", "cells", "multiple", "margin", "noise"}
+        apart = {
+            "seconds",
+            "environment",
+            "runs",
+            "estimate",
+            "cells",
+            "multiple",
+            "margin",
+            "noise",
+        }
         return {key: steady(item) for key, item in value.items() if key not in apart}
     if isinstance(value, list):
         return [steady(item) for item in value]
     if isinstance(value, float):
-        return 0.0 if abs(value) < 1e-7 else float(f"{value:.2g}")  # noqa: PLR2004 - noise
+        return 0.0 if abs(value) < 1e-7 else float(f"{value:.2g}")
     return value
 
 
 def main(arguments: list[str]) -> int:
     """Rewrite or compare the examples; 1 if any differs."""
-    from equivcheck import result  # noqa: PLC0415 - as above
-    from equivcheck.report import html, index  # noqa: PLC0415
+    from equivcheck import result
+    from equivcheck.report import html, index
 
     os.chdir(ROOT)
     check = "--check" in arguments

@@ -13,12 +13,24 @@ from equivcheck.report import words
 USUAL: Final = 1_500_000
 MOST: Final = 5_000_000
 
-# What the list of cases needs, for the matrix, the filter and the case's own line.
+# What the list of cases needs, for the filter and the case's own line, where it is not the usual value.
 _CORE: Final = (
-    *("id", "target", "workload", "accumulation_steps", "split", "world_size", "strategy"),
-    *("precision", "seed", "device", "optimizer_steps", "expect", "verdict", "headline", "margin"),
-    *("detection_power", "seconds", "error", "declared_causes"),
+    *("id", "workload", "accumulation_steps", "split", "world_size", "strategy", "precision"),
+    *("seed", "device", "verdict", "expect"),
 )
+_USUALLY: Final = {
+    "split": "even",
+    "world_size": 1,
+    "strategy": "none",
+    "precision": "native",
+    "seed": 0,
+    "device": "cpu",
+    "expect": [],
+}
+# Bytes that a section of a page takes besides its data, and a cell of the matrix; measured on the examples.
+_SECTION: Final = 45_000
+_CELL: Final = 130
+_SHELL: Final = 110_000
 
 
 @dataclass(frozen=True)
@@ -95,23 +107,37 @@ def reduce(result: Mapping[str, Any], level: Level) -> Reduced:
     return Reduced({**result, "cases": kept}, list(detailed), list(dict.fromkeys(notes)))
 
 
+def size(reduced: Reduced, data: str) -> int:
+    """Return about how many bytes a page of this will have, to spare writing it in vain."""
+    cells = len(reduced.result["cases"])
+    return _SHELL + len(data) + _SECTION * len(reduced.detailed) + _CELL * cells
+
+
 def _core(case: Mapping[str, Any]) -> dict[str, Any]:
     """Return a case's line: what tells it from others, its verdict, its number."""
-    kept = {key: case[key] for key in _CORE if key in case and case[key] is not None}
-    kept["causes"] = [
-        {key: cause[key] for key in ("code", "name", "status") if key in cause}
-        for cause in case.get("causes") or ()
-    ]
+    kept = {
+        key: case[key]
+        for key in _CORE
+        if key in case and case[key] is not None and case[key] != _USUALLY.get(key)
+    }
+    if words.failed(case) or case.get("causes"):
+        kept["headline"] = words.headline(case)
+        kept["causes"] = [
+            {key: cause[key] for key in ("code", "name", "status") if key in cause}
+            for cause in case.get("causes") or ()
+        ]
+    if case.get("error"):
+        kept["error"] = {key: case["error"].get(key) for key in ("type", "message", "exit_code")}
     far = words.farthest(case)
     if far is not None:
         name, relative = far
-        numbers = (case.get("divergence") or {}).get(name) or {}
-        kept["divergence"] = {name: {"relative": relative, "control": numbers.get("control")}}
-    if case.get("findings"):
-        kept["findings"] = [
-            {"kind": f["kind"], "relative": f.get("relative")} for f in case["findings"][:1]
-        ]
+        noise = ((case.get("divergence") or {}).get(name) or {}).get("control")
+        kept["divergence"] = {name: {"relative": _three(relative), "control": _three(noise)}}
     return kept
+
+
+def _three(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.3g}")
 
 
 def _cut(case: Mapping[str, Any], level: Level, notes: list[str]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from equivcheck.causes import CAUSES, LEGEND, name_of
 from equivcheck.report import curves, markdown, panels, text, words
-from equivcheck.report.budget import LEVELS, MOST, USUAL, Reduced, reduce
+from equivcheck.report.budget import LEVELS, MOST, USUAL, Reduced, reduce, size
 from equivcheck.result import case_exit_code
 
 if TYPE_CHECKING:
@@ -55,14 +55,20 @@ def render(result: Mapping[str, Any]) -> str:
     The first level of detail that stays within 1.5 MB is taken, or else within 5 MB; the page says what it left
     out.
     """
-    pages = []
+    fitting = ""
     for level in LEVELS:
-        page = _render(result, reduce(result, level))
-        size = len(page.encode())
-        if size <= USUAL:
+        reduced = reduce(result, level)
+        data = embedded(_data(result, reduced))
+        guess = size(reduced, data)
+        if level is not LEVELS[-1] and guess > (2 * USUAL if not fitting else 1.2 * USUAL):
+            continue
+        page = _render(result, reduced, data)
+        found = len(page.encode())
+        if found <= USUAL:
             return page
-        pages.append((size, page))
-    return next((page for size, page in pages if size <= MOST), pages[-1][1])
+        if found <= MOST and not fitting:
+            fitting = page
+    return fitting or page
 
 
 def write(template: str, **values: Any) -> str:
@@ -113,11 +119,11 @@ def _sha(source: str) -> str:
     return base64.b64encode(hashlib.sha256(source.encode()).digest()).decode("ascii")
 
 
-def _render(result: Mapping[str, Any], reduced: Reduced) -> str:
+def _render(result: Mapping[str, Any], reduced: Reduced, data: str) -> str:
     cases = reduced.result["cases"]
-    whole = {case["id"]: case for case in result["cases"]}
-    sections = [_section(case) for case in cases if case["id"] in set(reduced.detailed)]
-    failing = [case for case in cases if words.failed(case)]
+    detailed = set(reduced.detailed)
+    sections = [_section(case) for case in cases if case["id"] in detailed]
+    failing = [case for case in result["cases"] if words.failed(case)]
     first = next(
         (s for s in sections if words.failed(s["case"])), sections[0] if sections else None
     )
@@ -128,26 +134,31 @@ def _render(result: Mapping[str, Any], reduced: Reduced) -> str:
         mark=MARKS.get(result["verdict"], ""),
         counts=Counter(case["verdict"] for case in result["cases"]).most_common(),
         summary=text.summary(result),
-        groups=_groups(cases, set(reduced.detailed)),
-        matrix=_matrix(cases, set(reduced.detailed)),
+        groups=_groups(result["cases"], detailed),
+        matrix=_matrix(result["cases"][: len(cases)], detailed),
         sections=sections,
         first=first,
         single=len(result["cases"]) == 1,
         reduced=reduced.notes,
         remarks=_remarks(result),
         environment=list((result.get("environment") or {}).items()),
-        data=embedded(
-            {
-                "result": reduced.result,
-                "reduced": bool(reduced.notes),
-                "markdown": {
-                    s["case"]["id"]: markdown.render({**result, "cases": [whole[s["case"]["id"]]]})
-                    for s in sections
-                },
-                "summary": markdown.render({**result, "cases": _for_summary(result)}),
-            }
-        ),
+        data=data,
     )
+
+
+def _data(result: Mapping[str, Any], reduced: Reduced) -> dict[str, Any]:
+    """Return what the script needs: the numbers behind the charts, and the texts to copy."""
+    detailed = set(reduced.detailed)
+    return {
+        "result": reduced.result,
+        "reduced": bool(reduced.notes),
+        "markdown": {
+            case["id"]: markdown.render({**result, "cases": [case]})
+            for case in result["cases"]
+            if case["id"] in detailed
+        },
+        "summary": markdown.render({**result, "cases": _for_summary(result)}),
+    }
 
 
 def _for_summary(result: Mapping[str, Any]) -> list[Any]:
@@ -205,7 +216,7 @@ def _section(case: Mapping[str, Any]) -> dict[str, Any]:
 def _groups(cases: Sequence[Mapping[str, Any]], detailed: set[str]) -> list[dict[str, Any]]:
     """Return the causes of all cases, each once, with the cases that have it; proved ones first."""
     found: dict[str, dict[str, Any]] = {}
-    for case in cases:
+    for case in filter(words.codes, cases):
         for cause in panels.causes(case):
             group = found.setdefault(cause["code"], {**cause, "cases": [], "of": case})
             if case["id"] in detailed and group["of"]["id"] not in detailed:

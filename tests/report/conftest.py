@@ -96,8 +96,10 @@ def large():
 
 def large_result(parameters=2000, steps=1000):
     """Return one divergent case of any size; the fault begins in the middle."""
-    draw = random.Random(0)
-    names = [f"blocks.{i // 16}.{('mlp', 'attn')[i % 2]}.fc{i % 8}.weight{i}" for i in range(parameters)]
+    draw = random.Random(0)  # noqa: S311 - numbers to look at
+    names = [
+        f"blocks.{i // 16}.{('mlp', 'attn')[i % 2]}.fc{i % 8}.weight{i}" for i in range(parameters)
+    ]
     onset = steps // 2
 
     def line(high):
@@ -113,23 +115,45 @@ def large_result(parameters=2000, steps=1000):
         "steps": {
             "optimizer_step": x,
             "of": steps,
-            "gradients": {"relative": line(3.0), "control": [2e-16] * steps, "allowed": [2e-13] * steps},
+            "gradients": {
+                "relative": line(3.0),
+                "control": [2e-16] * steps,
+                "allowed": [2e-13] * steps,
+            },
             "parameters": {"relative": line(1e-2), "control": [1e-18] * steps},
-            "losses": {"full_batch": line(1.0), "accumulated": line(1.0), "relative": line(1e-3), "source": "logged"},
-            "learning_rates": {"full_batch": [0.1] * steps, "accumulated": [0.1] * steps, "relative": [0.0] * steps},
+            "losses": {
+                "full_batch": line(1.0),
+                "accumulated": line(1.0),
+                "relative": line(1e-3),
+                "source": "logged",
+            },
+            "learning_rates": {
+                "full_batch": [0.1] * steps,
+                "accumulated": [0.1] * steps,
+                "relative": [0.0] * steps,
+            },
         },
         "modules": {
             "optimizer_step": x,
             "of": 32,
             "rows": [
-                {"name": f"blocks.*.mlp.fc{i}", "parameters": 60, "relative": line(3.0), "multiple": line(3e15), "scale": 4.0, "cosine": 1.0}
+                {
+                    "name": f"blocks.*.mlp.fc{i}",
+                    "parameters": 60,
+                    "relative": line(3.0),
+                    "multiple": line(3e15),
+                    "scale": 4.0,
+                    "cosine": 1.0,
+                }
                 for i in range(32)
             ],
         },
         "parameters_by_step": {
             "optimizer_step": x,
             "of": parameters,
-            "rows": [{"name": n, "relative": line(3.0), "multiple": line(3e15)} for n in names[:64]],
+            "rows": [
+                {"name": n, "relative": line(3.0), "multiple": line(3e15)} for n in names[:64]
+            ],
         },
         "cells": {
             "names": names,
@@ -138,7 +162,16 @@ def large_result(parameters=2000, steps=1000):
             "zlib_base64": base64.b64encode(zlib.compress(cells)).decode(),
         },
         "per_parameter": [
-            {"name": n, "optimizer_step": onset, "relative": 3.0 - i / parameters, "multiple": 3e15, "scale": 4.0, "cosine": 1.0, "norm": 0.5, "zero": False}
+            {
+                "name": n,
+                "optimizer_step": onset,
+                "relative": 3.0 - i / parameters,
+                "multiple": 3e15,
+                "scale": 4.0,
+                "cosine": 1.0,
+                "norm": 0.5,
+                "zero": False,
+            }
             for i, n in enumerate(names)
         ],
     }
@@ -154,7 +187,7 @@ def suite_result(workloads=200, each=25, failing=100):
         for k in range(each):
             n = len(cases)
             every = workloads * each // failing
-                found = wrong[n // every % 5] if n % every == 7 else right
+            found = wrong[n // every % 5] if n % every == 7 else right
             cases.append(
                 {
                     **found,

@@ -81,13 +81,16 @@ def test_axe_finds_nothing(visit, axe, name, theme):
     page.evaluate(axe)
     found = page.evaluate(
         "axe.run(document, {runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'best-practice']})"
-        ".then((r) => r.violations.map((v) => [v.id, v.nodes.slice(0, 3).map((n) => n.html.slice(0, 160) + ' ' + (n.any[0] || {}).message)]))"
+        ".then((r) => r.violations.map((v) => [v.id, ...v.nodes.slice(0, 3).map("
+        "(n) => n.html.slice(0, 160) + ' ' + (n.any[0] || {}).message)]))"
     )
 
     assert found == []
 
 
-@pytest.mark.parametrize("panel", ["start", "weights", "walk", "parameters", "precision", "control"])
+@pytest.mark.parametrize(
+    "panel", ["start", "weights", "walk", "parameters", "precision", "control"]
+)
 def test_links_to_panels_land(visit, panel):
     """`#case:panel` is what is looked at."""
     identity = load("EQ306")["cases"][0]["id"]
@@ -131,7 +134,12 @@ def test_links_of_the_page_keep_filters_and_history(visit):
 
 @pytest.mark.parametrize(
     ("typed", "rows", "cells"),
-    [("cause:EQ101", 1, 2), ("verdict:equivalent", 2, 4), ("k=2 !clip", 2, 2), ("nothing-like-it", 0, 0)],
+    [
+        ("cause:EQ101", 1, 2),
+        ("verdict:equivalent", 2, 4),
+        ("k=2 !clip", 2, 2),
+        ("nothing-like-it", 0, 0),
+    ],
 )
 def test_cases_are_filtered(visit, typed, rows, cells):
     """By what is typed, kept in the address, and back after a reload."""
@@ -162,16 +170,22 @@ def test_parameters_are_sorted_and_filtered(visit, pages, large):
 
     table.locator("thead button", has_text="relative").click()
     assert table.locator("th[aria-sort=descending]").count() == 1
-    values = table.locator("tbody tr td:nth-child(2)").evaluate_all("(c) => c.map((e) => Number(e.dataset.value))")
+    values = table.locator("tbody tr td:nth-child(2)").evaluate_all(
+        "(c) => c.map((e) => Number(e.dataset.value))"
+    )
     assert len(values) == 2000
     assert values == sorted(values, reverse=True)
     table.locator("thead button", has_text="relative").click()
-    values = table.locator("tbody tr td:nth-child(2)").evaluate_all("(c) => c.map((e) => Number(e.dataset.value))")
+    values = table.locator("tbody tr td:nth-child(2)").evaluate_all(
+        "(c) => c.map((e) => Number(e.dataset.value))"
+    )
     assert values == sorted(values)
 
     page.locator("[data-filter-parameters]").fill("blocks.7. fc3")
     names = [r["name"] for r in large["cases"][0]["per_parameter"]]
-    assert table.locator("tbody tr:visible").count() == sum("blocks.7." in n and "fc3" in n for n in names)
+    assert table.locator("tbody tr:visible").count() == sum(
+        "blocks.7." in n and "fc3" in n for n in names
+    )
     assert page.evaluate("location.hash") == "#p=blocks.7.%20fc3"
 
 
@@ -220,7 +234,12 @@ def test_evil_names_are_inert(visit):
     case["causes"][0]["evidence"]["place"] = EVIL
     result.update(target=EVIL, notes=[EVIL])
     result["environment"]["torch"] = EVIL
-    raised = {**copy.deepcopy(case), "id": "0123456789", "verdict": "error", "error": dict.fromkeys(("type", "message", "where", "because", "fix", "traceback"), EVIL)}
+    raised = {
+        **copy.deepcopy(case),
+        "id": "0123456789",
+        "verdict": "error",
+        "error": dict.fromkeys(("type", "message", "where", "because", "fix", "traceback"), EVIL),
+    }
     result["cases"].append(raised)
     page = visit(html.render(result))
     page.evaluate("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
@@ -252,7 +271,7 @@ def test_large_results_open_quickly(visit, pages, name):
 
 
 def test_keys(visit):
-    """j and k walk through the failures, / filters, ? helps."""
+    """J and k walk through the failures, / filters, ? helps."""
     page = visit(EXAMPLES / "several.html")
     failing = [c["id"] for c in load("several")["cases"] if words.failed(c)]
     places = []
@@ -281,7 +300,8 @@ def test_the_theme_is_set_before_the_first_paint(visit):
     assert page.locator("[data-theme-toggle]").get_attribute("aria-pressed") == "true"
 
     page.add_init_script(
-        "new MutationObserver((m, o) => { if (document.body) { window.early = document.documentElement.dataset.theme; o.disconnect(); } })"
+        "new MutationObserver((m, o) => { if (document.body) {"
+        " window.early = document.documentElement.dataset.theme; o.disconnect(); } })"
         ".observe(document, {childList: true, subtree: true})"
     )
     page.reload()
@@ -327,7 +347,9 @@ def test_motion_and_focus(visit):
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
 
 
-@pytest.mark.parametrize("path", sorted((HERE / "results").glob("*/*.json")), ids=lambda p: f"{p.parent.name}-{p.stem}")
+@pytest.mark.parametrize(
+    "path", sorted((HERE / "results").glob("*/*.json")), ids=lambda p: f"{p.parent.name}-{p.stem}"
+)
 def test_results_of_every_past_version_render(visit, path):
     """With the headline, without a word in the console, and in every panel that they have data for."""
     result = json.loads(path.read_text(encoding="utf-8"))

@@ -128,12 +128,12 @@ function matcher(text) {
   return (facts) => tests.every((test) => test(facts));
 }
 const facts = new Map();
-function factsOf(id) {
+function factsOf(id, place) {
   if (!facts.has(id)) {
     const c = cases.get(id) || {};
     const codes = (c.causes || []).flatMap((x) => [`cause:${x.code}`, x.code, x.name]);
-    facts.set(id, [id, c.target, c.workload, `k=${c.accumulation_steps}`, `k:${c.accumulation_steps}`, `verdict:${c.verdict}`, c.verdict,
-      `split:${c.split}`, `strategy:${c.strategy}`, `precision:${c.precision}`, `world_size:${c.world_size}`, c.headline, ...codes].join(" ").toLowerCase());
+    facts.set(id, [id, c.target || place, c.workload, `k=${c.accumulation_steps}`, `k:${c.accumulation_steps}`, `verdict:${c.verdict}`, c.verdict,
+      `split:${c.split || "even"}`, `strategy:${c.strategy || "none"}`, `precision:${c.precision || "native"}`, `world_size:${c.world_size || 1}`, c.headline, ...codes].join(" ").toLowerCase());
   }
   return facts.get(id);
 }
@@ -145,7 +145,7 @@ function filterCases(text) {
   for (const row of $$(".matrix tbody tr")) {
     let any = !text;
     for (const cell of $$("a.cell", row)) {
-      const yes = !text || match(factsOf(cell.dataset.case));
+      const yes = !text || match(factsOf(cell.hash.slice(1), row.dataset.row));
       cell.classList.toggle("dim", !yes);
       any = any || yes;
       all += 1;
@@ -178,7 +178,7 @@ function peek(id) {
   if (!c) return;
   const d = Object.entries(c.divergence || {}).filter((e) => e[1]);
   box.replaceChildren(
-    make("b", {textContent: `${c.verdict}: ${c.headline || ""}`}),
+    make("b", {textContent: c.headline ? `${c.verdict}: ${c.headline}` : c.verdict}),
     make("p", {className: "quiet small", textContent: [c.target, c.workload, `K=${c.accumulation_steps}`, `case ${c.id}`, ...d.map(([n, v]) => `${n} ${sci(v.relative)}, noise ${sci(v.control)}`)].filter(Boolean).join(" · ")}),
     make("code", {textContent: `equivcheck replay ${c.id}`}));
 }

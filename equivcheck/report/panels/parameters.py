@@ -11,9 +11,10 @@ from equivcheck.report import words
 from equivcheck.report.panels._panel import Panel
 from equivcheck.report.scales import Decades
 
-
 # What a template may ask of a row; older results have fewer keys.
-_ROW = dict.fromkeys(("name", "optimizer_step", "relative", "multiple", "scale", "cosine", "norm", "zero"))
+_ROW = dict.fromkeys(
+    ("name", "optimizer_step", "relative", "multiple", "scale", "cosine", "norm", "zero")
+)
 
 
 def parameters(case: Mapping[str, Any]) -> Panel:
@@ -35,7 +36,7 @@ def parameters(case: Mapping[str, Any]) -> Panel:
             )
         )
         row["bar"] = 0.0 if row.get("zero") else axis.place(row.get("relative"))
-    off = sum(row["beyond"] for row in table)
+    off = sum(bool(row["beyond"]) for row in table)
     zero = sum(bool(row.get("zero")) for row in table)
     return {
         "rows": table,
