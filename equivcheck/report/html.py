@@ -286,13 +286,13 @@ def _cell(case: Mapping[str, Any], detailed: set[str]) -> dict[str, Any]:
 @lru_cache(maxsize=1)
 def _templates() -> Environment:
     # Loaded when a page is written, not when a command starts: it takes 40 ms.
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined  # noqa: PLC0415
+    from jinja2 import ChainableUndefined, Environment, FileSystemLoader  # noqa: PLC0415
 
     folder = resources.files(__package__).joinpath("templates")
     found = Environment(
         autoescape=True,
         loader=FileSystemLoader(str(folder)),
-        undefined=StrictUndefined,
+        undefined=ChainableUndefined,  # what an older result does not have is left empty
         trim_blocks=True,
         lstrip_blocks=True,
         finalize=lambda value: (

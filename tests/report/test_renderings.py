@@ -105,7 +105,10 @@ def test_a_result_without_some_key_renders(name):
             holder = holder[key]
         del holder[place[-1]]
         for render in (html.render, text.render, markdown.render, junit.render, slides.render):
-            assert render(less) is not None, place
+            try:
+                assert render(less) is not None
+            except Exception as error:
+                raise AssertionError((place, render.__module__)) from error
 
 
 def test_nothing_here_loads_torch(tmp_path):
