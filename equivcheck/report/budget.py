@@ -42,6 +42,7 @@ class Level:
         passing: Other cases with one, where all fit.
         rows: Parameters of a table.
         points: Points of a line.
+        lines: Whether the worst parameters keep their number at every step; the cells say it coarsely.
         cells: Whether the cells of all parameters are kept.
         events: Events of each timeline.
         matrix: Cases in the matrix.
@@ -51,17 +52,18 @@ class Level:
     passing: int
     rows: int
     points: int
+    lines: bool
     cells: bool
     events: int
     matrix: int
 
 
 LEVELS: Final = (
-    Level(60, 24, 2000, 512, cells=True, events=800, matrix=20_000),
-    Level(40, 8, 1000, 256, cells=True, events=400, matrix=20_000),
-    Level(20, 2, 500, 256, cells=False, events=200, matrix=20_000),
-    Level(8, 1, 200, 128, cells=False, events=100, matrix=10_000),
-    Level(2, 1, 100, 64, cells=False, events=60, matrix=4_000),
+    Level(60, 24, 2000, 512, lines=True, cells=True, events=800, matrix=20_000),
+    Level(40, 8, 2000, 256, lines=False, cells=True, events=400, matrix=20_000),
+    Level(20, 2, 500, 256, lines=False, cells=False, events=200, matrix=20_000),
+    Level(8, 1, 200, 128, lines=False, cells=False, events=100, matrix=10_000),
+    Level(2, 1, 100, 64, lines=False, cells=False, events=60, matrix=4_000),
 )
 
 
@@ -146,6 +148,9 @@ def _cut(case: Mapping[str, Any], level: Level, notes: list[str]) -> dict[str, A
     if len(rows) > level.rows:
         notes.append(f"of {len(rows)} parameters the worst {level.rows} are in the table")
         kept["per_parameter"] = rows[: level.rows]
+    if kept.get("parameters_by_step") and not level.lines:
+        notes.append("the numbers of single parameters at every step are left out")
+        del kept["parameters_by_step"]
     if kept.get("cells") and not level.cells:
         notes.append("the differences of all parameters at all steps are left out")
         del kept["cells"]

@@ -155,7 +155,7 @@ def test_cases_are_filtered(visit, typed, rows, cells):
 
     assert shown() == (rows, cells)
     page.reload()
-    page.wait_for_function("equivcheck.ready")
+    page.until("equivcheck.ready")
     assert shown() == (rows, cells)
     assert page.locator("#filter").input_value() == typed
 
@@ -194,7 +194,7 @@ def test_charts_hold_the_numbers_of_the_result(visit, name):
     """Read back from uPlot, they are those of the JSON."""
     case = load(name)["cases"][0]
     page = visit(EXAMPLES / f"{name}.html", place=f"#{case['id']}:start")
-    page.wait_for_function("Object.keys(equivcheck.charts).length > 0")
+    page.until("Object.keys(equivcheck.charts).length > 0")
     drawn = page.evaluate(
         "Object.values(equivcheck.charts).map((u) => [u.series.map((s) => s.label), u.data])"
     )
@@ -214,7 +214,7 @@ def test_charts_hold_the_numbers_of_the_result(visit, name):
 def test_cells_hold_the_numbers_of_the_result(visit, pages):
     """The byte of every parameter and step is what was packed."""
     page = visit(pages["large"], place="#abcdef0123:parameters")
-    page.wait_for_function("equivcheck.cells && equivcheck.cells.abcdef0123")
+    page.until("equivcheck.cells && equivcheck.cells.abcdef0123")
     found = page.evaluate("equivcheck.cells.abcdef0123.length")
 
     assert found == 2000 * 100
@@ -318,7 +318,7 @@ def test_copying(visit):
     def copied(selector):
         page.evaluate("delete equivcheck.copied")
         page.locator(selector).first.click()
-        page.wait_for_function("equivcheck.copied !== undefined")
+        page.until("equivcheck.copied !== undefined")
         return page.evaluate("equivcheck.copied")
 
     assert copied("[data-copy-markdown]").startswith("### equivcheck: divergent")
@@ -332,7 +332,7 @@ def test_on_paper(visit):
     page = visit(EXAMPLES / "EQ306.html", script=False)
     page.emulate_media(media="print")
 
-    assert not page.locator(".bar").is_visible()
+    assert not page.locator(".topbar").is_visible()
     assert page.locator("details table.numbers").first.is_visible()
     assert page.locator(".chart").is_visible()
 
