@@ -148,7 +148,7 @@ class Search:
         """Run the loop with a node's interventions and judge it; None if the loop does not survive them."""
         key = node.interventions
         if key not in self._tried:
-            if len(self._tried) > TRIALS:
+            if len(self._tried) > min(TRIALS, self._experiment.trials):
                 return None
             try:
                 judgement = self._experiment.judgement(node.interventions)
@@ -246,7 +246,7 @@ class Search:
                 and (_size(r) < size / 2 or len(r.kinds()) < len(before.kinds() if before else ()))
                 for r in results
             )
-            if helped or not each.variants:
+            if helped or not each.variants or not self._experiment.intervenes:
                 seen.add(each.code)
                 self.diagnosis.causes.append(cause(each, "suspected", each.evidence))
             else:

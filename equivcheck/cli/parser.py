@@ -10,7 +10,19 @@ from equivcheck.config import OPTIONS, closest
 from equivcheck.errors import UsageError
 from equivcheck.result import environment
 
-COMMANDS = ("run", "list", "replay", "report", "diff", "explain", "doctor", "init")
+COMMANDS = (
+    "run",
+    "record",
+    "compare",
+    "list",
+    "replay",
+    "report",
+    "diff",
+    "merge",
+    "explain",
+    "doctor",
+    "init",
+)
 
 DESCRIPTION = """\
 Proves whether accumulating micro-batches gives the update that the full batch
@@ -113,7 +125,8 @@ def add_options(parser: argparse.ArgumentParser, *names: str) -> None:
             shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
             text += f" (default {shown})"
         action = "append" if name == "expect" else "store"
-        parser.add_argument(option.flag, metavar=option.metavar, help=text, action=action)
+        short = ("-j",) if name == "jobs" else ()
+        parser.add_argument(*short, option.flag, metavar=option.metavar, help=text, action=action)
 
 
 def flags(options: argparse.Namespace) -> dict[str, Any]:

@@ -8,19 +8,26 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
-from pathlib import Path
+import time
+from collections.abc import Generator, Mapping
+from contextlib import closing, nullcontext
 from typing import Any, TextIO
 
 from equivcheck import result as results
 from equivcheck.api import Job, outcomes, plan
 from equivcheck.cli import selection
+<<<<<<< HEAD
 from equivcheck.cli.outputs import LATEST, Outputs, open_page
+=======
+from equivcheck.cli.journal import Journal
+from equivcheck.cli.outputs import Outputs
+>>>>>>> main
 from equivcheck.cli.parser import add_options, flags
 from equivcheck.cli.screen import Progress, colored, own_stdout, say
 from equivcheck.config import OPTIONS, Settings, resolve
 from equivcheck.errors import EquivcheckError, UsageError
-from equivcheck.report import text, words
+from equivcheck.report import matrix, text, words
+from equivcheck.workers import one_thread, side_by_side
 
 HELP = "check training loops"
 
@@ -33,10 +40,23 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-x", action="store_true", dest="stop", help="stop at the first failure")
     parser.add_argument("-q", action="store_true", dest="quiet", help="failures and summary only")
     parser.add_argument("-v", action="store_true", dest="verbose", help="a block for every case")
+<<<<<<< HEAD
     parser.add_argument("--open", action="store_true", help="show the page in a browser")
+=======
+    parser.add_argument("--resume", action="store_true", help="go on where a run was ended")
+    parser.add_argument("--shard", metavar="I/N", help="only the I-th of N parts of the cases")
+>>>>>>> main
     parser.add_argument("--show-config", action="store_true", help="print every option's origin")
-    for flag in ("--full", "--accumulated"):
-        parser.add_argument(flag, metavar="CMD", help="not supported in this version")
+    parser.add_argument("--full", metavar="CMD", help="an unmodified script on the full batch")
+    parser.add_argument(
+        "--accumulated",
+        metavar="CMD",
+        action="append",
+        help="and in micro-batches; may be repeated",
+    )
+    parser.add_argument(
+        "--versions", metavar="A,B", help="--full under two interpreters or environments instead"
+    )
 
 
 def execute(options: argparse.Namespace) -> int:
@@ -48,14 +68,10 @@ def execute(options: argparse.Namespace) -> int:
     if options.show_config:
         print("\n".join(settings.lines()))
         return 0
-    if options.full or options.accumulated:
-        raise UsageError(
-            "--full and --accumulated are not supported in this version",
-            expected="a target with build, batches and train",
-            fix="equivcheck init writes one to start from",
-        )
-    settings.refuse_unsupported()
-    refuse_targets(options.targets)
+    if options.full or options.accumulated or options.versions:
+        options.targets = _scripts(options, settings)
+    else:
+        refuse_targets(options.targets)
     match = selection.compiled(options.select)
     outputs = Outputs(settings)
     with own_stdout() as stdout:
@@ -74,11 +90,40 @@ def execute(options: argparse.Namespace) -> int:
     return int(result["exit_code"])
 
 
-def refuse_targets(targets: list[str]) -> None:
-    """Refuse what this version does not load.
+def _scripts(options: argparse.Namespace, settings: Settings) -> list[Any]:
+    """Return the command lines as targets.
 
     Raises:
-        UsageError: No target, a suite, or a folder.
+        UsageError: There are targets beside them, an option that command lines have themselves, or a bad command.
+    """
+    if options.targets:
+        raise UsageError(
+            f"{options.targets[0]} stands beside --full",
+            expected="targets, or command lines",
+            fix="run the two one after the other",
+        )
+    own = ("accumulation_steps", "split", "world_size", "strategy", "precision", "train")
+    for name in own:
+        if settings.stated(name):
+            raise UsageError(
+                f"{OPTIONS[name].flag} with --full: the command lines say it themselves",
+                where=settings.origins[name],
+                expected="options of the script inside its command line",
+            )
+    from equivcheck.scripts.target import scripts_of  # noqa: PLC0415 - torch is loaded only to run
+
+    return list(
+        scripts_of(
+            options.full, options.accumulated or [], options.versions, settings["optimizer_steps"]
+        )
+    )
+
+
+def refuse_targets(targets: list[str]) -> None:
+    """Refuse an empty command line.
+
+    Raises:
+        UsageError: No target.
     """
     if not targets:
         raise UsageError(
@@ -86,13 +131,6 @@ def refuse_targets(targets: list[str]) -> None:
             expected="a file or module with build, batches and train",
             fix="equivcheck init, then equivcheck run train_step.py",
         )
-    for target in targets:
-        if target.startswith("suite:") or Path(target).is_dir():
-            raise UsageError(
-                f"{target} is a suite or folder; this version runs single subjects",
-                expected="FILE.py, FILE.py:ATTRIBUTE, package.module or package.module:ATTRIBUTE",
-                fix=f"equivcheck run {target.rstrip('/')}/*.py" if Path(target).is_dir() else None,
-            )
 
 
 class _Run:
@@ -107,6 +145,14 @@ class _Run:
         self._notes: list[str] = []
         self._interrupted = False
         self._shown_target: str | None = None
+        self._order: dict[str, int] = {}
+        self._ran = 0
+        self._seconds = self._saved = self._cost = 0.0
+        self._journal = Journal(
+            outputs.result_path,
+            [*map(str, options.targets), settings["train"] or ""],
+            {name: settings[name] for name in ("train", "seed", "rng", "device")},
+        )
 
     def cases_of(self, match: selection.Match | None) -> EquivcheckError | None:
         """Run what is selected; return the usage error that ended it, if one did."""
@@ -118,12 +164,13 @@ class _Run:
                 self._options.targets,
                 settings.values,
                 explicit=settings.stated("accumulation_steps"),
+                stated=settings.stated,
             )
             jobs = [job for job in planned if selection.selected(job.case, match)]
             if planned and not jobs:
                 known = ", ".join(job.case.label for job in planned[:8])
                 self._notes.append(f"-k {self._options.select} matches none of: {known}")
-            self._run(jobs)
+            self._run(selection.shard_of(jobs, self._options.shard))
         except KeyboardInterrupt:
             self._interrupted = True
         except EquivcheckError as error:
@@ -137,44 +184,90 @@ class _Run:
 
     def result(self) -> dict[str, Any]:
         """Return the result so far."""
-        return results.assemble(
-            self._cases,
-            target=" ".join(self._options.targets),
+        whole = results.assemble(
+            sorted(self._cases, key=lambda case: self._order[case["id"]]),
+            target=" ".join(map(str, self._options.targets)),
             notes=self._notes,
             interrupted=self._interrupted,
         )
+        whole["shard"] = self._options.shard
+        whole["counts"] = matrix.counts(self._cases)
+        whole["matrix"] = matrix.table(whole["cases"])
+        return whole
 
     def tell(self, result: Mapping[str, Any]) -> None:
         """Print the blocks of what failed, the notes and the summary."""
         for case in result["cases"]:
             if words.failed(case) or self._options.verbose:
                 say(self._out, "\n" + text.block(case, self._paint))
+        if shown := matrix.render(result, self._paint):
+            say(self._out, shown)
         for remark in text.remarks(result):
             say(self._out, remark)
         say(self._out, "\n" + text.summary(result))
+        if shown and self._ran:
+            rate = f"{self._ran / self._seconds:.2g} cases per second, -j {self._settings['jobs']}"
+            say(self._out, f"{self._ran} cases ran in {self._seconds:.1f} s: {rate}")
 
     def _run(self, jobs: list[Job]) -> None:
-        progress = Progress(len(jobs), quiet=self._options.quiet)
-        with progress.shown():
-            for job in jobs:
-                progress.begin(job.case.label)
-                [case] = outcomes(
-                    [job],
-                    expect=self._settings["expect"],
-                    timeout=self._settings["timeout"],
-                    progress=progress,
-                )
+        self._order = {job.case.id: position for position, job in enumerate(jobs)}
+        done = self._journal.resume() if self._options.resume else {}
+        if not self._options.resume:
+            self._journal.begin()
+        self._cases += [done[identity] for identity in self._order if identity in done]
+        left = [job for job in jobs if job.case.id not in done]
+        if self._options.resume:
+            self._notes.append(f"resumed: {len(self._cases)} cases were finished before")
+        progress = Progress(len(jobs), len(self._cases), quiet=self._options.quiet)
+        began = time.monotonic()
+        with progress.shown(), closing(self._finished(left, progress)) as finished:
+            for case in finished:
+                self._ran += 1
+                self._seconds = time.monotonic() - began
                 self._cases.append(case)
+                self._journal.append(case)
+                progress.end(failed=words.failed(case))
                 with progress.paused():
                     self._line(case)
-                self._outputs.save(self.result())
+                self._save()
                 if self._options.stop and words.failed(case):
                     self._notes.append("stopped at the first failure (-x)")
                     break
 
-    def _line(self, case: Mapping[str, Any]) -> None:
-        if self._options.quiet and not words.failed(case):
+    def _finished(self, jobs: list[Job], progress: Progress) -> Generator[dict[str, Any]]:
+        """Run the jobs, in this process or side by side, and yield the cases as they finish."""
+        timeout = self._settings["timeout"]
+        # Command lines are run in processes of their own already.
+        named = all(isinstance(target, str) for target in self._options.targets)
+        if self._settings["jobs"] > 1 and len(jobs) > 1 and named:
+            yield from side_by_side(
+                jobs,
+                self._settings["jobs"],
+                timeout=timeout,
+                begun=lambda job: progress.begin(job.case.label),
+            )
             return
+        for job in jobs:
+            progress.begin(job.case.label)
+            with one_thread() if job.theory is not None else nullcontext():
+                yield from outcomes([job], timeout=timeout, progress=progress)
+
+    def _save(self) -> None:
+        """Write the result so far, but spend no more than a small part of the run on it.
+
+        Each writing costs as much as there are cases; what it leaves out is in the journal.
+        """
+        began = time.monotonic()
+        if began - self._saved < 50 * self._cost:
+            return
+        self._outputs.save(self.result())
+        self._saved = time.monotonic()
+        self._cost = self._saved - began
+
+    def _line(self, case: Mapping[str, Any]) -> None:
+        is_quiet = self._options.quiet or (case["workload"] and not self._options.verbose)
+        if is_quiet and not words.failed(case):
+            return  # What a suite finds is shown as a matrix.
         if case["target"] != self._shown_target:
             self._shown_target = case["target"]
             say(self._out, f"\n{text.printable(case['target'])}")

@@ -46,6 +46,7 @@ TITLES = {
 _ERROR = dict.fromkeys(("type", "message", "where", "expected", "because", "fix", "traceback"))
 _TRIAL = {"codes": (), "put_right": (), "relative": None, "within_noise": False}
 _NUMBER = re.compile(r"\d[\d.]*e[+-]\d+")
+NAMED = 2  # causes in a title; more are counted
 ROWS = 100  # of a table, before the script adds more
 
 
@@ -123,6 +124,7 @@ def _render(result: Mapping[str, Any], reduced: Reduced, data: str) -> str:
     cases = reduced.result["cases"]
     detailed = set(reduced.detailed)
     sections = [_section(case) for case in cases if case["id"] in detailed]
+    sections.sort(key=lambda section: not section["failed"])
     failing = [case for case in result["cases"] if words.failed(case)]
     first = next(
         (s for s in sections if words.failed(s["case"])), sections[0] if sections else None
@@ -178,6 +180,9 @@ def _title(result: Mapping[str, Any], failing: Sequence[Mapping[str, Any]]) -> s
     codes = list(dict.fromkeys(code for case in failing for code in words.codes(case)[:1]))
     if len(codes) == 1:
         return f"{codes[0]} {name_of(codes[0])} in {len(failing)} of {len(cases)} cases"
+    if 1 < len(codes) <= NAMED:
+        named = " and ".join(f"{code} {name_of(code)}" for code in codes)
+        return f"{named} in {len(failing)} of {len(cases)} cases"
     if codes:
         return f"{len(codes)} causes in {len(failing)} of {len(cases)} cases"
     return f"{len(failing)} of {len(cases)} cases: {failing[0]['verdict']}"

@@ -13,7 +13,7 @@ from equivcheck.report.scales import Decades
 
 def ruler(case: Mapping[str, Any]) -> Panel:
     """Return the measured difference beside the noise, and what is left when the cause is put right."""
-    far = words.farthest(case)
+    far = _told(case) or words.farthest(case)
     if far is None:
         return None
     name, relative = far
@@ -37,6 +37,20 @@ def ruler(case: Mapping[str, Any]) -> Panel:
         "after": after,
         "good": not words.failed(case),
     }
+
+
+def _told(case: Mapping[str, Any]) -> tuple[str, float] | None:
+    """Return the number of a fault that the comparison of the two runs does not show."""
+    if not words.failed(case) or case.get("findings"):
+        return None
+    lost = (case.get("precision_loss") or {}).get("accumulation")
+    if case["verdict"] == "precision-loss" and lost is not None:
+        return "lost by accumulating", lost
+    for cause in case.get("causes") or ():
+        relative = (cause.get("evidence") or {}).get("relative")
+        if relative is not None:
+            return "from what it should be", relative
+    return None
 
 
 def proof(cause: Mapping[str, Any]) -> Panel:

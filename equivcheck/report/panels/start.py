@@ -91,8 +91,13 @@ def _where_it_starts(case: Mapping[str, Any], noise: Sequence[float | None] | No
     told = f"; rounding alone makes {words.number(quiet)}" if quiet is not None else ""
     findings = [f for f in case.get("findings") or () if (f.get("optimizer_step") or 0) >= 0]
     if not case.get("findings"):
-        if words.failed(case):
+        if any((cause.get("evidence") or {}).get("shared") for cause in case.get("causes") or ()):
             return f"The two runs agree at every optimizer step{told}: the fault is in both."
+        if case["verdict"] == "precision-loss":
+            return (
+                f"In float64 the two runs agree at every optimizer step{told}: it is the same function, "
+                "and what accumulating loses as written is rounding."
+            )
         return f"The two runs agree at every optimizer step{told}."
     if not findings:
         kinds = sorted({words.SHOWN_AS.get(f["kind"], f["kind"]) for f in case["findings"]})

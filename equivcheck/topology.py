@@ -1,0 +1,87 @@
+"""Tell a factor of K from one of the number of ranks: which of them a gradient is off by, another K shows.
+
+K micro-batches per cycle and rank, R ranks.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+from equivcheck.errors import EquivcheckError
+from equivcheck.verdict import overall
+from equivcheck.view import View
+
+# Exponents of K and R in the factors that a loop may be off by: divided or not, averaged or not, or twice.
+_EXPONENTS = [
+    (a, b) for a, b in itertools.product((0, 1, -1), (0, 1, -1, 2, -2)) if a == 0 or abs(b) < 2
+]
+
+
+def factor_of(view: View) -> tuple[int, int] | None:
+    """Return (a, b) if every gradient that differs is K**a * R**b times what it should be; None if it is not.
+
+    Where several fit, a run at another K decides; where that cannot be made, the simplest is returned.
+    """
+    size, k = view.experiment.case.world_size, view.steps
+    if size == 1 or not view.divergent:
+        return None
+    key = ("factor", view.chosen)
+    if key not in view.experiment.remembered:
+        fitting = [
+            (a, b)
+            for a, b in _EXPONENTS
+            if (a, b) != (0, 0) and _fits_all(view, float(k) ** a * float(size) ** b)
+        ]
+        fitting.sort(key=lambda item: abs(item[0]) + abs(item[1]))
+        if len(fitting) > 1:
+            confirmed = _confirmed(view, fitting)
+            least = abs(fitting[0][0]) + abs(fitting[0][1])
+            simplest = [(a, b) for a, b in fitting if abs(a) + abs(b) == least]
+            view.experiment.remembered["undecided", view.chosen] = (
+                [] if confirmed or len(simplest) == 1 else simplest
+            )
+            fitting = confirmed or fitting
+        view.experiment.remembered[key] = fitting[0] if fitting else None
+    return view.experiment.remembered[key]  # type: ignore[no-any-return]
+
+
+def undecided(view: View) -> list[tuple[int, int]]:
+    """Return the factors that all fit where no run at another K can decide between them; empty if one is known.
+
+    A loop that is given another K tells; a command line that has but one K leaves them all suspected.
+    """
+    factor_of(view)
+    found: list[tuple[int, int]] = view.experiment.remembered.get(("undecided", view.chosen), [])
+    return [] if view.experiment.other_steps else found
+
+
+def _fits_all(view: View, factor: float) -> bool:
+    for each in view.divergent:
+        right = view.right(each)
+        if right is None or not view.fits(each, [x * factor for x in right]):
+            return False
+    return True
+
+
+def _confirmed(view: View, fitting: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return those that give the factor at another K too."""
+    experiment, size = view.experiment, float(view.experiment.case.world_size)
+    other = 2 if view.steps != 2 else 3
+    if view.chosen or other * experiment.case.shares > min(experiment.data.rows):
+        return []
+    try:
+        recording = experiment.at(other)
+    except EquivcheckError:  # The user's own loop may refuse another K.
+        return []
+    shown = view.divergent[0]
+    measured = [
+        overall(each.gradients).scale
+        for each in recording.steps
+        if each.matched == shown.matched and each.gradients
+    ]
+    limit = view.tolerance(shown)
+    return [
+        (a, b)
+        for a, b in fitting
+        if measured and abs(measured[0] / (float(other) ** a * size**b) - 1.0) <= limit
+    ]
