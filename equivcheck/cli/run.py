@@ -16,12 +16,8 @@ from typing import Any, TextIO
 from equivcheck import result as results
 from equivcheck.api import Job, outcomes, plan
 from equivcheck.cli import selection
-<<<<<<< HEAD
-from equivcheck.cli.outputs import LATEST, Outputs, open_page
-=======
 from equivcheck.cli.journal import Journal
-from equivcheck.cli.outputs import Outputs
->>>>>>> main
+from equivcheck.cli.outputs import LATEST, Outputs, open_page
 from equivcheck.cli.parser import add_options, flags
 from equivcheck.cli.screen import Progress, colored, own_stdout, say
 from equivcheck.config import OPTIONS, Settings, resolve
@@ -40,12 +36,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-x", action="store_true", dest="stop", help="stop at the first failure")
     parser.add_argument("-q", action="store_true", dest="quiet", help="failures and summary only")
     parser.add_argument("-v", action="store_true", dest="verbose", help="a block for every case")
-<<<<<<< HEAD
-    parser.add_argument("--open", action="store_true", help="show the page in a browser")
-=======
     parser.add_argument("--resume", action="store_true", help="go on where a run was ended")
     parser.add_argument("--shard", metavar="I/N", help="only the I-th of N parts of the cases")
->>>>>>> main
+    parser.add_argument("--open", action="store_true", help="show the page in a browser")
     parser.add_argument("--show-config", action="store_true", help="print every option's origin")
     parser.add_argument("--full", metavar="CMD", help="an unmodified script on the full batch")
     parser.add_argument(
