@@ -7,7 +7,7 @@ import os
 import shlex
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from equivcheck import result as results
@@ -175,7 +175,7 @@ def measure(
         seed=seed,
         timeout=timeout,
     )
-    cases = list(outcomes(jobs, expect=named["expect"], timeout=named["timeout"]))
+    cases = list(outcomes(jobs, timeout=named["timeout"]))
     return Result(results.assemble(cases, target=name_of(target, jobs), notes=notes))
 
 
@@ -299,7 +299,12 @@ def scenario(
     notes: list[str] = []
     for point in itertools.product(*axes.values()):
         chosen = {n: checked(n, v) for n, v in zip(axes, point, strict=True)}
-        planned, remarks = plan([subject], {**values, **chosen}, explicit=explicit)
+        options = {**values, **chosen}
+
+        def stated(name: str, options: Mapping[str, Any] = options) -> bool:
+            return options.get(name) not in (None, OPTIONS[name].default)
+
+        planned, remarks = plan([subject], options, explicit=explicit, stated=stated)
         jobs += planned
         notes += [remark for remark in remarks if remark not in notes]
     return jobs, notes, values
@@ -307,23 +312,36 @@ def scenario(
 
 @dataclass(frozen=True)
 class Job:
-    """A case with the subject to run it on."""
+    """A case with the subject to run it on.
+
+    Attributes:
+        subject: Code under test.
+        case: The point of the matrix.
+        expect: Causes that the user, or theory, declares.
+        theory: What a suite expects, as the result has it; None for other subjects.
+    """
 
     subject: Any
     case: Case
-    train: str | None = None
+    expect: tuple[str, ...] = ()
+    theory: Mapping[str, Any] | None = None
 
 
 def plan(
-    targets: Iterable[object], values: Mapping[str, Any], *, explicit: bool
+    targets: Iterable[object],
+    values: Mapping[str, Any],
+    *,
+    explicit: bool,
+    stated: Callable[[str], bool] = lambda _: False,
 ) -> tuple[list[Job], list[str]]:
     """Return what would run, and notes on what would not; runs nothing of the experiment.
 
     Args:
-        targets: What to load.
+        targets: What to load; suites and folders are expanded.
         values: Options by name, checked.
         explicit: Whether the user asked for these accumulation steps; only then is a K that does
             not fit an error.
+        stated: Whether the user stated an option; only then does it overrule a suite's own axes.
 
     Raises:
         UsageError: A target cannot be loaded or planned.
@@ -331,6 +349,7 @@ def plan(
     from equivcheck.decide import plan_cases  # noqa: PLC0415 - torch is loaded only to run
     from equivcheck.execute import process_state  # noqa: PLC0415
     from equivcheck.subject import load_subject  # noqa: PLC0415
+    from equivcheck.suite import cases_of, expanded, is_suite  # noqa: PLC0415
 
     fields = ("split", "precision", "device", "optimizer_steps", "seed")
     for name in ("world_size", "strategy"):
@@ -341,31 +360,70 @@ def plan(
             )
     jobs: list[Job] = []
     notes: list[str] = []
-    for target in targets:
+    for target in [
+        each
+        for given in targets
+        for each in (expanded(given) if isinstance(given, str) else [given])
+    ]:
+        if hasattr(target, "experiment"):  # command lines: what they run is known when they have
+            named = {n: values[n] for n in ("seed", "device", "optimizer_steps") if n in values}
+            point = Case(str(target), accumulation_steps=1, **named)
+            jobs.append(Job(target, point, tuple(values.get("expect") or ())))
+            continue
         with process_state():
-            subject = load_subject(target, values.get("train"))
-            cases, remarks = plan_cases(
-                subject,
-                list(values.get("accumulation_steps") or DEFAULT_ACCUMULATION_STEPS),
-                explicit=explicit,
-                **{name: values[name] for name in fields if name in values},
-            )
-        jobs += [Job(subject, case, values.get("train")) for case in cases]
+            if is_suite(target):
+                planned, remarks = cases_of(str(target), values, stated)
+                jobs += [
+                    Job(each.subject, each.case, each.theory.causes, each.theory.as_dict())
+                    for each in planned
+                ]
+            else:
+                subject = load_subject(target, values.get("train"))
+                cases, remarks = plan_cases(
+                    subject,
+                    list(values.get("accumulation_steps") or DEFAULT_ACCUMULATION_STEPS),
+                    explicit=explicit,
+                    **{name: values[name] for name in fields if name in values},
+                )
+                expect = tuple(values.get("expect") or ())
+                jobs += [Job(subject, case, expect) for case in cases]
         notes += remarks
     return jobs, notes
+
+
+def job_of(case: Mapping[str, Any]) -> Job:
+    """Return the job that a recorded case was the outcome of; its code is loaded again.
+
+    Raises:
+        UsageError: The target, or the workload, is not there any more.
+    """
+    from equivcheck.scripts.target import script_of  # noqa: PLC0415 - loaded only to run
+    from equivcheck.subject import load_subject  # noqa: PLC0415
+    from equivcheck.suite import load_workload  # noqa: PLC0415
+
+    point = Case.from_dict(case)
+    script = script_of(case)
+    if script is not None:
+        point = replace(point, accumulation_steps=1, world_size=1)
+        return Job(script, point, tuple(case.get("expect") or ()))
+    subject = (
+        load_subject(point.target, point.train)
+        if point.workload is None
+        else load_workload(point.target, point.workload, point.train)
+    )
+    return Job(subject, point, tuple(case.get("expect") or ()), case.get("theory"))
 
 
 def outcomes(
     jobs: Iterable[Job],
     *,
-    expect: tuple[str, ...] = (),
     timeout: float | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Run the jobs in order and yield each finished case, complete enough to be replayed.
 
     A fault of our own becomes a case with the verdict `error` and exit code 70, so that it does
-    not cost the other cases.
+    not cost the other cases; neither does a workload of a suite that cannot be run.
     """
     from equivcheck.decide import run_case  # noqa: PLC0415 - torch is loaded only to run
 
@@ -375,22 +433,32 @@ def outcomes(
             outcome = run_case(
                 job.subject,
                 job.case,
-                expect=expect,
+                expect=job.expect,
                 timeout=timeout,
                 progress=progress or (lambda _: None),
             )
-        except EquivcheckError:
-            raise
+        except EquivcheckError as error:
+            if job.theory is None:
+                raise
+            outcome = {"verdict": "error", "headline": error.message, "error": _crash(error, 3)}
         except Exception as error:  # noqa: BLE001 - whatever it is, it is ours
             outcome = {"verdict": "error", "error": _crash(error)}
-        yield {
-            "id": job.case.id,
-            **job.case.as_dict(),
-            **results.finite(outcome),
-            "expect": list(expect),
-            "train": job.train,
-            **_replay(job),
-        }
+        yield finished(job, outcome)
+
+
+def finished(job: Job, outcome: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an outcome as the result has it: with its job, and held against theory."""
+    case = {
+        "id": job.case.id,
+        **job.case.as_dict(),
+        **results.finite(outcome),
+        "expect": list(job.expect),
+        **_replay(job),
+    }
+    if job.theory is not None:
+        case["suite"] = job.case.target
+        results.hold_against_theory(case, job.theory)
+    return case
 
 
 def _replay(job: Job) -> dict[str, str | None]:
@@ -401,13 +469,13 @@ def _replay(job: Job) -> dict[str, str | None]:
     return {"replay": f"pytest {shlex.quote(test)}" if test else None}
 
 
-def _crash(error: Exception) -> dict[str, Any]:
+def _crash(error: Exception, exit_code: int = InternalError.exit_code) -> dict[str, Any]:
     return {
         "type": type(error).__name__,
         "message": str(error),
         "traceback": "".join(traceback.format_exception(error)),
         "where": None,
-        "exit_code": InternalError.exit_code,
+        "exit_code": exit_code,
     }
 
 

@@ -13,6 +13,7 @@ from equivcheck.errors import UsageError
 SPLITS = ("even", "uneven")
 STRATEGIES = ("none", "ddp", "fsdp", "zero", "pipeline", "tensor_parallel")
 DEVICES = ("cpu", "cuda")
+RNGS = ("off", "per-sample")
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Case:
         device: Where the subject is to compute.
         optimizer_steps: Upper bound on full batches, >= 1.
         workload: Name of a suite's workload, when the target is a suite.
+        train: `FILE:ATTR` of a training loop that takes the place of the target's.
+        rng: What becomes of randomness, one of `RNGS`: dropout off, or masks keyed by sample.
     """
 
     target: str
@@ -42,13 +45,20 @@ class Case:
     device: str = "cpu"
     optimizer_steps: int = 8
     workload: str | None = None
+    train: str | None = None
+    rng: str = "off"
 
     def __post_init__(self) -> None:
         for name in ("accumulation_steps", "world_size", "optimizer_steps"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UsageError(f"{name} is {value!r}", expected="a whole number of at least 1")
-        for name, allowed in (("split", SPLITS), ("strategy", STRATEGIES), ("device", DEVICES)):
+        for name, allowed in (
+            ("split", SPLITS),
+            ("strategy", STRATEGIES),
+            ("device", DEVICES),
+            ("rng", RNGS),
+        ):
             value = getattr(self, name)
             if value not in allowed:
                 raise UsageError(f"{name} is {value!r}", expected="one of " + ", ".join(allowed))
@@ -93,4 +103,4 @@ class Case:
         return {field.name: value for field, value in values if value != field.default}
 
 
-_NAMED_ELSEWHERE = frozenset({"target", "accumulation_steps", "workload"})
+_NAMED_ELSEWHERE = frozenset({"target", "accumulation_steps", "workload", "train"})

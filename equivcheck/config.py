@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from equivcheck.case import DEVICES, SPLITS, STRATEGIES
+from equivcheck.case import DEVICES, RNGS, SPLITS, STRATEGIES
 from equivcheck.causes import CAUSES
 from equivcheck.errors import UsageError
 
@@ -128,6 +128,7 @@ OPTIONS: dict[str, Option] = {
         Option("train", None, _text, "FILE:ATTR", "put this training loop under the targets"),
         Option("expect", (), _codes, "CODE", "a cause that theory predicts; may be repeated"),
         Option("optimizer_steps", 8, _whole(1), "N", "at most this many full batches"),
+        Option("rng", "off", _choice(*RNGS), "HOW", "dropout: off, or masks keyed per-sample"),
         Option("seed", 0, _whole(0), "N", "seed of every run"),
         Option("timeout", None, _seconds, "SECONDS", "longest time for one case"),
         Option("json", None, _text, "PATH", "write the result; - for stdout"),

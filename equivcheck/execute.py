@@ -125,7 +125,8 @@ def _execute(
     if run.is_promoted:
         promote_module(model)
     feed = Feed(run.data, run.micro_batches, run.orders)
-    offers = _offers(model, feed, case, run)
+    offers = {**code.offers, **_offers(model, feed, case, run)}
+    _tell_horizon(offers)
     given = arguments(code.train, offers, subject.target)
 
     def seen() -> None:
@@ -246,6 +247,12 @@ def _offers(model: nn.Module, feed: Feed, case: Case, run: Run) -> dict[str, obj
         "precision": case.precision,
         "optimizer_steps": run.optimizer_steps or len(run.data.rows),
     }
+
+
+def _tell_horizon(offers: Mapping[str, object]) -> None:
+    """Let a suite's scheduler know how many optimizer steps the batches make."""
+    if "scheduler" in offers:
+        vars(offers["scheduler"])["optimizer_steps"] = offers["optimizer_steps"]
 
 
 # What calls back into torch's or the user's code shows their frame last, so a last frame here is a fault of ours.

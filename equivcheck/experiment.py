@@ -20,15 +20,17 @@ import torch
 
 from equivcheck.case import Case
 from equivcheck.casting import promote_tree
+from equivcheck.counting import masks
 from equivcheck.errors import EquivcheckError, UsageError
 from equivcheck.execute import Run, execute, seed_all
 from equivcheck.feed import Data, Key, read_batches
 from equivcheck.fit import Attribution, attribute, sampled
 from equivcheck.interventions import Intervention
+from equivcheck.memory import estimate
 from equivcheck.observe import Comparer, Keeper, Observer, Perturbed, Pieces
 from equivcheck.recorder import Recorder
 from equivcheck.recording import Place, Recording, Step
-from equivcheck.split import block_permutation, plan, take, tensors_in
+from equivcheck.split import block_permutation, named_tensors, plan, take, tensors_in
 from equivcheck.subject import Subject
 from equivcheck.verdict import Judgement, Noise, judge, roundoff_of, unfit
 
@@ -48,7 +50,14 @@ class Experiment:
         case: The point of the matrix.
         progress: Told the role that begins.
         promoted: Judge in float64; otherwise every role computes as written.
+
+    Attributes:
+        reseeds_forwards: Another seed changes what forwards draw, and nothing before them.
+        intervenes: Runs can be made with something put right.
     """
+
+    reseeds_forwards = False
+    intervenes = True
 
     def __init__(
         self,
@@ -107,6 +116,42 @@ class Experiment:
         """Remove what was kept on disk."""
         for keeper in self._keepers:
             keeper.shelf.close()
+
+    # ---- what another kind of experiment answers in its own way --------------------------------
+
+    def again(
+        self, progress: Callable[[str], None] = lambda _: None, *, promoted: bool
+    ) -> Experiment:
+        """Return a new experiment on the same case."""
+        return type(self)(self.subject, self.case, progress, promoted=promoted)
+
+    def estimate(self) -> dict[str, Any]:
+        """Return what the case is expected to need, before it runs."""
+        return estimate(self.subject, self.data)
+
+    def facts(self) -> dict[str, Any]:
+        """Return entries of the result's case that only the runs have shown."""
+        return {}
+
+    def other_samples(self) -> dict[str, Any] | None:
+        """Return how the samples of the two runs differ, where samples are recognised by what they hold."""
+        return None
+
+    def counts(self, accumulation_steps: int | None) -> dict[str, list[list[int]]]:
+        """Return what each micro-batch holds of what may be counted, by label; per cycle."""
+        found: dict[str, list[list[int]]] = {"rows": []}
+        cuts = self.slices(self.data, accumulation_steps)
+        for batch, slices in zip(self.data.batches, cuts, strict=True):
+            found["rows"].append([stop - start for start, stop in slices])
+            for path, tensor in named_tensors(batch):
+                for label, mask in masks(path or "batch", tensor) if tensor.dim() else ():
+                    rows = mask.flatten(1).sum(1) if mask.dim() > 1 else mask
+                    found.setdefault(label, []).append(
+                        [int(rows[start:stop].sum()) for start, stop in slices]
+                    )
+        return {
+            label: values for label, values in found.items() if len(values) == len(self.data.rows)
+        }
 
     # ---- geometry ------------------------------------------------------------------------------
 

@@ -16,9 +16,9 @@ import os
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -28,6 +28,7 @@ from equivcheck.errors import EquivcheckError, StepError, TargetError, UsageErro
 REQUIRED = ("build", "batches", "train")
 FORM = "FILE.py, FILE.py:ATTRIBUTE, package.module or package.module:ATTRIBUTE"
 _OURS = str(Path(__file__).resolve().parent)
+_BUNDLED = f"{_OURS}/_bundled/"
 _LIBRARIES = tuple(
     str(Path(sysconfig.get_path(name)).resolve()) for name in ("stdlib", "purelib", "platlib")
 )
@@ -41,6 +42,8 @@ class Code:
     batches: Callable[[], Any]
     train: Callable[..., Any]
     objective: Callable[[Any, Any], Any] | None
+    offers: Mapping[str, object] = field(default_factory=dict)
+    """What `train` may ask for besides the names that every subject has: a suite's objects."""
 
 
 @dataclass(frozen=True)
@@ -134,10 +137,10 @@ def load_subject(target: object, train: str | None = None) -> Subject:
         _require_no_arguments("build", build, name)
         _require_no_arguments("batches", batches, name)
         objective = given.get("objective", getattr(holder, "objective", None))
-        return Code(build, _reading(batches, name), loop, objective)
+        return Code(build, reading(batches, name), loop, objective)
 
     code = load()
-    return Subject(name, source.repeatable and not given, _location(code.train), load)
+    return Subject(name, source.repeatable and not given, location_of(code.train), load)
 
 
 def _nowhere(given: Mapping[str, Callable[..., Any]]) -> _Source:
@@ -154,7 +157,7 @@ def _nowhere(given: Mapping[str, Callable[..., Any]]) -> _Source:
     return _Source(f"{module}:{name}" if module else name, repeatable=False, load=SimpleNamespace)
 
 
-def _reading(batches: Callable[[], Any], target: str) -> Callable[[], Any]:
+def reading(batches: Callable[[], Any], target: str) -> Callable[[], Any]:
     """Let what `batches` raises, when called or while it is read, be told as the user's error."""
 
     def read(iterator: Iterator[Any]) -> Iterator[Any]:
@@ -204,16 +207,24 @@ def _source(target: object) -> _Source:
             expected=FORM,
             fix="equivcheck run train_step.py",
         )
-    is_file = place.endswith(".py") or "/" in place
-    load_module = _file_loader(place) if is_file else _module_loader(place)
+    module = module_at(place)
 
     def load() -> object:
-        holder: object = load_module()
-        for part in attribute.split(".") if attribute else ():
-            holder = _attribute(holder, part, target)
-        return _instance(holder)
+        [found] = executed_again([module])
+        return _instance(attribute_of(found, attribute, target))
 
     return _Source(target, repeatable=True, load=load)
+
+
+def attribute_of(holder: object, path: str, target: str) -> Any:
+    """Return what a dotted path names inside a module; the module itself for an empty path.
+
+    Raises:
+        TargetError: It is not there; the closest name is offered.
+    """
+    for part in path.split(".") if path else ():
+        holder = _attribute(holder, part, target)
+    return holder
 
 
 def _instance(holder: object) -> object:
@@ -224,13 +235,11 @@ def _instance(holder: object) -> object:
 
 def _trainer(target: str) -> Callable[[], Callable[..., Any]]:
     place, _, attribute = target.partition(":")
-    source = _source(place)
+    module = module_at(place)
 
     def load() -> Callable[..., Any]:
-        holder: Any = source.load()
-        for part in (attribute or "train").split("."):
-            holder = _attribute(holder, part, target)
-        return holder  # type: ignore[no-any-return]
+        [found] = executed_again([module])
+        return attribute_of(found, attribute or "train", target)  # type: ignore[no-any-return]
 
     return load
 
@@ -308,14 +317,15 @@ def arguments(
             close = difflib.get_close_matches(parameter.name, offers, n=1)
             raise UsageError(
                 f"unknown-argument: train of {target} asks for {parameter.name!r}",
-                where=_location(function),
+                where=location_of(function),
                 expected=f"any of {', '.join(sorted(offers))}",
                 fix=f"did you mean {close[0]}?" if close else f"give {parameter.name} a default",
             )
     return wanted
 
 
-def _location(function: Callable[..., Any]) -> str:
+def location_of(function: Callable[..., Any]) -> str:
+    """Return `file:line` of a function, or its name where it has no code of its own."""
     code = getattr(inspect.unwrap(function), "__code__", None)
     if code is None:
         return getattr(function, "__qualname__", repr(function))
@@ -332,7 +342,31 @@ def _shown(filename: str) -> str:
 # ---- executing modules again -------------------------------------------------------------------
 
 
-def _file_loader(place: str) -> Callable[[], ModuleType]:
+@dataclass(frozen=True)
+class Module:
+    """A module that can be executed anew: what was typed, the folder it imports from, and how."""
+
+    place: str
+    root: Path
+    execute: Callable[[], ModuleType]
+
+
+def module_at(place: str, *, alone: bool = False) -> Module:
+    """Find a module by file or dotted name, without executing it.
+
+    Args:
+        place: `FILE.py` or `package.module`.
+        alone: A file that is executed under a name that nothing else has, without its folder on the import path: its
+            own name may be that of a standard module.
+
+    Raises:
+        TargetError: There is none; the closest name is offered.
+    """
+    is_file = place.endswith(".py") or "/" in place
+    return _file_module(place, alone=alone) if is_file else _dotted_module(place)
+
+
+def _file_module(place: str, *, alone: bool) -> Module:
     path = Path(place).resolve()
     if not path.is_file():
         folder = path.parent
@@ -344,7 +378,7 @@ def _file_loader(place: str) -> Callable[[], ModuleType]:
             expected="a Python file with build, batches and train",
             fix=f"did you mean {Path(place).with_name(close[0])}?" if close else None,
         )
-    root, name = _package_root(path)
+    root, name = (path, f"_equivcheck_{path.stem}") if alone else _package_root(path)
     if name in sys.modules and not _lies_in(sys.modules[name], root):
         # A file called random.py or train.py must not shadow, or be shadowed by, an installed module.
         name = f"{name}__subject"
@@ -360,10 +394,10 @@ def _file_loader(place: str) -> Callable[[], ModuleType]:
         spec.loader.exec_module(module)
         return module
 
-    return lambda: _again(execute, root, place)
+    return Module(place, root, execute)
 
 
-def _module_loader(place: str) -> Callable[[], ModuleType]:
+def _dotted_module(place: str) -> Module:
     if not all(part.isidentifier() for part in place.split(".")):
         raise TargetError(f"bad-target: {place!r} is no module name", expected=FORM)
     folder = Path.cwd()
@@ -389,7 +423,7 @@ def _module_loader(place: str) -> Callable[[], ModuleType]:
             else None,
         )
     origin = Path(spec.origin).resolve()
-    return lambda: _again(execute, origin.parent, place)
+    return Module(place, origin.parent, execute)
 
 
 def _package_root(path: Path) -> tuple[Path, str]:
@@ -436,25 +470,34 @@ def _forget(name: str, module: ModuleType) -> None:
         delattr(sys.modules[parent], last)
 
 
-def _again(execute: Callable[[], ModuleType], root: Path, place: str) -> ModuleType:
-    """Execute a module, and what it imports from its own folder, as if for the first time."""
-    _executed.add(root)
-    for name in [name for name, module in list(sys.modules.items()) if _lies_in(module, root)]:
-        del sys.modules[name]
+def executed_again(modules: Sequence[Module]) -> list[ModuleType]:
+    """Execute modules, and what they import from their own folders, as if for the first time.
+
+    Raises:
+        TargetError: One does not import; the traceback is its own.
+    """
+    _executed.update(each.root for each in modules)
+    roots = dict.fromkeys(each.root for each in modules)
+    for name, module in list(sys.modules.items()):
+        if any(_lies_in(module, root) for root in roots):
+            del sys.modules[name]
     importlib.invalidate_caches()
-    with _importable(root):
-        try:
-            return execute()
-        except TargetError:
-            raise
-        except (Exception, SystemExit) as error:
-            raise _import_error(error, place) from error
+    found = []
+    for each in modules:
+        with _importable(each.root):
+            try:
+                found.append(each.execute())
+            except TargetError:
+                raise
+            except (Exception, SystemExit) as error:
+                raise _import_error(error, each.place) from error
+    return found
 
 
 @contextmanager
 def _importable(root: Path) -> Iterator[None]:
     # The folder stays on the path: user code may import from it again while it trains.
-    if str(root) not in sys.path:
+    if str(root) not in sys.path and root.is_dir():
         sys.path.insert(0, str(root))
     yield
 
@@ -478,6 +521,8 @@ def _real(filename: str) -> str:
 def is_library(filename: str) -> bool:
     """Return whether a file belongs to Python, an installed package or equivcheck itself."""
     path = _real(filename)
+    if path.startswith(_BUNDLED):  # suites and fixtures inside the wheel are code under test
+        return False
     return (
         path.startswith((*_LIBRARIES, _OURS)) or "site-packages" in path or filename.startswith("<")
     )

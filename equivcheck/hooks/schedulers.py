@@ -21,10 +21,14 @@ class Schedulers(Hooks):
     def __init__(self, recorder: Recorder) -> None:
         super().__init__(recorder)
         self._depth = 0
+        self._watched: set[type] = set()
 
     def install(self, stack: ExitStack) -> None:
         classes: list[Any] = list(dict.fromkeys(subclasses(lr_scheduler.LRScheduler)))
         for each in classes:
+            if each in self._watched:
+                continue
+            self._watched.add(each)
             if "step" in vars(each):
                 replace(stack, each, "step", self._step(each.step))
             if "__init__" in vars(each):

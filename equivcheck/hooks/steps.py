@@ -30,17 +30,24 @@ class Steps(Hooks):
         super().__init__(recorder)
         self._open: dict[int, Step] = {}
         self._first_backward: dict[str, int] = {}
+        self._controlled: set[type] = set()
 
     def install(self, stack: ExitStack) -> None:
         stack.callback(register_optimizer_step_pre_hook(self._before_step).remove)
         stack.callback(register_optimizer_step_post_hook(self._after_step).remove)
         add = self._add_param_group(Optimizer.add_param_group)
         replace(stack, Optimizer, "add_param_group", add)
-        if any(each.controls_steps for each in self.recorder.interventions):
-            classes: list[Any] = list(dict.fromkeys(subclasses(Optimizer)))
-            for each in classes:
-                if each is not Optimizer and "step" in vars(each):
-                    replace(stack, each, "step", self._step(each.step))
+        self.install_controls(stack)
+
+    def install_controls(self, stack: ExitStack) -> None:
+        """Let interventions leave steps out, of optimizer classes that are not known to be watched yet."""
+        if not any(each.controls_steps for each in self.recorder.interventions):
+            return
+        classes: list[Any] = list(dict.fromkeys(subclasses(Optimizer)))
+        for each in classes:
+            if each is not Optimizer and "step" in vars(each) and each not in self._controlled:
+                self._controlled.add(each)
+                replace(stack, each, "step", self._step(each.step))
 
     def close(self) -> None:
         self._open.clear()

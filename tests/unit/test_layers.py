@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[2] / "equivcheck"
 
 LAYERS = (
-    {"errors", "case", "causes", "result"},
-    {"split", "differences", "attribution", "noise"},
+    {"errors", "case", "causes", "result", "_bundled"},
+    {"split", "differences", "attribution", "noise", "counting", "tensorfile"},
     {
         *(
             "subject",
@@ -26,11 +26,11 @@ LAYERS = (
             "shadow",
         ),
         *("promotion", "casting", "interventions", "neutral", "entropy", "freeze", "addends"),
-        *("execute", "memory", "deadline", "strategies"),
+        *("execute", "memory", "deadline", "strategies", "suite", "attach"),
     },
     {
         *("experiment", "fit", "verdict", "view", "diagnose", "detectors"),
-        *("shared", "precision", "decide", "describe", "doubts", "series", "timelines"),
+        *("shared", "precision", "decide", "describe", "doubts", "series", "timelines", "scripts"),
     },
     {"api", "config", "report"},
     {"cli", "plugin", "__init__", "__main__"},
