@@ -351,13 +351,7 @@ def plan(
     from equivcheck.subject import load_subject  # noqa: PLC0415
     from equivcheck.suite import cases_of, expanded, is_suite  # noqa: PLC0415
 
-    fields = ("split", "precision", "device", "optimizer_steps", "seed")
-    for name in ("world_size", "strategy"):
-        if values.get(name, OPTIONS[name].default) != OPTIONS[name].default:
-            raise UsageError(
-                f"{name}={values[name]} is not supported: this version runs one process",
-                expected=f"{name}={OPTIONS[name].default}",
-            )
+    fields = ("split", "strategy", "precision", "device", "optimizer_steps", "seed")
     jobs: list[Job] = []
     notes: list[str] = []
     for target in [
@@ -383,6 +377,7 @@ def plan(
                     subject,
                     list(values.get("accumulation_steps") or DEFAULT_ACCUMULATION_STEPS),
                     explicit=explicit,
+                    world_sizes=list(values.get("world_size") or OPTIONS["world_size"].default),
                     **{name: values[name] for name in fields if name in values},
                 )
                 expect = tuple(values.get("expect") or ())

@@ -13,7 +13,14 @@ from equivcheck.errors import UsageError
 SPLITS = ("even", "uneven")
 STRATEGIES = ("none", "ddp", "fsdp", "zero", "pipeline", "tensor_parallel")
 DEVICES = ("cpu", "cuda")
+# Strategies in which every rank consumes all samples: ranks share the model, not the batch.
+SHARED_BATCH = frozenset({"pipeline", "tensor_parallel"})
 RNGS = ("off", "per-sample")
+
+
+def shares_of(world_size: int, strategy: str) -> int:
+    """Return into how many parts so many ranks cut a full batch."""
+    return 1 if strategy in SHARED_BATCH else world_size
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,11 @@ class Case:
         """Ten hex digits that stay the same when a later version adds a field with a default."""
         canonical = json.dumps(self._stated(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:10]
+
+    @property
+    def shares(self) -> int:
+        """Into how many parts the ranks cut a full batch."""
+        return shares_of(self.world_size, self.strategy)
 
     @property
     def label(self) -> str:

@@ -6,6 +6,7 @@ differs, attribution and interventions.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final
@@ -43,7 +44,12 @@ BLIND: Final = 1.0
 
 
 def plan_cases(
-    subject: Subject, accumulation_steps: Sequence[int], *, explicit: bool, **fields: Any
+    subject: Subject,
+    accumulation_steps: Sequence[int],
+    *,
+    explicit: bool,
+    world_sizes: Sequence[int] = (1,),
+    **fields: Any,
 ) -> tuple[list[Case], list[str]]:
     """Return the cases of a subject, and notes on those left out.
 
@@ -51,6 +57,7 @@ def plan_cases(
         subject: Code under test; its batches are read to know their rows.
         accumulation_steps: Numbers of micro-batches to try.
         explicit: The user asked for these numbers; one that does not fit is then an error.
+        world_sizes: Numbers of ranks to try.
         fields: Other fields of every case.
 
     Raises:
@@ -62,14 +69,21 @@ def plan_cases(
     seed_all(seed)
     data = read_batches(code.batches, fields.get("optimizer_steps", 8))
     cases, notes = [], []
-    for k in accumulation_steps:
-        case = Case(target=subject.target, accumulation_steps=k, **fields)
+    for r, k in itertools.product(world_sizes, accumulation_steps):
+        case = Case(target=subject.target, accumulation_steps=k, world_size=r, **fields)
         try:
-            plan(data.rows, k, case.split, case.world_size)
+            plan(
+                data.rows,
+                k,
+                case.split,
+                case.world_size,
+                every_rank_all=case.shares < case.world_size,
+            )
         except UsageError as error:
             if explicit:
                 raise
-            notes.append(f"accumulation_steps {k} left out: {error.message}")
+            ranks = f" on {r} ranks" if r > 1 else ""
+            notes.append(f"accumulation_steps {k}{ranks} left out: {error.message}")
             continue
         cases.append(case)
     return cases, notes
@@ -125,6 +139,7 @@ def run_case(
         with deadline(timeout, __file__):
             make = getattr(subject, "experiment", Experiment)
             experiment = make(subject, case, tell)
+            experiment.limit(timeout)
             entry["estimate"] = experiment.estimate()
             refuse_what_cannot_fit(entry["estimate"])
             _decide(experiment, entry, expect, tell)

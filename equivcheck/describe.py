@@ -183,8 +183,8 @@ def _table(candidate: Recording, judgement: Judgement, noise: Noise) -> list[dic
 def _attribution(found: Attribution) -> dict[str, Any]:
     return {
         "optimizer_step": found.matched,
-        "reference_weights": found.v.values,
-        "candidate_weights": found.w.values,
+        "reference_weights": found.shaped(found.v.values),
+        "candidate_weights": found.shaped(found.w.values),
         "reference_residual": found.v.residual,
         "candidate_residual": found.w.residual,
         "rank": found.v.rank,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +48,10 @@ class Run:
         in_order: Whether the full-batch run uses its batches in the order in which it fetched them.
         boundaries: Micro-batches used up at each step, known from the promoted run of the same role.
         seed_offset: Added to the seed of the training itself, not of the model.
+        rank: The rank that runs it.
+        world_size: Ranks that run it together.
+        part: Which part of the batch this rank has; 0 where every rank has all of it.
+        share: The samples that this rank is given; None where it takes its own share of all.
     """
 
     role: str
@@ -65,10 +69,33 @@ class Run:
     optimizer_steps: int = 0
     interventions: list[Intervention] = field(default_factory=list)
     schedule: list[Place] = field(default_factory=list)
+    rank: int = 0
+    world_size: int = 1
+    part: int = 0
+    share: frozenset[int] | None = None
+
+    @property
+    def name(self) -> str:
+        """The role, with the rank where there are several."""
+        return self.role if self.world_size == 1 else f"{self.role}, rank {self.rank}"
 
 
-def execute(subject: Subject, case: Case, run: Run, observer: Observer) -> Recording:
+def execute(
+    subject: Subject,
+    case: Case,
+    run: Run,
+    observer: Observer,
+    *,
+    watch: Callable[[Recording], None] | None = None,
+) -> Recording:
     """Run the user's loop once and return the recording.
+
+    Args:
+        subject: Code under test.
+        case: The point of the matrix.
+        run: The role, and what it is served with.
+        observer: What is taken from it.
+        watch: Told of everything that is seen, as it happens.
 
     Raises:
         StepError: The user's code raised; the message has the user's frames only.
@@ -83,7 +110,7 @@ def execute(subject: Subject, case: Case, run: Run, observer: Observer) -> Recor
     with process_state(), watch_entropy(unseeded):
         seed_all(case.seed)  # modules may draw while they are imported
         code = subject.fresh()
-        return _execute(subject, case, run, observer, code, recording, started)
+        return _execute(subject, case, run, observer, code, recording, started, watch)
 
 
 @contextmanager
@@ -114,6 +141,7 @@ def _execute(
     code: Code,
     recording: Recording,
     started: float,
+    watch: Callable[[Recording], None] | None,
 ) -> Recording:
     seed_all(case.seed)
     model = _build(code, subject)
@@ -150,6 +178,9 @@ def _execute(
             # A hook on modules would break the graph of a compiled one; promoted runs do not compile.
             feed.on_served = recorder.usage.served
             stack.enter_context(recorder.usage.watching_use())
+        recorder.rank, recorder.world_size = run.rank, run.world_size
+        recorder.part, recorder.share = run.part, run.share
+        recorder.watch = watch
         recorder.code = code
         recorder.data = run.data
 
@@ -240,8 +271,8 @@ def _offers(model: nn.Module, feed: Feed, case: Case, run: Run) -> dict[str, obj
         "dataset": feed.dataset(),
         "accumulation_steps": run.accumulation_steps,
         "micro_batch_size": run.micro_batch_size,
-        "rank": 0,
-        "world_size": 1,
+        "rank": run.rank,
+        "world_size": run.world_size,
         "device": torch.device(case.device),
         "strategy": case.strategy,
         "precision": case.precision,
@@ -274,7 +305,7 @@ def _step_error(error: BaseException, recording: Recording, run: Run) -> StepErr
     taken = frozenset(key for step in recording.steps for key in step.samples)
     since = sum(1 for keys in recording.fetched if keys[0] not in taken)
     micro_step = max(since - 1, 0) if last is not None else max(len(recording.fetched) - 1, 0)
-    where = f"{run.role}, optimizer_step {steps}, micro_step {micro_step}"
+    where = f"{run.name}, optimizer_step {steps}, micro_step {micro_step}"
     return raised("train", error, where)
 
 

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -28,6 +29,8 @@ from equivcheck.fit import Attribution, attribute, sampled
 from equivcheck.interventions import Intervention
 from equivcheck.memory import estimate
 from equivcheck.observe import Comparer, Keeper, Observer, Perturbed, Pieces
+from equivcheck.ranks.crew import Crew
+from equivcheck.ranks.merge import merged
 from equivcheck.recorder import Recorder
 from equivcheck.recording import Place, Recording, Step
 from equivcheck.split import block_permutation, named_tensors, plan, take, tensors_in
@@ -59,6 +62,8 @@ class Experiment:
     reseeds_forwards = False
     intervenes = True
 
+    crew: Crew | None = None
+
     def __init__(
         self,
         subject: Subject,
@@ -87,14 +92,16 @@ class Experiment:
         )
         self.has_objective = code.objective is not None
         self.wants = set(inspect.signature(code.train).parameters)
-        self.plan = plan(self.data.rows, case.accumulation_steps, case.split)
+        self.plan = self._plan(case.accumulation_steps)
         self._check_even()
+        if case.world_size > 1:
+            self.crew = Crew(subject, case.world_size, case.device)
 
     def _check_even(self) -> None:
         named = sorted({"dataset", "micro_batch_size"} & self.wants)
         if not named:
             return
-        k = self.case.accumulation_steps
+        k = self.case.accumulation_steps * self.case.shares
         if self.case.split != "even":
             raise UsageError(
                 f"uneven-split: train takes {' and '.join(named)}: slices of one size",
@@ -110,12 +117,17 @@ class Experiment:
                     where=self.subject.location,
                     expected=f"rows divisible by {k}, because train takes {' and '.join(named)}",
                     fix=f"--accumulation-steps {fitting}",
+                    because=f"{self.case.accumulation_steps} micro-batches on each of {self.case.shares} ranks"
+                    if self.case.shares > 1
+                    else None,
                 )
 
     def close(self) -> None:
         """Remove what was kept on disk."""
         for keeper in self._keepers:
             keeper.shelf.close()
+        if self.crew is not None:
+            self.crew.close()
 
     # ---- what another kind of experiment answers in its own way --------------------------------
 
@@ -123,7 +135,15 @@ class Experiment:
         self, progress: Callable[[str], None] = lambda _: None, *, promoted: bool
     ) -> Experiment:
         """Return a new experiment on the same case."""
-        return type(self)(self.subject, self.case, progress, promoted=promoted)
+        other = type(self)(self.subject, self.case, progress, promoted=promoted)
+        if self.crew is not None and other.crew is not None:
+            other.crew.ends_at, other.crew.timeout = self.crew.ends_at, self.crew.timeout
+        return other
+
+    def limit(self, seconds: float | None) -> None:
+        """Give the ranks so many seconds from now, of which they are told why they were late."""
+        if self.crew is not None and seconds is not None:
+            self.crew.ends_at, self.crew.timeout = time.monotonic() + seconds, seconds
 
     def estimate(self) -> dict[str, Any]:
         """Return what the case is expected to need, before it runs."""
@@ -160,14 +180,33 @@ class Experiment:
         data = self._promoted if promoted else self.data
         return data.shorter() if any(each.shorter for each in interventions) else data
 
+    def _plan(self, accumulation_steps: int) -> list[list[list[tuple[int, int]]]]:
+        """Return [cycle][rank][micro_step] = first and last row."""
+        return plan(
+            self.data.rows,
+            accumulation_steps,
+            self.case.split,
+            self.case.world_size,
+            every_rank_all=self.case.shares < self.case.world_size,
+        )
+
     def slices(
         self, data: Data, accumulation_steps: int | None = None
     ) -> list[list[tuple[int, int]]]:
-        """Return, per full batch, the first and last row of every micro-batch."""
-        cycles = self.plan
-        if accumulation_steps is not None:
-            cycles = plan(self.data.rows, accumulation_steps, self.case.split)
-        return [cycle[0] for cycle in cycles[: len(data.rows)]]
+        """Return, per full batch, the first and last row of every micro-batch: of rank 0, then of rank 1 ..."""
+        cycles = self.plan if accumulation_steps is None else self._plan(accumulation_steps)
+        shares = self.case.shares
+        return [
+            [each for rank in cycle[:shares] for each in rank] for cycle in cycles[: len(data.rows)]
+        ]
+
+    def micro_batches_of(self, data: Data, rank: int) -> list[list[int]]:
+        """Return the samples of every micro-batch of one rank."""
+        return [
+            [data.start(batch) + row for row in range(start, stop)]
+            for batch, cycle in enumerate(self.plan[: len(data.rows)])
+            for start, stop in cycle[rank]
+        ]
 
     def micro_batches(self, data: Data) -> list[list[int]]:
         """Return the samples of every micro-batch."""
@@ -195,6 +234,8 @@ class Experiment:
         interventions = tuple(each for each in interventions if each.both)
 
         def make() -> Recording:
+            if self.crew is not None:
+                self.crew.start()  # They load the user's code while the full batch runs.
             keeper = Keeper(self._objective if self.has_objective and not interventions else None)
             self._keepers.append(keeper)
             return self._full("reference", keeper, interventions)
@@ -257,7 +298,8 @@ class Experiment:
                     if key[0] == passed and key in step.samples and key not in seen
                 ]
                 seen.update(mine)
-                size = max(-(-len(mine) // self.case.accumulation_steps), 1)
+                parts = self.case.accumulation_steps * self.case.shares
+                size = max(-(-len(mine) // parts), 1)
                 blocks = [(i, min(i + size, len(mine))) for i in range(0, len(mine), size)]
                 if not blocks:
                     continue
@@ -297,7 +339,7 @@ class Experiment:
             other = Experiment.__new__(Experiment)
             other.__dict__.update(self.__dict__)
             other.case = replace(self.case, accumulation_steps=accumulation_steps)
-            other.plan = plan(self.data.rows, accumulation_steps, self.case.split)
+            other.plan = other._plan(accumulation_steps)  # noqa: SLF001 - as below
             other._cache = {  # noqa: SLF001 - an experiment of this very class
                 key: value for key, value in self._cache.items() if key[0] == "reference"
             }
@@ -396,6 +438,8 @@ class Experiment:
         *,
         promoted: bool = True,
     ) -> Recording:
+        if self.crew is not None:
+            return self._on_ranks(role, observer, data, interventions, promoted=promoted)
         lengths = [each.length for each in interventions if each.length is not None]
         run = Run(
             role,
@@ -410,15 +454,63 @@ class Experiment:
         )
         return self._execute(run, observer)
 
-    def _execute(self, run: Run, observer: Observer) -> Recording:
-        self._progress(run.role)
+    def _on_ranks(
+        self,
+        role: str,
+        observer: Observer,
+        data: Data,
+        interventions: Interventions,
+        *,
+        promoted: bool,
+    ) -> Recording:
+        """Return the accumulated run of all ranks together."""
+        assert self.crew is not None
+        lengths = [each.length for each in interventions if each.length is not None]
+        written = self.candidate().ranks if interventions else []
+        runs = []
+        for rank in range(self.case.world_size):
+            micro = self.micro_batches_of(data, rank)
+            run = Run(
+                role,
+                data,
+                micro,
+                self.case.accumulation_steps,
+                self.micro_batch_size,
+                is_promoted=promoted,
+                length=lengths[0] if lengths else None,
+                interventions=list(interventions),
+                schedule=written[rank].places(self.cycles()) if written else [],
+                rank=rank,
+                part=rank if self.case.shares > 1 else 0,
+                world_size=self.case.world_size,
+                share=None
+                if "dataset" in self.wants
+                else frozenset(sample for samples in micro for sample in samples),
+            )
+            self._prepare(run)
+            runs.append(run)
+        self._progress(role)
+        recordings, gathered = self.crew.run(self.case, runs, observer)
+        for index, each in enumerate(interventions):
+            each.take_back([by_rank[index] for by_rank in gathered])
+        recording = merged(recordings, self.reference(interventions))
+        self.runs.append({"role": role, "seconds": recording.seconds})
+        return recording
+
+    def _prepare(self, run: Run) -> None:
+        """Tell a run what earlier ones have shown of the loop."""
         run.is_promoted = run.is_promoted and self.is_promoted
         if run.role != "reference":
             run.prefetches = self.reference().prefetched > 0
             run.in_order = self.reference().uses == sorted(self.reference().uses)
             if run.prefetches and not run.is_promoted and self.is_promoted:
                 known = self.candidate() if run.role == "native_candidate" else self.reference()
+                known = known.ranks[run.rank] if known.ranks else known
                 run.boundaries = known.boundaries
+
+    def _execute(self, run: Run, observer: Observer) -> Recording:
+        self._progress(run.role)
+        self._prepare(run)
         recording = execute(self.subject, self.case, run, observer)
         self.runs.append({"role": run.role, "seconds": recording.seconds})
         return recording
@@ -554,7 +646,11 @@ class Experiment:
                 start = reference.kept[cycle - 1] if cycle > 0 else reference.initial
                 found.append(
                     attribute(
-                        step, target, [each for each in steps if each is not None], sampled(start)
+                        step,
+                        target,
+                        [each for each in steps if each is not None],
+                        sampled(start),
+                        self.case.shares,
                     )
                 )
             return found

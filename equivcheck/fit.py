@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 
 from equivcheck.attribution import Weights, solve
 from equivcheck.noise import coordinates
 from equivcheck.recording import Kept, Step
+
+T = TypeVar("T")
 
 # Residuals of fits lie at 1e-15 for what is in the span and at 1e-3 and more for what is not.
 BEYOND_ROUNDING = 1e-9
@@ -31,6 +34,7 @@ class Attribution:
         names: Parameters in the order of the coordinates, with their length.
         weights_piece: [n] float64, the parameters themselves, where the reference needs them as a
             piece more: a penalty that is put into the gradients; else None.
+        ranks: R, if the ranks share the batch: the pieces are those of rank 0, then those of rank 1 ...
     """
 
     step: int
@@ -42,6 +46,21 @@ class Attribution:
     w: Weights
     names: list[tuple[str, int]]
     weights_piece: torch.Tensor | None = None
+    ranks: int = 1
+
+    @property
+    def micro_steps(self) -> int:
+        """Micro-batches of one rank in this cycle."""
+        return self.pieces.shape[0] // self.ranks
+
+    def by_rank(self, weights: Sequence[T]) -> list[list[T]]:
+        """Return the weights of each rank's pieces."""
+        k = self.micro_steps
+        return [list(weights[r * k : (r + 1) * k]) for r in range(self.ranks)]
+
+    def shaped(self, weights: Sequence[T]) -> list[Any]:
+        """Return the weights as a result has them: a list of K, or R lists of K."""
+        return self.by_rank(weights) if self.ranks > 1 else list(weights)
 
     def only(self, names: frozenset[str]) -> Attribution:
         """Return the fit over some parameters alone."""
@@ -54,7 +73,15 @@ class Attribution:
         chosen = torch.cat(index) if index else torch.zeros(0, dtype=torch.long)
         pieces, r, c = self.pieces[:, chosen], self.reference[chosen], self.candidate[chosen]
         return Attribution(
-            self.step, self.matched, pieces, r, c, solve(pieces, r), solve(pieces, c), kept
+            self.step,
+            self.matched,
+            pieces,
+            r,
+            c,
+            solve(pieces, r),
+            solve(pieces, c),
+            kept,
+            ranks=self.ranks,
         )
 
 
@@ -71,7 +98,11 @@ def sampled(start: Kept | None) -> dict[str, torch.Tensor]:
 
 
 def attribute(
-    step: Step, target: Step, pieces: Sequence[Step], weights: dict[str, torch.Tensor]
+    step: Step,
+    target: Step,
+    pieces: Sequence[Step],
+    weights: dict[str, torch.Tensor],
+    ranks: int = 1,
 ) -> Attribution:
     """Return the weights of one cycle.
 
@@ -80,6 +111,7 @@ def attribute(
         target: The reference's, of the same samples.
         pieces: The steps that took each micro-batch alone.
         weights: The parameters that the cycle starts from, sampled.
+        ranks: How many ranks share the batch; their pieces come one rank after the other.
     """
     names = [(name, len(s)) for name, s in target.sample.items() if s is not None]
     matrix = torch.stack([_flat(piece, names) for piece in pieces])
@@ -94,7 +126,10 @@ def attribute(
             k = matrix.shape[0]
             extra = theta
             v = replace(with_theta, values=with_theta.values[:k], solution=with_theta.solution[:k])
-    return Attribution(step.index, step.matched, matrix, reference, candidate, v, w, names, extra)
+    parts = ranks if len(pieces) % ranks == 0 else 1
+    return Attribution(
+        step.index, step.matched, matrix, reference, candidate, v, w, names, extra, parts
+    )
 
 
 def _or_zeros(tensor: torch.Tensor | None, length: int) -> torch.Tensor:

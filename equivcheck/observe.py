@@ -8,7 +8,7 @@ state.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from equivcheck.shelf import Shelf
 from equivcheck.states import numbers, set_state, state_of
 
 if TYPE_CHECKING:
+    from equivcheck.feed import Key
     from equivcheck.recorder import Recorder
 
 Gradients = dict[str, torch.Tensor | None]
@@ -189,12 +190,15 @@ class Comparer(Sampler):
         self._collected: dict[str, set[Any]] = {}
         self._gradients: Gradients = {}
         self._arrived: list[dict[str, torch.Tensor]] = []
+        self._share: frozenset[int] | None = None
+        self._ranks = 1
 
     def gradients(
         self, recorder: Recorder, step: Step, gradients: Gradients, applied: Gradients
     ) -> None:
         self.sample(recorder, step, gradients)
         step.contributions, self._arrived = self._arrived, []
+        self._share, self._ranks = recorder.share, recorder.world_size
         self._match(step)
         if step.matched is None:
             return
@@ -211,26 +215,43 @@ class Comparer(Sampler):
         kept.release()
 
     def _match(self, step: Step) -> None:
-        """Find the reference's step that consumed the same samples; note extra and missing ones."""
+        """Find the reference's step that consumed the same samples; note extra and missing ones.
+
+        Of several ranks each sees its own share of them.
+        """
         queue = self._queues.get(step.optimizer, [])
         collected = self._collected.setdefault(step.optimizer, set())
         collected |= step.samples
         for skipped, other in enumerate(queue):
-            if collected == other.samples:
+            if self._is_share(collected, other.samples):
                 step.matched = other.index
                 step.missing = skipped
                 del queue[: skipped + 1]
                 collected.clear()
                 return
-            if not other.samples or not other.samples < collected:
+            if not other.samples or not self._in_share(other.samples) < collected:
                 return
             # The samples of this reference step and of later ones came in one candidate step: it is missing.
             union = set().union(*(each.samples for each in queue[: skipped + 1]))
-            if union == collected:
+            if self._is_share(collected, union):
                 del queue[: skipped + 1]
                 step.missing = skipped + 1
                 collected.clear()
                 return
+
+    def _in_share(self, samples: Collection[Key]) -> set[Key]:
+        """Return those of a full batch's samples that this rank is given; all of them where that is not known."""
+        return {key for key in samples if self._share is None or key[1] in self._share}
+
+    def _is_share(self, mine: Collection[Key], samples: Collection[Key]) -> bool:
+        """Return whether a rank has consumed its whole share of a full batch's samples.
+
+        Where ranks share a data set by themselves any equal part is one; whether all parts make the whole is seen
+        when the ranks are put together.
+        """
+        if self._share is not None or self._ranks == 1:
+            return set(mine) == self._in_share(samples)
+        return set(mine) <= set(samples) and len(mine) >= len(samples) // self._ranks > 0
 
     def after(self, recorder: Recorder, step: Step, optimizer: Optimizer) -> None:
         if step.matched is None:

@@ -14,7 +14,7 @@ by comparing a few coordinates before and after.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +65,9 @@ class Recorder:
         self.code: Code | None = None
         self.data: Data | None = None
         self.is_promoted = True
+        self.rank, self.world_size, self.part = 0, 1, 0
+        self.share: frozenset[int] | None = None
+        self.watch: Callable[[Recording], None] | None = None
         self.is_paused = False
         self.shadow_holders: dict[str, Any] = {}
         self.names: dict[int, str] = {id(p): name for name, p in model.named_parameters()}
@@ -128,6 +131,21 @@ class Recorder:
             return None
         return self.schedule[self.backwards - 1]
 
+    def factor(self, factors: Mapping[int, Sequence[float]]) -> float:
+        """Return the factor for the backward that ran last, or is running; 1 where there is none.
+
+        Args:
+            factors: Per cycle, one for each micro-step; or for those of rank 0, then for those of rank 1 ...
+        """
+        place = self.place()
+        if place is None:
+            return 1.0
+        chosen = factors.get(place.cycle, ())
+        index = place.micro_step
+        if len(chosen) > place.micro_steps:
+            index += self.part * place.micro_steps
+        return chosen[index] if index < len(chosen) else 1.0
+
     def inside(self) -> bool:
         """Return whether a cycle is under way: some of its backwards have run, and not the last."""
         place = self.place()
@@ -154,6 +172,8 @@ class Recorder:
         """Add an event to the timeline."""
         event = Event(kind, self.backwards, len(self.recording.fetched), detail)
         self.recording.timeline.append(event)
+        if self.watch is not None:
+            self.watch(self.recording)
 
     def fetched(self, keys: list[Key]) -> None:
         """Note a micro-batch that is about to be handed out."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from equivcheck.case import SPLITS, STRATEGIES, Case
+from equivcheck.case import SPLITS, STRATEGIES, Case, shares_of
 from equivcheck.causes import CAUSES
 from equivcheck.errors import TargetError, UsageError
 from equivcheck.result import EXIT_CODES
@@ -416,7 +416,7 @@ def _cases_of_row(
     ):
         case = Case(
             target=target,
-            accumulation_steps=full // world_size if k == FULL else k,
+            accumulation_steps=full // shares_of(world_size, strategy) if k == FULL else k,
             split=split,
             world_size=world_size,
             strategy=strategy,
@@ -429,14 +429,20 @@ def _cases_of_row(
             rng=values["rng"] if stated("rng") else row.rng,
         )
         # With a sample in each micro-batch, or as many as rows allow, an uneven cut is the even one.
-        cut = plan(data.rows, case.accumulation_steps, split, world_size)
-        if batches_itself and (split != "even" or full % (world_size * case.accumulation_steps)):
+        cut = plan(
+            data.rows,
+            case.accumulation_steps,
+            split,
+            world_size,
+            every_rank_all=case.shares < world_size,
+        )
+        if batches_itself and (split != "even" or full % (case.shares * case.accumulation_steps)):
             continue  # A framework that batches by itself cannot be given uneven slices.
         point = (world_size, strategy, case.accumulation_steps, repr(cut))
         if point in seen:
             continue
         seen.add(point)
-        found.append(Planned(subject, case, row.theory(case.as_dict(), full // world_size)))
+        found.append(Planned(subject, case, row.theory(case.as_dict(), full // case.shares)))
     return found
 
 

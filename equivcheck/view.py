@@ -143,7 +143,7 @@ class View:
 
     def full_size(self, attribution: Attribution) -> bool:
         """Return whether a cycle is complete."""
-        return attribution.pieces.shape[0] == self.steps
+        return attribution.micro_steps == self.steps
 
     def counts(self, accumulation_steps: int | None = None) -> dict[str, list[list[int]]]:
         """Return what each micro-batch holds of what may be counted: rows, labels, masked entries; per cycle."""

@@ -28,7 +28,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> int:
     """Print one line per case; 5 if there is none."""
     settings = resolve(flags(options))
-    settings.refuse_unsupported()
     refuse_targets(options.targets)
     match = selection.compiled(options.select)
     with own_stdout() as out:

@@ -55,7 +55,6 @@ def execute(options: argparse.Namespace) -> int:
         options.targets = _scripts(options, settings)
     else:
         refuse_targets(options.targets)
-    settings.refuse_unsupported()
     match = selection.compiled(options.select)
     outputs = Outputs(settings)
     with own_stdout() as stdout:

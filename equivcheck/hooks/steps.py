@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -182,6 +183,7 @@ class Steps(Hooks):
             if not step.sample:
                 self._observe(optimizer, step, closure=True)
             self.recorder.observer.after(self.recorder, step, optimizer)
+        step.at = time.time_ns()
         self.recorder.clips.snapshots.clear()
         self.recorder.edits.after_step()
 

@@ -26,8 +26,8 @@ import pytest
         (["run", "train_step.py", "-k", "(K=2"], "a parenthesis is not closed"),
         (["run", "train_step.py", "-k", "K=2 K=4"], "and, or are missing"),
         (["run", "train_step.py", "-k", "not"], "a word is missing"),
-        (["run", "train_step.py", "--world-size", "2"], "world_size=2 is not supported"),
-        (["run", "train_step.py", "--strategy", "ddp"], "strategy=ddp is not supported"),
+        (["run", "train_step.py", "--world-size", "0"], "whole numbers of at least 1"),
+        (["run", "train_step.py", "--strategy", "dpp"], "did you mean ddp?"),
         (["run", "--full", "a", "--accumulated", "b"], "no-such-program"),
         (["run", "--full", "python"], "no-accumulated-command"),
         (["run", "--accumulated", "python"], "no-full-command"),
@@ -78,7 +78,7 @@ def test_an_unknown_key_is_refused(cli):
         ("[tool]\nequivcheck = 3\n", "is not a table"),
         ("[tool.equivcheck]\nseed = 1.5\n", "seed is 1.5"),
         ("[tool.equivcheck]\naccumulation_steps = [2, 'x']\n", "accumulation_steps is '2,x'"),
-        ("[tool.equivcheck]\nworld_size = 2\n", "world_size=2 is not supported"),
+        ("[tool.equivcheck]\nworld_size = [0]\n", "world_size is '0'"),
     ],
 )
 def test_a_bad_file_is_refused(cli, page, told):

@@ -26,9 +26,11 @@ LAYERS = (
             "shadow",
         ),
         *("promotion", "casting", "interventions", "neutral", "entropy", "freeze", "addends"),
+        "ranks",
         *("execute", "memory", "deadline", "strategies", "suite", "attach"),
     },
     {
+        "topology",
         *("experiment", "fit", "verdict", "view", "diagnose", "detectors"),
         *("shared", "precision", "decide", "describe", "doubts", "series", "timelines", "scripts"),
     },
