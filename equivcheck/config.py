@@ -130,6 +130,7 @@ OPTIONS: dict[str, Option] = {
         Option("optimizer_steps", 8, _whole(1), "N", "at most this many full batches"),
         Option("rng", "off", _choice(*RNGS), "HOW", "dropout: off, or masks keyed per-sample"),
         Option("seed", 0, _whole(0), "N", "seed of every run"),
+        Option("jobs", 1, _whole(1), "N", "cases that run side by side, each in its own process"),
         Option("timeout", None, _seconds, "SECONDS", "longest time for one case"),
         Option("json", None, _text, "PATH", "write the result; - for stdout"),
         Option("html", None, _text, "PATH", "write a page that opens from disk"),

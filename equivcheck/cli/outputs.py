@@ -56,6 +56,13 @@ class Outputs:
         """Whether stdout belongs to the result JSON."""
         return bool(self._settings["json"] == "-")
 
+    @property
+    def result_path(self) -> Path | None:
+        """Where the result JSON goes, the default place if it is not named; None if nowhere."""
+        if self._settings["json"] not in (None, "-"):
+            return Path(self._settings["json"])
+        return LATEST / "result.json" if self._latest else None
+
     def save(self, result: Mapping[str, Any]) -> None:
         """Write the result so far, so that nothing finished is lost to what comes next."""
         if self._latest:

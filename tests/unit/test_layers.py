@@ -34,7 +34,7 @@ LAYERS = (
         *("experiment", "fit", "verdict", "view", "diagnose", "detectors"),
         *("shared", "precision", "decide", "describe", "doubts", "series", "timelines", "scripts"),
     },
-    {"api", "config", "report"},
+    {"api", "workers", "config", "report"},
     {"cli", "plugin", "__init__", "__main__"},
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
