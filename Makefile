@@ -4,6 +4,7 @@
 # make bench      the benchmarks
 # make calibrate  measure rounding on correct code: what the limits are set by
 # make detection  the whole detection matrix: every mutant and trainer, minutes
+# make traffic    rewrite reports/examples/traffic.*: what ranks send each other, loop by loop
 # make coverage   branches that the tests reach, layer by layer: fails below what is stated
 # make examples   rewrite reports/examples: one result and page for every cause
 # make env-NAME   an environment for one family of frameworks: transformers, lightning, deepspeed, jax, keras
@@ -22,7 +23,7 @@ RIGHT := plain_mean clipped scheduled tail token_weighted amp_bf16 logged
 WRONG := eq101_missing_division_plain eq103_mean_of_means_tokens eq201_batch_norm_1d \
 	eq301_zero_grad_in_cycle eq306_clip_by_norm eq307_scheduler_per_micro_batch
 
-.PHONY: run test lint bench calibrate detection coverage examples readme envs
+.PHONY: traffic run test lint bench calibrate detection coverage examples readme envs
 
 run: $(STAMP)
 	@$(BIN)/equivcheck run $(RIGHT:%=fixtures/trainers/%.py) --json reports/latest/trainers.json \
@@ -58,6 +59,9 @@ LAYER_3 := experiment.py fit.py verdict.py view.py diagnose.py detectors/* share
 comma := ,
 empty :=
 modules = $(subst $(empty) ,$(comma),$(1:%=equivcheck/%))
+
+traffic: $(STAMP)
+	@$(BIN)/python -W ignore tests/bench/traffic.py reports/examples/traffic.json reports/examples/traffic.md
 
 coverage: $(STAMP)
 	$(BIN)/python -m coverage run -m pytest tests/unit tests/cli tests/detection -q

@@ -35,6 +35,23 @@ LOOPS = {
     "FSDP2, without communication": "fsdp.fsdp2",
     "FSDP2, without communication or resharding": "fsdp.fsdp2_no_reshard",
 }
+PROSE = """\
+# What ranks send each other per optimizer step
+
+Measured by `make traffic` on gloo with torch 2.13.0, and measured again by the tests: counts of collectives and the
+bytes of the whole tensors in them, for a GPT of P = 9576 float32 parameters (38,304 bytes) with one block. R ranks,
+K micro-batches. A count of tokens, one number, is left out.
+
+- DDP reduces once per cycle under no_sync and K times without: K times the bytes (C19).
+- "FSDP without communication: 0" does not hold. One reduction of all parameters remains per cycle; what is saved is
+  the K - 1 others. And unless parameters stay gathered they are gathered again for every micro-batch: by FSDP2 the
+  block for forward and backward and the root once, 3 K times; by FSDP1 with one unit K times. The price of saving the
+  reductions is that every rank keeps whole gradients in between (C22, C23).
+- With parameters kept gathered (no resharding, SHARD_GRAD_OP) it is one reduction and one gathering per unit and
+  cycle, whatever K is.
+- gloo has no reduce-scatter: FSDP's appears as an all-reduce. On a ring an all-reduce moves 2 (R - 1)/R bytes per
+  byte, an all-gather or a reduce-scatter half of that.
+"""
 POINTS = ((2, 2), (2, 4), (4, 4))
 _SIZES = {"Float": 4, "Long": 8, "Int": 4, "Byte": 1, "Double": 8}
 _PATIENCE = 120.0
@@ -150,15 +167,21 @@ def table(found: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Measure all loops at all points and write the JSON and the page named on the command line."""
+    """Measure all loops at all points and write the JSON and the page named; `--one LOOP R K` prints one point."""
     found = [
-        {"loop": loop, "world_size": ranks, "accumulation_steps": steps, **measured(name, ranks, steps)}
+        {
+            "loop": loop,
+            "world_size": ranks,
+            "accumulation_steps": steps,
+            **measured(name, ranks, steps),
+        }
         for loop, name in LOOPS.items()
         for ranks, steps in POINTS
     ]
     print(table(found))
-    if len(sys.argv) > 1:
+    if len(sys.argv) > 2:
         Path(sys.argv[1]).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        Path(sys.argv[2]).write_text(f"{PROSE}\n{table(found)}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
