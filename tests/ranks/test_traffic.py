@@ -11,7 +11,6 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 STATED = json.loads((ROOT / "reports" / "examples" / "traffic.json").read_text(encoding="utf-8"))
-QUICK = {"DDP, every micro-batch", "DDP, no_sync", "FSDP2, without communication"}
 
 
 def _rows() -> list[object]:
@@ -19,14 +18,12 @@ def _rows() -> list[object]:
         pytest.param(
             row,
             id=f"{row['loop']}-R{row['world_size']}-K{row['accumulation_steps']}",
-            marks=[]
-            if row["loop"] in QUICK and row["world_size"] == row["accumulation_steps"] == 2
-            else [pytest.mark.slow],
         )
         for row in STATED
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", _rows())
 def test_the_table_is_measured_again(row: dict) -> None:
     """Collectives and bytes of a loop at one point, counted by gloo itself, are those of the table."""
