@@ -9,7 +9,7 @@ from fractions import Fraction
 from equivcheck.attribution import ratio
 from equivcheck.errors import EquivcheckError
 from equivcheck.fit import Attribution
-from equivcheck.interventions import Addend, Intervention, Reweight
+from equivcheck.interventions import Addend, Intervention, Rescale, Reweight
 from equivcheck.topology import factor_of, undecided
 from equivcheck.verdict import overall
 from equivcheck.view import Part, Suspicion, View
@@ -206,6 +206,15 @@ def _factors(
 
 def _reweighted(view: View, factors: dict[int, list[float]]) -> list[tuple[Intervention, ...]]:
     """Return the ways to give the true weights: at the root, or only where an optimizer or a sweep needs it."""
+    if not view.candidate.backwards:
+        # Gradients that torch.func made: there is no root, but a factor of the whole cycle can be given at its step.
+        found = [(each, factors.get(each.matched, [])) for each in view.attributions]
+        uniform = {
+            each.step: sum(f) / len(f)
+            for each, f in found
+            if f and max(f) - min(f) <= view.tolerance(each) * max(f)
+        }
+        return [(Rescale(uniform),)] if len(uniform) == len(found) else []
     by_cycle = _by_cycle(view, factors)
     names = view.names
     owners = {view.candidate.steps[each.step].optimizer for each in view.divergent}
