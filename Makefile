@@ -4,7 +4,7 @@
 # make bench      the benchmarks
 # make calibrate  measure rounding on correct code: what the limits are set by
 # make detection  the whole detection matrix: every mutant and trainer, minutes
-# make traffic    rewrite reports/examples/traffic.*: what ranks send each other, loop by loop
+# make traffic    rewrite reports/traffic.*: what ranks send each other, loop by loop
 # make coverage   branches that the tests reach, layer by layer: fails below what is stated
 # make examples   rewrite reports/examples: one result and page for every cause
 # make examples-check  compare them with what the loops give now
@@ -62,7 +62,7 @@ empty :=
 modules = $(subst $(empty) ,$(comma),$(1:%=equivcheck/%))
 
 traffic: $(STAMP)
-	@$(BIN)/python -W ignore tests/bench/traffic.py reports/examples/traffic.json reports/examples/traffic.md
+	@$(BIN)/python -W ignore tests/bench/traffic.py reports/traffic.json reports/traffic.md
 
 coverage: $(STAMP)
 	$(BIN)/python -m coverage run -m pytest tests/unit tests/cli tests/detection -q
