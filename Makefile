@@ -5,7 +5,7 @@
 # make calibrate  measure rounding on correct code: what the limits are set by
 # make search     check 10,000 generated correct loops, an hour or two at low priority
 # make detection  the whole detection matrix: every mutant and trainer, minutes
-# make traffic    rewrite reports/examples/traffic.*: what ranks send each other, loop by loop
+# make traffic    rewrite reports/traffic.*: what ranks send each other, loop by loop
 # make coverage   branches that the tests reach, layer by layer: fails below what is stated
 # make examples   rewrite reports/examples: one result and page for every cause
 # make examples-check  compare them with what the loops give now
@@ -68,7 +68,7 @@ empty :=
 modules = $(subst $(empty) ,$(comma),$(1:%=equivcheck/%))
 
 traffic: $(STAMP)
-	@$(BIN)/python -W ignore tests/bench/traffic.py reports/examples/traffic.json reports/examples/traffic.md
+	@$(BIN)/python -W ignore tests/bench/traffic.py reports/traffic.json reports/traffic.md
 
 coverage: $(STAMP)
 	$(BIN)/python -m coverage run -m pytest tests/unit tests/cli tests/detection -q

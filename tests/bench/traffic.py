@@ -3,7 +3,7 @@
 Counted by gloo's flight recorder, which needs no change to the loop: name and tensors of every collective. The numbers
 are counts and sizes, not times, so they are the same on every machine. P = parameters, R = ranks, K = micro-batches.
 
-    python tests/bench/traffic.py reports/examples/traffic.json reports/examples/traffic.md
+    python tests/bench/traffic.py reports/traffic.json reports/traffic.md
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-STATED = json.loads((ROOT / "reports" / "examples" / "traffic.json").read_text(encoding="utf-8"))
+STATED = json.loads((ROOT / "reports" / "traffic.json").read_text(encoding="utf-8"))
 
 
 def _rows() -> list[object]:
@@ -66,7 +66,7 @@ def test_fsdp_without_communication_still_reduces_and_gathers() -> None:
 
 def test_the_page_holds_the_measurements() -> None:
     """The committed page is made from the committed numbers."""
-    page = (ROOT / "reports" / "examples" / "traffic.md").read_text(encoding="utf-8")
+    page = (ROOT / "reports" / "traffic.md").read_text(encoding="utf-8")
 
     for row in STATED:
         total = sum(size for _, size in row["collectives"].values())
