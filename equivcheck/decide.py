@@ -70,7 +70,7 @@ def plan_cases(
     seed_all(seed)  # modules may draw while they are imported
     code = subject.fresh()
     seed_all(seed)
-    data = read_batches(code.batches, fields.get("optimizer_steps", 8))
+    data = read_batches(code.batches, fields.get("optimizer_steps", 8), fields.get("rows"))
     cases, notes = [], []
     for r, k in itertools.product(world_sizes, accumulation_steps):
         case = Case(target=subject.target, accumulation_steps=k, world_size=r, **fields)

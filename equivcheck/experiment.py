@@ -88,7 +88,7 @@ class Experiment:
         seed_all(case.seed)  # modules may draw while they are imported
         code = subject.fresh()
         seed_all(case.seed)
-        self.data = read_batches(code.batches, case.optimizer_steps)
+        self.data = read_batches(code.batches, case.optimizer_steps, case.rows)
         self._promoted = (
             Data([promote_tree(batch) for batch in self.data.batches], self.data.rows)
             if promoted

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import textwrap
 from pathlib import Path
 
@@ -107,13 +106,14 @@ def test_messages_keep_what_is_one_and_the_same_tensor(tmp_path):
     arena = wire.Arena(tmp_path / "arena")
     message = arena.dumps({"a": small, "b": small, "c": large, "d": [large]})
     again = arena.dumps(large)
+    arena.close()
     found = wire.loads(message, wire.Mapped(tmp_path / "arena"))
 
     assert found["a"] is found["b"]
     assert found["c"] is found["d"][0]
     assert torch.equal(found["c"], large)
     assert len(message) < 4000
-    assert os.path.getsize(tmp_path / "arena") == large.nbytes
+    assert (tmp_path / "arena").stat().st_size == large.nbytes
     assert torch.equal(wire.loads(again, wire.Mapped(tmp_path / "arena")), large)
 
 
