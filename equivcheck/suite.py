@@ -59,6 +59,11 @@ def part(address: str, **options: Any) -> Part:
     return Part(address, options)
 
 
+def loop(path: str) -> dict[str, Part]:
+    """Return the parts of a whole subject, whose own loop is the point of a row: `Workload(..., **loop(path))`."""
+    return {name: Part(f"{path}:{name}") for name in ("build", "batches", "train")}
+
+
 @dataclass(frozen=True)
 class Theory:
     """What theory says of the cases of a workload that `when` describes.
