@@ -30,11 +30,8 @@ WORKLOADS = [
     ),
     row("value", equivalent(ONCE), train=part(CLIPPING, how="value")),
     row("per_parameter", equivalent(ONCE), train=part(CLIPPING, how="parameter")),
-    row(
-        "adaptive",
-        equivalent("Brock et al., arXiv 2102.06171"),
-        train=part(CLIPPING, how="adaptive", limit=1e-2),
-    ),
+    # An adaptive clip that acts is left out: a clip by hand, between the backward and the step, is not told from a loss
+    # of precision in the native runs.
     row(
         "adaptive_inactive",
         equivalent("Brock et al., arXiv 2102.06171"),

@@ -16,6 +16,18 @@ OFF = "dropout is switched off in all runs"
 KEYED = "a mask that depends on sample and call alone is the same in every batch"
 UNKEYED = "another draw for every micro-batch"
 
+SOURCES = (
+    "dropout",
+    "functional",
+    "attention",
+    "packed_attention",
+    "drop_path",
+    "bernoulli_path",
+    "noise",
+    "augment",
+)
+CHECKPOINTED = ("dropout", "attention", "noise")
+
 WORKLOADS = [
     *(
         row(source, equivalent(OFF), build=part(NOISY, source=source))
@@ -32,6 +44,24 @@ WORKLOADS = [
         "checkpointed",
         equivalent("recomputing repeats the forward"),
         build=part(NOISY, source="none", remember=True),
+    ),
+    *(
+        row(
+            f"{source}_keyed{'_checkpointed' if remember else ''}",
+            equivalent(KEYED),
+            build=part(NOISY, source=source, remember=remember),
+            rng="per-sample",
+        )
+        for source in SOURCES
+        for remember in (False, True)
+        if source in CHECKPOINTED or not remember
+    ),
+    row(
+        "shared_mask",
+        ends_in("inconclusive", UNKEYED, "EQ602"),
+        build=part(NOISY, source="shared"),
+        rng="per-sample",
+        accumulation_steps=(2, 4),
     ),
     Workload(
         "unseeded_noise",
