@@ -57,10 +57,14 @@ class Experiment:
     Attributes:
         reseeds_forwards: Another seed changes what forwards draw, and nothing before them.
         intervenes: Runs can be made with something put right.
+        trials: As many of them are worth making.
+        other_steps: The code can be run at another K.
     """
 
     reseeds_forwards = False
     intervenes = True
+    trials = 60
+    other_steps = True
 
     crew: Crew | None = None
 

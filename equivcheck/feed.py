@@ -58,6 +58,11 @@ class Data:
         return Data(self.batches[:-1], self.rows[:-1])
 
     @property
+    def tail(self) -> set[int]:
+        """The samples of incomplete cycles: of the last full batch, if it is shorter than the others."""
+        return set(range(self.start(len(self.rows) - 1), self.total)) if self.has_tail else set()
+
+    @property
     def has_tail(self) -> bool:
         """Whether the last full batch is shorter than every other."""
         return len(self.rows) > 1 and self.rows[-1] < min(self.rows[:-1])

@@ -34,9 +34,25 @@ def factor_of(view: View) -> tuple[int, int] | None:
         ]
         fitting.sort(key=lambda item: abs(item[0]) + abs(item[1]))
         if len(fitting) > 1:
-            fitting = _confirmed(view, fitting) or fitting
+            confirmed = _confirmed(view, fitting)
+            least = abs(fitting[0][0]) + abs(fitting[0][1])
+            simplest = [(a, b) for a, b in fitting if abs(a) + abs(b) == least]
+            view.experiment.remembered["undecided", view.chosen] = (
+                [] if confirmed or len(simplest) == 1 else simplest
+            )
+            fitting = confirmed or fitting
         view.experiment.remembered[key] = fitting[0] if fitting else None
     return view.experiment.remembered[key]  # type: ignore[no-any-return]
+
+
+def undecided(view: View) -> list[tuple[int, int]]:
+    """Return the factors that all fit where no run at another K can decide between them; empty if one is known.
+
+    A loop that is given another K tells; a command line that has but one K leaves them all suspected.
+    """
+    factor_of(view)
+    found: list[tuple[int, int]] = view.experiment.remembered.get(("undecided", view.chosen), [])
+    return [] if view.experiment.other_steps else found
 
 
 def _fits_all(view: View, factor: float) -> bool:

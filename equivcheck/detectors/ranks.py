@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 
 from equivcheck.attribution import solve
-from equivcheck.detectors.weights import hypotheses, scaled
+from equivcheck.detectors.weights import hypotheses, scaled, unproved
 from equivcheck.fit import Attribution
 from equivcheck.interventions import Broadcast, Synchronise
 from equivcheck.noise import SAFETY
 from equivcheck.recording import Recording, Step
-from equivcheck.topology import factor_of
+from equivcheck.topology import factor_of, undecided
 from equivcheck.view import Suspicion, View
 
 
@@ -43,6 +43,8 @@ def _equal_ranks(attribution: Attribution, right: Sequence[float]) -> list[float
 
 def _rank_scale(view: View) -> list[Suspicion]:
     """EQ504: a factor of the number of ranks, whatever K is."""
+    if undecided(view):
+        return [unproved(view, "EQ504", rank=13)] if any(b for _, b in undecided(view)) else []
     factor = factor_of(view)
     if factor is None or not factor[1]:
         return []

@@ -10,7 +10,7 @@ from equivcheck.attribution import ratio
 from equivcheck.errors import EquivcheckError
 from equivcheck.fit import Attribution
 from equivcheck.interventions import Reweight
-from equivcheck.topology import factor_of
+from equivcheck.topology import factor_of, undecided
 from equivcheck.verdict import overall
 from equivcheck.view import Part, Suspicion, View
 
@@ -68,6 +68,10 @@ def _in_all(view: View) -> list[Suspicion]:
     ]
     found += hypotheses(view, "EQ102", twice, rank=14)
     factor = factor_of(view)
+    if undecided(view):
+        return [each for each in found if each.code not in {"EQ101", "EQ102"}] + [
+            unproved(view, "EQ101" if a > 0 else "EQ102", rank=12) for a, _ in undecided(view) if a
+        ]
     if factor is not None:
         # A pure factor of K, of the number of ranks, or of both: that decides between these codes.
         named = {1: "EQ101", -1: "EQ102"}.get(factor[0])
@@ -76,6 +80,15 @@ def _in_all(view: View) -> list[Suspicion]:
             found += scaled(view, named, float(view.steps) ** factor[0], rank=12)
     elif not found:
         found += _denominator(view)
+    return found
+
+
+def unproved(view: View, code: str, rank: int) -> Suspicion:
+    """Return a suspicion of a factor that may be one of K or of the number of ranks: no other K can tell."""
+    found = scaled(view, code, 1.0, rank)[0]
+    found.variants = []
+    found.evidence["factor"] = f"{overall(view.candidate.steps[found.step].gradients).scale:.6g}"
+    found.evidence["undecided"] = "a factor of K and one of the number of ranks are the same here"
     return found
 
 
@@ -186,10 +199,9 @@ def _confirmed(view: View, shown: Attribution, scale: float) -> str | None:
         return None
     try:
         recording = view.experiment.at(other)
-    except (
-        EquivcheckError
-    ):  # The user's own loop may refuse another K; the rule is then unconfirmed.
-        return None
+    except EquivcheckError:
+        # The loop may refuse another K, the rule is then unconfirmed; a command line has but one.
+        return None if view.experiment.other_steps else _confirmed_by_steps(view, shown, scale)
     step = next(
         (each for each in recording.steps if each.matched == shown.matched and each.gradients), None
     )
@@ -197,17 +209,7 @@ def _confirmed(view: View, shown: Attribution, scale: float) -> str | None:
         return None
     measured = overall(step.gradients).scale
     limit = view.tolerance(shown)
-    # A denominator a + b K, that the full batch (K = 1) has too: b / a follows from one K.
-    slope = (1.0 / scale - 1.0) / (k - 1.0 / scale) if abs(k * scale - 1.0) > limit else math.inf
-    excess = 1.0 / scale - 1.0
-    rules = {
-        "the same at every K": scale,
-        "in proportion to K": scale * other / k,
-        "in inverse proportion to K": scale * k / other,
-        "the denominator's excess is in proportion to K": 1.0 / (1.0 + excess * other / k),
-        "the denominator grows with K, and has grown in the full batch": (1.0 + slope)
-        / ((1.0 + slope * other) or math.inf),
-    }
+    rules = _rules(k, other, scale, limit)
     here, there = view.counts(), view.counts(other)
     for label, values in here.items():
         cycle = shown.matched % len(values)
@@ -225,6 +227,62 @@ def _confirmed(view: View, shown: Attribution, scale: float) -> str | None:
         ),
         None,
     )
+
+
+def _rules(k: int, other: int, scale: float, limit: float) -> dict[str, float]:
+    """Return, by the rule that would explain a factor at K, what it is at another K."""
+    # A denominator a + b K, that the full batch (K = 1) has too: b / a follows from one K.
+    slope = (1.0 / scale - 1.0) / (k - 1.0 / scale) if abs(k * scale - 1.0) > limit else math.inf
+    excess = 1.0 / scale - 1.0
+    return {
+        "the same at every K": scale,
+        "in proportion to K": scale * other / k,
+        "in inverse proportion to K": scale * k / other,
+        "the denominator's excess is in proportion to K": 1.0 / (1.0 + excess * other / k),
+        "K is counted wrong by the same number at every K": other
+        / ((other + k * excess) or math.inf),
+        "the denominator grows with K, and has grown in the full batch": (1.0 + slope)
+        / ((1.0 + slope * other) or math.inf),
+    }
+
+
+def _confirmed_by_steps(view: View, shown: Attribution, scale: float) -> str | None:
+    """Return the rule, read from one optimizer step, that predicts the factor in every other one exactly.
+
+    An incomplete cycle has another K, and cycles hold other counts.
+    """
+    others = [each for each in view.divergent if each is not shown]
+    if not others:
+        return None
+    limit = view.tolerance(shown)
+    measured = [
+        float(each.candidate @ each.reference) / float(each.reference @ each.reference)
+        for each in others
+    ]
+    predicted: dict[str, list[float]] = {}
+    for each in others:
+        found = _rules(shown.micro_steps, each.micro_steps, scale, limit)
+        for label, values in view.counts().items():
+            mine, theirs = values[shown.matched % len(values)], values[each.matched % len(values)]
+            if sum(mine) and sum(theirs):
+                excess = sum(mine) / scale - sum(mine)
+                found[f"the count is off by the same number ({label})"] = sum(theirs) / (
+                    (sum(theirs) + excess) or math.inf
+                )
+            for name, rule in _denominators().items():
+                if not mine or not theirs or not rule(mine) or not rule(theirs):
+                    continue
+                if abs(sum(mine) / rule(mine) - scale) <= limit * max(scale, 1.0):
+                    found[f"{name} ({label})"] = sum(theirs) / rule(theirs)
+        for name, value in found.items():
+            predicted.setdefault(name, []).append(value)
+    for name, found_values in predicted.items():
+        if len(found_values) == len(measured) and all(
+            abs(a - b) <= limit * max(abs(a), 1.0)
+            for a, b in zip(found_values, measured, strict=True)
+        ):
+            return f"{name}: read from one optimizer step, it holds in {len(others)} others"
+    return None
 
 
 def _denominators() -> dict[str, Callable[[Sequence[int]], float]]:
