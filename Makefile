@@ -5,6 +5,7 @@
 # make calibrate  measure rounding on correct code: what the limits are set by
 # make detection  the whole detection matrix: every mutant and trainer, minutes
 # make coverage   branches that the tests reach, layer by layer: fails below what is stated
+# make claims     rewrite reports/claims.md: what is claimed of accumulation, with numbers
 # make examples   rewrite reports/examples: one result and page for every cause
 # make env-NAME   an environment for one family of frameworks: transformers, lightning, deepspeed, jax, keras
 # make envs       all of them
@@ -22,7 +23,7 @@ RIGHT := plain_mean clipped scheduled tail token_weighted amp_bf16 logged
 WRONG := eq101_missing_division_plain eq103_mean_of_means_tokens eq201_batch_norm_1d \
 	eq301_zero_grad_in_cycle eq306_clip_by_norm eq307_scheduler_per_micro_batch
 
-.PHONY: run test lint bench calibrate detection coverage examples readme envs
+.PHONY: run test lint bench calibrate detection coverage claims examples readme envs
 
 run: $(STAMP)
 	@$(BIN)/equivcheck run $(RIGHT:%=fixtures/trainers/%.py) --json reports/latest/trainers.json \
@@ -63,6 +64,9 @@ coverage: $(STAMP)
 	$(BIN)/python -m coverage run -m pytest tests/unit tests/cli tests/detection -q
 	@set -f; $(BIN)/python -m coverage report -m --include='$(call modules,$(LAYERS_0_1))' --fail-under=100
 	@set -f; $(BIN)/python -m coverage report -m --include='$(call modules,$(LAYER_3))' --fail-under=97
+
+claims: $(STAMP)
+	$(BIN)/python tests/bench/claims.py
 
 examples: $(STAMP)
 	@for code in $$(ls fixtures/mutants | grep -oE '^eq[0-9]{3}' | sort -u); do \
