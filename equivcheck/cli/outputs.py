@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+import webbrowser
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -38,6 +39,17 @@ def refuse_unwritable(flag: str, path: str) -> None:
         raise UsageError(
             f"cannot write {flag} {path}: {error.strerror}", fix="name a file that can be written"
         ) from None
+
+
+def open_page(path: str) -> None:
+    """Show a page in the user's browser; where there is none, say where the page is."""
+    page = Path(path).resolve()
+    try:
+        shown = webbrowser.open(page.as_uri())
+    except (OSError, webbrowser.Error):
+        shown = False
+    if not shown:
+        print(f"note: no browser to open; the page is {page}", file=sys.stderr)
 
 
 class Outputs:

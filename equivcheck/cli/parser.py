@@ -12,6 +12,7 @@ from equivcheck.result import environment
 
 COMMANDS = (
     "run",
+    "search",
     "record",
     "compare",
     "list",

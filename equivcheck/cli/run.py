@@ -17,7 +17,7 @@ from equivcheck import result as results
 from equivcheck.api import Job, outcomes, plan
 from equivcheck.cli import selection
 from equivcheck.cli.journal import Journal
-from equivcheck.cli.outputs import Outputs
+from equivcheck.cli.outputs import LATEST, Outputs, open_page
 from equivcheck.cli.parser import add_options, flags
 from equivcheck.cli.screen import Progress, colored, own_stdout, say
 from equivcheck.config import OPTIONS, Settings, resolve
@@ -38,6 +38,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-v", action="store_true", dest="verbose", help="a block for every case")
     parser.add_argument("--resume", action="store_true", help="go on where a run was ended")
     parser.add_argument("--shard", metavar="I/N", help="only the I-th of N parts of the cases")
+    parser.add_argument("--open", action="store_true", help="show the page in a browser")
     parser.add_argument("--show-config", action="store_true", help="print every option's origin")
     parser.add_argument("--full", metavar="CMD", help="an unmodified script on the full batch")
     parser.add_argument(
@@ -54,6 +55,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> int:
     """Run the cases and return the exit code of the whole."""
     settings = resolve(flags(options))
+    if options.open and not settings["html"]:
+        options.html = str(LATEST / "report.html")
+        settings = resolve(flags(options))
     if options.show_config:
         print("\n".join(settings.lines()))
         return 0
@@ -72,6 +76,8 @@ def execute(options: argparse.Namespace) -> int:
         result = run.result()
         run.tell(result)
         outputs.finish(result, stdout)
+        if options.open and settings["html"] != "-":
+            open_page(settings["html"])
     if failure is not None:
         raise failure
     return int(result["exit_code"])

@@ -9,7 +9,7 @@ from fractions import Fraction
 from equivcheck.attribution import ratio
 from equivcheck.errors import EquivcheckError
 from equivcheck.fit import Attribution
-from equivcheck.interventions import Reweight
+from equivcheck.interventions import Addend, Intervention, Reweight
 from equivcheck.topology import factor_of, undecided
 from equivcheck.verdict import overall
 from equivcheck.view import Part, Suspicion, View
@@ -150,9 +150,23 @@ def hypotheses(view: View, code: str, predictions: Sequence[Predict], rank: int)
                 "weights": first.shaped(first.w.values),
                 "true_weights": first.shaped(first.v.values),
             }
-            reweight = Reweight(_by_cycle(view, factors), view.names)
-            return [Suspicion(code, [(reweight,)], evidence, shown[0].step, rank)]
+            return [Suspicion(code, _reweighted(view, factors), evidence, first.step, rank)]
     return []
+
+
+def _reweighted(view: View, factors: dict[int, list[float]]) -> list[tuple[Intervention, ...]]:
+    """Return the ways to give the true weights: at the root, or only where an optimizer or a sweep needs it."""
+    by_cycle = _by_cycle(view, factors)
+    names = view.names
+    owners = {view.candidate.steps[each.step].optimizer for each in view.divergent}
+    if names is None and owners < set(view.candidate.optimizers):
+        # One of several optimizers: backwards for the others are right as they are.
+        names = frozenset(n for key in owners for n in view.candidate.optimizers[key])
+    ordinals = {each.ordinals for each in view.divergent} - {None}
+    if names is None and ordinals:
+        sweep = frozenset[int]().union(*(each for each in ordinals if each is not None))
+        return [tuple(Addend(ordinal, (), by_cycle) for ordinal in sorted(sweep))]
+    return [(Reweight(by_cycle, names),)]
 
 
 def _by_cycle(view: View, factors: dict[int, list[float]]) -> dict[int, list[float]]:
@@ -187,7 +201,7 @@ def _denominator(view: View) -> list[Suspicion]:
     evidence["rule"] = (
         confirmed or "none of the rules tried holds at a second number of accumulation steps"
     )
-    variants = [(Reweight(_by_cycle(view, factors), view.names),)] if confirmed else []
+    variants = _reweighted(view, factors) if confirmed else []
     return [Suspicion("EQ104", variants, evidence, first.step, rank=30)]
 
 

@@ -93,7 +93,7 @@ class Restitute(Intervention):
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     extra = missing.get(recorder.name_of(parameter, optimizer))
-                    if extra is None:
+                    if extra is None or extra.numel() != parameter.numel():
                         continue
                     extra = extra.view(parameter.shape).to(parameter.dtype)
                     parameter.grad = (

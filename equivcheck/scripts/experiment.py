@@ -340,6 +340,14 @@ class ScriptExperiment(Experiment):
         """
         raise UsageError(f"accumulation_steps {accumulation_steps} is not the command line's")
 
+    def contributed(self, interventions: Interventions = ()) -> Recording:
+        """Refuse a run that keeps what each backward adds.
+
+        Raises:
+            UsageError: Always.
+        """
+        raise UsageError(f"what each backward adds is not kept ({len(interventions)} put right)")
+
     def native(self, role: str) -> Recording:
         """Return native_reference or native_candidate: as written, from the reference's states."""
 
