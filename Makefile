@@ -4,6 +4,7 @@
 # make bench      the benchmarks
 # make calibrate  measure rounding on correct code: what the limits are set by
 # make detection  the whole detection matrix: every mutant and trainer, minutes
+# make traffic    rewrite reports/traffic.*: what ranks send each other, loop by loop
 # make coverage   branches that the tests reach, layer by layer: fails below what is stated
 # make claims     rewrite reports/claims.md: what is claimed of accumulation, with numbers
 # make examples   rewrite reports/examples: one result and page for every cause
@@ -24,7 +25,7 @@ RIGHT := plain_mean clipped scheduled tail token_weighted amp_bf16 logged
 WRONG := eq101_missing_division_plain eq103_mean_of_means_tokens eq201_batch_norm_1d \
 	eq301_zero_grad_in_cycle eq306_clip_by_norm eq307_scheduler_per_micro_batch
 
-.PHONY: run test lint bench calibrate detection coverage claims examples examples-check readme envs
+.PHONY: run test lint bench calibrate detection traffic coverage claims examples examples-check readme envs
 
 run: $(STAMP)
 	@$(BIN)/equivcheck run $(RIGHT:%=fixtures/trainers/%.py) --json reports/latest/trainers.json \
@@ -60,6 +61,9 @@ LAYER_3 := experiment.py fit.py company.py verdict.py view.py diagnose.py detect
 comma := ,
 empty :=
 modules = $(subst $(empty) ,$(comma),$(1:%=equivcheck/%))
+
+traffic: $(STAMP)
+	@$(BIN)/python -W ignore tests/bench/traffic.py reports/traffic.json reports/traffic.md
 
 coverage: $(STAMP)
 	$(BIN)/python -m coverage run -m pytest tests/unit tests/cli tests/detection -q

@@ -146,7 +146,9 @@ WORKLOADS = [
     ),
     Workload(
         "sum_of_means",
-        divergent("EQ101", "EQ103", source="a mean of means, and K times too large on top"),
+        divergent(
+            "EQ101", source="K means are summed: each token counts by its own micro-batch's mean"
+        ),
         **loop(f"{MUTANTS}/eq101_missing_division_ragged.py"),
         accumulation_steps=FEW,
         claims=("C15",),

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from equivcheck.attach.digests import Digest, Rule, row_digests
-from equivcheck.attach.models import Parts, owner
+from equivcheck.attach.models import Parts, owner, unwrapped
 from equivcheck.attach.seeds import drawing_otherwise
 from equivcheck.casting import promote_module
 from equivcheck.hooks.base import quiet, replace
@@ -211,10 +211,11 @@ class ProcessRecorder(Recorder):
         """Take the model that is trained as the one under test."""
         optimizers = [each for ref in self._made if (each := ref()) is not None]
         self.is_adopted = True
-        if called is None:
+        model = owner(called, optimizers)
+        if model is None:
             self.observer.start(self)
             return
-        self._take(owner(called, optimizers))
+        self._take(model)
         recording = self.recording
         first = next((p for p in self.model.parameters()), None)
         recording.dtype = (
@@ -243,7 +244,7 @@ class ProcessRecorder(Recorder):
 
     def _add(self, module: nn.Module) -> None:
         """Take a further model that is trained beside the first."""
-        part = owner(module, [])
+        part = unwrapped(module)
         if self.is_promoted:
             promote_module(part)
         parts = self.model if isinstance(self.model, Parts) else Parts(self.model, {})

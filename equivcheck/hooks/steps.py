@@ -54,6 +54,11 @@ class Steps(Hooks):
     def close(self) -> None:
         self._open.clear()
 
+    @property
+    def open_count(self) -> int:
+        """Steps that have begun and not ended: a closure is being evaluated."""
+        return len(self._open)
+
     def first_backward(self, key: str) -> int:
         """Return the count of backwards at an optimizer's previous step."""
         return self._first_backward.get(key, 0)

@@ -101,6 +101,27 @@ class Restitute(Intervention):
                     )
 
 
+class Rescale(Intervention):
+    """Multiply the gradients of a step by a factor, just before it: where no backward is seen to be reweighted.
+
+    Args:
+        factors: By number of the optimizer step.
+    """
+
+    name = "rescale at the step"
+
+    def __init__(self, factors: Mapping[int, float]) -> None:
+        self._factors = factors
+
+    def before_step(self, recorder: Recorder, optimizer: Optimizer) -> None:
+        factor = self._factors.get(len(recorder.recording.steps), 1.0)
+        with torch.no_grad():
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        parameter.grad = parameter.grad * factor
+
+
 class ZerosToNone(Intervention):
     """Give the optimizer no gradient, instead of zeros, for parameters that took no part."""
 
