@@ -3,6 +3,7 @@
 # make lint       ruff and mypy alone
 # make bench      the benchmarks
 # make calibrate  measure rounding on correct code: what the limits are set by
+# make search     check 10,000 generated correct loops, an hour or two at low priority
 # make detection  the whole detection matrix: every mutant and trainer, minutes
 # make traffic    rewrite reports/traffic.*: what ranks send each other, loop by loop
 # make coverage   branches that the tests reach, layer by layer: fails below what is stated
@@ -25,7 +26,7 @@ RIGHT := plain_mean clipped scheduled tail token_weighted amp_bf16 logged
 WRONG := eq101_missing_division_plain eq103_mean_of_means_tokens eq201_batch_norm_1d \
 	eq301_zero_grad_in_cycle eq306_clip_by_norm eq307_scheduler_per_micro_batch
 
-.PHONY: run test lint bench calibrate detection traffic coverage claims examples examples-check readme envs
+.PHONY: run test search lint bench calibrate detection traffic coverage claims examples examples-check readme envs
 
 run: $(STAMP)
 	@$(BIN)/equivcheck run $(RIGHT:%=fixtures/trainers/%.py) --json reports/latest/trainers.json \
@@ -50,6 +51,11 @@ bench: $(STAMP)
 
 calibrate: $(STAMP)
 	@$(BIN)/python -W ignore tests/bench/calibrate.py
+
+search: $(STAMP)
+	nice -n 10 $(BIN)/python -W ignore tests/bench/generated.py correct --count 100 --pieces 105 \
+		--out reports/latest/generated.jsonl
+	$(BIN)/python tests/bench/generated.py table reports/latest/generated.jsonl
 
 detection: $(STAMP)
 	$(BIN)/python -m pytest tests/detection -m "slow or not slow"
