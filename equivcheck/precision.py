@@ -27,6 +27,11 @@ from equivcheck.verdict import overall, roundoff_of
 # own error is 4.5 units, which accumulating does not reach below K = 128.
 COARSE: Final = 2.0**-11
 
+# How far chance may carry the root mean square of n rounding errors above that of others, times sqrt(n). Errors are
+# uniform within one roundoff, so that the mean of their squares has a relative standard deviation of sqrt(0.8 / n) and
+# its root half of that; two such numbers are compared, three deviations are allowed: 3 sqrt(2) sqrt(0.8) / 2.
+CHANCE: Final = 1.9
+
 
 @dataclass
 class Precision:
@@ -77,8 +82,8 @@ def judge_precision(experiment: Experiment) -> Precision:
     # What is measured in float64 is known to no more than float64 sums resolve: the limit for float64 parameters.
     resolved = max(residuals, default=0.0) > floor(experiment.terms(), UNIT_ROUNDOFF[torch.float64])
     # Less than one roundoff is what writing the result down costs once. Whether it exceeds the full run's own error is
-    # chance in a small model, whose error is an average over few numbers: seen at K = 4 with 150 parameters.
-    exceeds = full_error > 0.0 and accumulation > max(full_error, unit)
+    # chance in a small model, whose error is an average over few numbers: seen at K = 3 with 45 parameters.
+    exceeds = full_error > 0.0 and accumulation > max(full_error, unit) * (1.0 + _chance(full))
     if (units > UNITS and resolved) or (unit >= COARSE and k > 1 and exceeds):
         loss = evidence
     return Precision(
@@ -100,6 +105,19 @@ def _errors(recording: Recording) -> list[float]:
             if whole.finite and whole.rr:
                 found.append(whole.relative)
     return found
+
+
+def _chance(recording: Recording) -> float:
+    """Return by how much more than another the rounding of one gradient may come out by chance, as a share of it."""
+    counts = []
+    for step in recording.steps:
+        elements = [sample for sample in step.sample.values() if sample is not None]
+        squares = torch.cat(elements).square() if elements else torch.zeros(0)
+        total, fourth = float(squares.sum()), float(squares.square().sum())
+        if fourth and math.isfinite(total * total / fourth):
+            # So many elements of one size weigh as much: the large ones alone decide in a gradient of many small ones.
+            counts.append(total * total / fourth)
+    return CHANCE / math.sqrt(statistics.median(counts)) if counts else 0.0
 
 
 def _residuals(steps: Sequence[tuple[Step, Mapping[str, torch.Tensor | None]]]) -> list[float]:

@@ -124,6 +124,16 @@ def test_a_coarse_dtype_is_judged_by_the_full_batch(lost, own, accumulation_step
     assert (judge_precision(lab).loss is not None) is loses
 
 
+@pytest.mark.parametrize(("weights", "loses"), [(1.0, True), (1e-3, False)], ids=["alike", "few"])
+def test_a_gradient_of_few_large_elements_may_exceed_its_own_error_by_chance(weights, loses):
+    """What 64 elements of one size lose is an average; where four of them outweigh the others it is not."""
+    unit = 2.0**-8
+    full = step({"w": torch.cat([torch.ones(4), torch.full((60,), weights)]).double()}, error=unit)
+    lab = Lab(full, step({"w": rounded(1.5 * unit)}, PIECES), dtype="bfloat16")
+
+    assert (judge_precision(lab).loss is not None) is loses
+
+
 NOTHING = {
     "no step of the reference": step({"w": SUM}, PIECES, matched=None),
     "a skipped step": step({"w": SUM}, PIECES, skipped=True),

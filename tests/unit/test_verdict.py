@@ -150,10 +150,26 @@ def test_many_tensors_within_their_limits_can_differ_together():
 
 
 def test_pieces_that_cancel_allow_what_their_sum_may_round_to():
-    candidate = recording(step(gradients={"w": off(8 * FLOOR), "v": off(0.0, size=100.0)}))
+    candidate = recording(step(gradients={"w": off(8 * FLOOR), "v": off(0.0, size=10.0)}))
 
     assert not judge(REFERENCE, candidate, noise(step())).same
     assert judge(REFERENCE, candidate, noise(step(), pieces_norm={(0, "w"): 16.0})).same
+
+
+@pytest.mark.parametrize("roundoff", [2.0**-53, 2.0**-24])
+def test_a_small_gradient_may_hold_the_rounding_of_the_large_ones(roundoff):
+    """Up to SAFETY roundings of the whole gradient."""
+    large = 1e7
+    small = {
+        factor: recording(
+            step(gradients={"w": off(factor * SAFETY * roundoff * large), "v": off(0.0, large)})
+        )
+        for factor in (0.5, 2.0)
+    }
+    of_few = noise(step(), roundoff=roundoff)
+
+    assert judge(REFERENCE, small[0.5], of_few).same
+    assert not judge(REFERENCE, small[2.0], of_few).same
 
 
 def test_the_worst_tensor_is_named_first():
