@@ -141,7 +141,7 @@ def _execute(
         recorder.boundaries = run.boundaries
         recorder.in_order = run.in_order
         recorder.is_promoted = run.is_promoted
-        recorder.by_sample = "dataset" in given
+        recorder.one_by_one = lambda: feed.singly
         if run.is_promoted:
             # A hook on modules would break the graph of a compiled one; promoted runs do not compile.
             feed.on_served = recorder.served

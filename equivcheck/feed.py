@@ -127,6 +127,7 @@ class Feed:
         orders: For map-style access, the sample that stands at each position, for each pass over the data.
         on_fetch: Called with the keys of each micro-batch, or sample, before it is handed out.
         on_served: Called with the micro-batch itself.
+        singly: Whether samples were taken one at a time, so that nothing tells which make up a micro-batch.
     """
 
     data: Data
@@ -135,6 +136,7 @@ class Feed:
     on_fetch: Callable[[list[Key]], None] = lambda _: None
     on_served: Callable[[Any], None] = lambda _: None
     _seen: Counter[int] = field(default_factory=Counter)
+    singly: bool = False
 
     def loader(self, length: int | None = None) -> DataLoader[Any]:
         """Return a loader over the micro-batches, whose `len` may be stated otherwise."""
@@ -158,15 +160,27 @@ class Feed:
 
     def sample(self, position: int) -> Any:
         """Hand out one sample, without its batch dimension."""
+        self.singly = True
+        return self.samples([position])[0]
+
+    def samples(self, positions: Sequence[int]) -> list[Any]:
+        """Hand out the samples of one micro-batch, each without its batch dimension."""
+        keys = [self._key_at(position) for position in positions]
+        self.on_fetch(keys)
+        return [self._one(sample) for _, sample in keys]
+
+    def _key_at(self, position: int) -> Key:
+        """Return the key of the sample that stands at a position in this pass over the data."""
         if not -self.data.total <= position < self.data.total:
             raise IndexError(position)
         position %= self.data.total
         passed, _ = self._key(position)
-        sample = position
-        if self.orders:
-            sample = self.orders[min(passed, len(self.orders) - 1)][position]
+        if not self.orders:
+            return passed, position
+        return passed, self.orders[min(passed, len(self.orders) - 1)][position]
+
+    def _one(self, sample: int) -> Any:
         batch, row = self.data.locate(sample)
-        self.on_fetch([(passed, sample)])
         return walk(_first_row, "batch", take(self.data.batches[batch], [row]))
 
     def _key(self, sample: int) -> Key:
@@ -209,6 +223,10 @@ class _Samples(Dataset[Any]):
 
     def __getitem__(self, position: int) -> Any:
         return self._feed.sample(position)
+
+    def __getitems__(self, positions: list[int]) -> list[Any]:
+        # A DataLoader asks for all samples of a batch at once where a dataset can give them: so its batches are known.
+        return self._feed.samples(positions)
 
     def __len__(self) -> int:
         return self._feed.data.total

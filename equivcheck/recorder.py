@@ -80,7 +80,7 @@ class Recorder:
         self.shadow_holders: dict[str, Any] = {}
         self.prefetches: bool | None = None
         self.boundaries: list[list[int]] = []
-        self.by_sample = False
+        self.one_by_one: Callable[[], bool] = lambda: False
         self.is_promoted = True
         self.in_order = False
         self.on_use: Callable[[list[Key]], None] = lambda _: None
@@ -285,7 +285,7 @@ class Recorder:
         if self.boundaries:
             return self.boundaries[index] if index < len(self.boundaries) else []
         used = list(dict.fromkeys(self.recording.uses[self._uses_taken.get(key, 0) :]))
-        if self.prefetches is not False and not self.recording.uses and not self.by_sample:
+        if self.prefetches is not False and not self.recording.uses and not self.one_by_one():
             # Nothing is known of the use: the loop copies what it is given. If more was handed out than backwards
             # were made, they pair up in order.
             count = self.backwards - self._first_backward.get(key, 0)
