@@ -9,14 +9,17 @@ N samples, K micro-batches per cycle, R ranks.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils.fetch import _MapDatasetFetcher
 
 from equivcheck.errors import UsageError
 from equivcheck.split import rows_of, take, walk
@@ -128,6 +131,8 @@ class Feed:
         on_fetch: Called with the keys of each micro-batch, or sample, before it is handed out.
         on_served: Called with the micro-batch itself.
         singly: Whether samples were taken one at a time, so that nothing tells which make up a micro-batch.
+        on_own: Called once, when the loop is seen to batch a data set that it made of all samples.
+        own_length: Length of that data set, which an earlier run may have told; None if there is none.
     """
 
     data: Data
@@ -137,6 +142,10 @@ class Feed:
     on_served: Callable[[Any], None] = lambda _: None
     _seen: Counter[int] = field(default_factory=Counter)
     singly: bool = False
+    on_own: Callable[[], None] = lambda: None
+    own_length: int | None = None
+    _own: Any = None
+    _busy: bool = False
 
     def loader(self, length: int | None = None) -> DataLoader[Any]:
         """Return a loader over the micro-batches, whose `len` may be stated otherwise."""
@@ -166,7 +175,8 @@ class Feed:
     def samples(self, positions: Sequence[int]) -> list[Any]:
         """Hand out the samples of one micro-batch, each without its batch dimension."""
         keys = [self._key_at(position) for position in positions]
-        self.on_fetch(keys)
+        if not self._busy:
+            self.on_fetch(keys)
         return [self._one(sample) for _, sample in keys]
 
     def _key_at(self, position: int) -> Key:
@@ -175,6 +185,57 @@ class Feed:
             raise IndexError(position)
         position %= self.data.total
         passed, _ = self._key(position)
+        if not self.orders or self.own_length is not None:
+            return passed, position
+        return passed, self.orders[min(passed, len(self.orders) - 1)][position]
+
+    @contextmanager
+    def watching_own(self) -> Iterator[None]:
+        """See the batches of a data set that the loop made of all samples: trainers copy them into tables of their own.
+
+        Its rows are the samples then, numbered as it numbers them, whatever it made of ours (packed them, say).
+        """
+        original = _MapDatasetFetcher.fetch
+
+        @functools.wraps(original)
+        def fetch(fetcher: Any, index: Any) -> Any:
+            if self._busy or not isinstance(index, list) or not self._is_own(fetcher.dataset):
+                return original(fetcher, index)
+            keys = [self._own_key(each) for each in index]
+            self.on_fetch(keys)
+            self._busy = True
+            try:
+                return original(fetcher, [sample for _, sample in keys])
+            finally:
+                self._busy = False
+
+        _MapDatasetFetcher.fetch = fetch
+        try:
+            yield
+        finally:
+            _MapDatasetFetcher.fetch = original
+
+    @property
+    def has_own(self) -> bool:
+        """Whether the loop batched a data set that it made of all samples."""
+        return self._own is not None
+
+    def _is_own(self, dataset: Any) -> bool:
+        if self._own is None:
+            if isinstance(dataset, _Rows | _Samples) or not self._taken_whole():
+                return False
+            self._own, self.own_length, self.singly = dataset, len(dataset), False
+            self._seen.clear()
+            self.on_own()
+        return dataset is self._own
+
+    def _taken_whole(self) -> bool:
+        """Return whether every sample was taken, one at a time."""
+        return self.singly and len(self._seen) == self.data.total
+
+    def _own_key(self, position: int) -> Key:
+        assert self.own_length is not None
+        passed, _ = self._key(position % self.own_length)
         if not self.orders:
             return passed, position
         return passed, self.orders[min(passed, len(self.orders) - 1)][position]

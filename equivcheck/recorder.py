@@ -225,6 +225,13 @@ class Recorder:
         self.recording.fetched.append(keys)
         self.note("fetch", samples=len(keys))
 
+    def forget_fetches(self) -> None:
+        """Forget what was handed out so far: it was copied, and comes again from the copy."""
+        if not self.recording.backwards:
+            self.recording.fetched.clear()
+            self.recording.timeline = [e for e in self.recording.timeline if e.kind != "fetch"]
+            self._consumed.clear()
+
     # ---- which micro-batch is in use -----------------------------------------------------------
 
     def served(self, batch: Any) -> None:
