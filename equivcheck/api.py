@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import shlex
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from equivcheck import result as results
@@ -27,6 +30,37 @@ _RAISED: dict[int, type[EquivcheckError]] = {
     4: InconclusiveError,
     5: UsageError,
 }
+
+
+class Found(dict[str, Any]):
+    """One case of a result, with the numbers of its gradients at hand.
+
+    Attributes, each None where nothing was compared: `scale`, `relative`, `cosine`; and `cause`, the first code.
+    """
+
+    def _gradients(self, name: str) -> float | None:
+        number: float | None = ((self.get("divergence") or {}).get("gradients") or {}).get(name)
+        return number
+
+    @property
+    def scale(self) -> float | None:
+        """Least-squares factor of the accumulated gradients; 1.0 is right."""
+        return self._gradients("scale")
+
+    @property
+    def relative(self) -> float | None:
+        """Relative error of the accumulated gradients."""
+        return self._gradients("relative")
+
+    @property
+    def cosine(self) -> float | None:
+        """Cosine between the two gradients; 1.0 is the same direction."""
+        return self._gradients("cosine")
+
+    @property
+    def cause(self) -> str | None:
+        """Code of the first cause."""
+        return next((str(cause["code"]) for cause in self.get("causes") or ()), None)
 
 
 @dataclass(frozen=True)
@@ -55,7 +89,7 @@ class Result:
         return results.exit_code(self.cases, interrupted=bool(self.data.get("interrupted")))
 
     @property
-    def worst(self) -> Mapping[str, Any] | None:
+    def worst(self) -> Found | None:
         """The case that decides the verdict, the largest divergence first; None without a case."""
 
         def pressing(case: Mapping[str, Any]) -> tuple[int, float]:
@@ -63,7 +97,8 @@ class Result:
             rank = results.PRIORITY.index(results.case_exit_code(case))
             return -rank, gradients.get("relative") or 0.0
 
-        return max(self.cases, key=pressing, default=None)
+        case = max(self.cases, key=pressing, default=None)
+        return None if case is None else Found(case)
 
     def to_json(self) -> str:
         """Return the result JSON."""
@@ -79,14 +114,25 @@ def load_result(path: str) -> Result:
     return Result(results.load(path))
 
 
+Functions = Callable[..., Any]
+Batches = Callable[[], Any] | list[Any] | tuple[Any, ...]
+# What may be given several values, each of which makes cases of its own.
+AXES = ("split", "world_size", "strategy", "precision")
+
+
 def measure(
-    target: object,
+    target: object = None,
     *,
+    build: Functions | None = None,
+    batches: Batches | None = None,
+    train: Functions | str | None = None,
+    objective: Functions | None = None,
     accumulation_steps: Iterable[int] | int | None = None,
-    split: str = "even",
-    expect: Iterable[str] = (),
-    train: str | None = None,
-    precision: str = "native",
+    split: Iterable[str] | str = "even",
+    world_size: Iterable[int] | int = 1,
+    strategy: Iterable[str] | str = "none",
+    expect: Iterable[str] | str = (),
+    precision: Iterable[str] | str = "native",
     device: str = "cpu",
     optimizer_steps: int = 8,
     seed: int = 0,
@@ -95,11 +141,16 @@ def measure(
     """Run the experiment and return what was found; a divergence is data, not an exception.
 
     Args:
-        target: `train_step.py`, `pkg.mod:Subject`, or an object with build, batches and train.
+        target: `train_step.py`, `pkg.mod:Subject`, or a module or object with build, batches and train.
+        build: Returns a fresh model; in place of the target's own, as the next three.
+        batches: Returns the full batches, one per optimizer step; or the batches themselves, in a list.
+        train: The training loop, a function or `FILE:ATTR`.
+        objective: The loss that a full batch ought to have.
         accumulation_steps: One or several K; by default 2 and 4 where the batch allows them.
-        split: "even" or "uneven" micro-batches.
+        split: "even" or "uneven" micro-batches, or both.
+        world_size: One or several numbers of ranks.
+        strategy: How several ranks work together.
         expect: Codes of causes that theory predicts for this subject.
-        train: Another training loop to put under the target, `FILE:ATTR`.
         precision: Handed to a `train` that asks for it.
         device: "cpu" or "cuda".
         optimizer_steps: Upper bound on full batches.
@@ -109,34 +160,38 @@ def measure(
     Raises:
         UsageError: An argument, or the target, is wrong.
     """
-    given = {
-        "accumulation_steps": accumulation_steps,
-        "split": split,
-        "expect": tuple([expect] if isinstance(expect, str) else expect),
-        "precision": precision,
-        "device": device,
-        "optimizer_steps": optimizer_steps,
-        "seed": seed,
-        "timeout": timeout,
-    }
-    if not (accumulation_steps is None or isinstance(accumulation_steps, int)):
-        given["accumulation_steps"] = tuple(accumulation_steps)
-    values = {name: _checked(name, value) for name, value in given.items()}
-    values["train"] = train
-    jobs, notes = plan([target], values, explicit=accumulation_steps is not None)
-    cases = list(outcomes(jobs, expect=values["expect"], timeout=values["timeout"]))
-    named = target if isinstance(target, str) else getattr(jobs[0].subject, "target", "")
-    return Result(results.assemble(cases, target=str(named), notes=notes))
+    subject = subject_of(target, build=build, batches=batches, train=train, objective=objective)
+    jobs, notes, named = scenario(
+        subject,
+        train=train if isinstance(train, str) else None,
+        accumulation_steps=accumulation_steps,
+        split=split,
+        world_size=world_size,
+        strategy=strategy,
+        expect=expect,
+        precision=precision,
+        device=device,
+        optimizer_steps=optimizer_steps,
+        seed=seed,
+        timeout=timeout,
+    )
+    cases = list(outcomes(jobs, timeout=named["timeout"]))
+    return Result(results.assemble(cases, target=name_of(target, jobs), notes=notes))
 
 
 def check(
-    target: object,
+    target: object = None,
     *,
+    build: Functions | None = None,
+    batches: Batches | None = None,
+    train: Functions | str | None = None,
+    objective: Functions | None = None,
     accumulation_steps: Iterable[int] | int | None = None,
-    split: str = "even",
-    expect: Iterable[str] = (),
-    train: str | None = None,
-    precision: str = "native",
+    split: Iterable[str] | str = "even",
+    world_size: Iterable[int] | int = 1,
+    strategy: Iterable[str] | str = "none",
+    expect: Iterable[str] | str = (),
+    precision: Iterable[str] | str = "native",
     device: str = "cpu",
     optimizer_steps: int = 8,
     seed: int = 0,
@@ -153,44 +208,140 @@ def check(
     __tracebackhide__ = True
     found = measure(
         target,
+        build=build,
+        batches=batches,
+        train=train,
+        objective=objective,
         accumulation_steps=accumulation_steps,
         split=split,
+        world_size=world_size,
+        strategy=strategy,
         expect=expect,
-        train=train,
         precision=precision,
         device=device,
         optimizer_steps=optimizer_steps,
         seed=seed,
         timeout=timeout,
     )
-    if found.exit_code == 0:
-        return found
-    deciding = [c for c in found.cases if results.case_exit_code(c) == found.exit_code]
+    raise_unless_equivalent(found)
+    return found
+
+
+def raise_unless_equivalent(found: Result) -> None:
+    """Raise the error that a result stands for, with the blocks of the deciding cases as its message.
+
+    Raises:
+        DivergenceError: The exit code is 1; the error carries the result.
+        EquivcheckError: Another kind, for every other code but 0.
+    """
+    __tracebackhide__ = True
+    code = found.exit_code
+    if code == 0:
+        return
+    deciding = [case for case in found.cases if results.case_exit_code(case) == code]
     message = "\n\n".join(text.block(case) for case in deciding) or "nothing was left to run"
-    if found.exit_code == 1:
-        raise DivergenceError(message)
-    raise _RAISED[found.exit_code](message)
+    if code == 1:
+        raise DivergenceError(message, found)
+    raise _RAISED[code](message)
+
+
+def subject_of(
+    target: object = None,
+    *,
+    build: Functions | None = None,
+    batches: Batches | None = None,
+    train: Functions | str | None = None,
+    objective: Functions | None = None,
+    name: str | None = None,
+) -> object:
+    """Return what `plan` takes as a target: the target itself, or parts of one.
+
+    Args:
+        target: As for `measure`.
+        build: As for `measure`.
+        batches: As for `measure`.
+        train: As for `measure`; text is no part, but an option of the plan.
+        objective: As for `measure`.
+        name: What a subject that is no text is called in the result.
+    """
+    loop = None if isinstance(train, str) else train
+    is_whole = all(part is None for part in (build, batches, loop, objective))
+    if target is not None and is_whole and (isinstance(target, str) or name is None):
+        return target
+    from equivcheck.subject import Parts  # noqa: PLC0415 - not where nothing is checked
+
+    return Parts(target, build, batches, loop, objective, name)
+
+
+def name_of(target: object, jobs: Sequence[Job]) -> str:
+    """Return what a result calls its target."""
+    return target if isinstance(target, str) else jobs[0].case.target if jobs else str(target or "")
+
+
+def scenario(
+    subject: object, *, train: str | None = None, **given: Any
+) -> tuple[list[Job], list[str], dict[str, Any]]:
+    """Return jobs, notes and checked options for one subject, every combination of its axes.
+
+    Args:
+        subject: A target as `plan` takes it.
+        train: `FILE:ATTR` of another training loop.
+        given: Options by name; those in `AXES` may have several values.
+
+    Raises:
+        UsageError: An option, or the subject, is wrong.
+    """
+    explicit = given.get("accumulation_steps") is not None
+    axes = {name: _several(given.pop(name)) for name in AXES if name in given}
+    values = {name: checked(name, value) for name, value in given.items()}
+    values["train"] = train
+    jobs: list[Job] = []
+    notes: list[str] = []
+    for point in itertools.product(*axes.values()):
+        chosen = {n: checked(n, v) for n, v in zip(axes, point, strict=True)}
+        options = {**values, **chosen}
+
+        def stated(name: str, options: Mapping[str, Any] = options) -> bool:
+            return options.get(name) not in (None, OPTIONS[name].default)
+
+        planned, remarks = plan([subject], options, explicit=explicit, stated=stated)
+        jobs += planned
+        notes += [remark for remark in remarks if remark not in notes]
+    return jobs, notes, values
 
 
 @dataclass(frozen=True)
 class Job:
-    """A case with the subject to run it on."""
+    """A case with the subject to run it on.
+
+    Attributes:
+        subject: Code under test.
+        case: The point of the matrix.
+        expect: Causes that the user, or theory, declares.
+        theory: What a suite expects, as the result has it; None for other subjects.
+    """
 
     subject: Any
     case: Case
-    train: str | None = None
+    expect: tuple[str, ...] = ()
+    theory: Mapping[str, Any] | None = None
 
 
 def plan(
-    targets: Iterable[object], values: Mapping[str, Any], *, explicit: bool
+    targets: Iterable[object],
+    values: Mapping[str, Any],
+    *,
+    explicit: bool,
+    stated: Callable[[str], bool] = lambda _: False,
 ) -> tuple[list[Job], list[str]]:
     """Return what would run, and notes on what would not; runs nothing of the experiment.
 
     Args:
-        targets: What to load.
+        targets: What to load; suites and folders are expanded.
         values: Options by name, checked.
         explicit: Whether the user asked for these accumulation steps; only then is a K that does
             not fit an error.
+        stated: Whether the user stated an option; only then does it overrule a suite's own axes.
 
     Raises:
         UsageError: A target cannot be loaded or planned.
@@ -198,35 +349,76 @@ def plan(
     from equivcheck.decide import plan_cases  # noqa: PLC0415 - torch is loaded only to run
     from equivcheck.execute import process_state  # noqa: PLC0415
     from equivcheck.subject import load_subject  # noqa: PLC0415
+    from equivcheck.suite import cases_of, expanded, is_suite  # noqa: PLC0415
 
-    fields = ("split", "precision", "device", "optimizer_steps", "seed")
+    fields = ("split", "strategy", "precision", "device", "optimizer_steps", "seed")
     jobs: list[Job] = []
     notes: list[str] = []
-    for target in targets:
+    for target in [
+        each
+        for given in targets
+        for each in (expanded(given) if isinstance(given, str) else [given])
+    ]:
+        if hasattr(target, "experiment"):  # command lines: what they run is known when they have
+            named = {n: values[n] for n in ("seed", "device", "optimizer_steps") if n in values}
+            point = Case(str(target), accumulation_steps=1, **named)
+            jobs.append(Job(target, point, tuple(values.get("expect") or ())))
+            continue
         with process_state():
-            subject = load_subject(target, values.get("train"))
-            cases, remarks = plan_cases(
-                subject,
-                list(values.get("accumulation_steps") or DEFAULT_ACCUMULATION_STEPS),
-                explicit=explicit,
-                **{name: values[name] for name in fields if name in values},
-            )
-        jobs += [Job(subject, case, values.get("train")) for case in cases]
+            if is_suite(target):
+                planned, remarks = cases_of(str(target), values, stated)
+                jobs += [
+                    Job(each.subject, each.case, each.theory.causes, each.theory.as_dict())
+                    for each in planned
+                ]
+            else:
+                subject = load_subject(target, values.get("train"))
+                cases, remarks = plan_cases(
+                    subject,
+                    list(values.get("accumulation_steps") or DEFAULT_ACCUMULATION_STEPS),
+                    explicit=explicit,
+                    world_sizes=list(values.get("world_size") or OPTIONS["world_size"].default),
+                    **{name: values[name] for name in fields if name in values},
+                )
+                expect = tuple(values.get("expect") or ())
+                jobs += [Job(subject, case, expect) for case in cases]
         notes += remarks
     return jobs, notes
+
+
+def job_of(case: Mapping[str, Any]) -> Job:
+    """Return the job that a recorded case was the outcome of; its code is loaded again.
+
+    Raises:
+        UsageError: The target, or the workload, is not there any more.
+    """
+    from equivcheck.scripts.target import script_of  # noqa: PLC0415 - loaded only to run
+    from equivcheck.subject import load_subject  # noqa: PLC0415
+    from equivcheck.suite import load_workload  # noqa: PLC0415
+
+    point = Case.from_dict(case)
+    script = script_of(case)
+    if script is not None:
+        point = replace(point, accumulation_steps=1, world_size=1)
+        return Job(script, point, tuple(case.get("expect") or ()))
+    subject = (
+        load_subject(point.target, point.train)
+        if point.workload is None
+        else load_workload(point.target, point.workload, point.train)
+    )
+    return Job(subject, point, tuple(case.get("expect") or ()), case.get("theory"))
 
 
 def outcomes(
     jobs: Iterable[Job],
     *,
-    expect: tuple[str, ...] = (),
     timeout: float | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Run the jobs in order and yield each finished case, complete enough to be replayed.
 
     A fault of our own becomes a case with the verdict `error` and exit code 70, so that it does
-    not cost the other cases.
+    not cost the other cases; neither does a workload of a suite that cannot be run.
     """
     from equivcheck.decide import run_case  # noqa: PLC0415 - torch is loaded only to run
 
@@ -236,34 +428,66 @@ def outcomes(
             outcome = run_case(
                 job.subject,
                 job.case,
-                expect=expect,
+                expect=job.expect,
                 timeout=timeout,
                 progress=progress or (lambda _: None),
             )
-        except EquivcheckError:
-            raise
+        except EquivcheckError as error:
+            if job.theory is None:
+                raise
+            outcome = {"verdict": "error", "headline": error.message, "error": _crash(error, 3)}
         except Exception as error:  # noqa: BLE001 - whatever it is, it is ours
             outcome = {"verdict": "error", "error": _crash(error)}
-        yield {
-            "id": job.case.id,
-            **job.case.as_dict(),
-            **results.finite(outcome),
-            "expect": list(expect),
-            "train": job.train,
-        }
+        yield finished(job, outcome)
 
 
-def _crash(error: Exception) -> dict[str, Any]:
+def finished(job: Job, outcome: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an outcome as the result has it: with its job, and held against theory."""
+    case = {
+        "id": job.case.id,
+        **job.case.as_dict(),
+        **results.finite(outcome),
+        "expect": list(job.expect),
+        **_replay(job),
+    }
+    if job.theory is not None:
+        case["suite"] = job.case.target
+        results.hold_against_theory(case, job.theory)
+    return case
+
+
+def _replay(job: Job) -> dict[str, str | None]:
+    """Return how to run a case again that no command line can: the test that made its subject."""
+    if getattr(job.subject, "repeatable", True):
+        return {}
+    test = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" (")[0]
+    return {"replay": f"pytest {shlex.quote(test)}" if test else None}
+
+
+def _crash(error: Exception, exit_code: int = InternalError.exit_code) -> dict[str, Any]:
     return {
         "type": type(error).__name__,
         "message": str(error),
         "traceback": "".join(traceback.format_exception(error)),
         "where": None,
-        "exit_code": InternalError.exit_code,
+        "exit_code": exit_code,
     }
 
 
-def _checked(name: str, value: Any) -> Any:
+def _several(value: Any) -> list[Any]:
+    return [value] if isinstance(value, (str, int)) else list(value)
+
+
+def checked(name: str, value: Any) -> Any:
+    """Return the value of an option, parsed.
+
+    Raises:
+        UsageError: It is not allowed; the message says what is.
+    """
+    if name == "accumulation_steps" and isinstance(value, Iterable) and not isinstance(value, str):
+        value = tuple(value)
+    if name == "expect" and not isinstance(value, str):
+        value = tuple(value or ())
     if value is None:
         return None
     try:

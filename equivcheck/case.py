@@ -13,6 +13,14 @@ from equivcheck.errors import UsageError
 SPLITS = ("even", "uneven")
 STRATEGIES = ("none", "ddp", "fsdp", "zero", "pipeline", "tensor_parallel")
 DEVICES = ("cpu", "cuda")
+# Strategies in which every rank consumes all samples: ranks share the model, not the batch.
+SHARED_BATCH = frozenset({"pipeline", "tensor_parallel"})
+RNGS = ("off", "per-sample")
+
+
+def shares_of(world_size: int, strategy: str) -> int:
+    """Return into how many parts so many ranks cut a full batch."""
+    return 1 if strategy in SHARED_BATCH else world_size
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,8 @@ class Case:
         device: Where the subject is to compute.
         optimizer_steps: Upper bound on full batches, >= 1.
         workload: Name of a suite's workload, when the target is a suite.
+        train: `FILE:ATTR` of a training loop that takes the place of the target's.
+        rng: What becomes of randomness, one of `RNGS`: dropout off, or masks keyed by sample.
     """
 
     target: str
@@ -42,13 +52,20 @@ class Case:
     device: str = "cpu"
     optimizer_steps: int = 8
     workload: str | None = None
+    train: str | None = None
+    rng: str = "off"
 
     def __post_init__(self) -> None:
         for name in ("accumulation_steps", "world_size", "optimizer_steps"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UsageError(f"{name} is {value!r}", expected="a whole number of at least 1")
-        for name, allowed in (("split", SPLITS), ("strategy", STRATEGIES), ("device", DEVICES)):
+        for name, allowed in (
+            ("split", SPLITS),
+            ("strategy", STRATEGIES),
+            ("device", DEVICES),
+            ("rng", RNGS),
+        ):
             value = getattr(self, name)
             if value not in allowed:
                 raise UsageError(f"{name} is {value!r}", expected="one of " + ", ".join(allowed))
@@ -58,6 +75,11 @@ class Case:
         """Ten hex digits that stay the same when a later version adds a field with a default."""
         canonical = json.dumps(self._stated(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:10]
+
+    @property
+    def shares(self) -> int:
+        """Into how many parts the ranks cut a full batch."""
+        return shares_of(self.world_size, self.strategy)
 
     @property
     def label(self) -> str:
@@ -93,4 +115,4 @@ class Case:
         return {field.name: value for field, value in values if value != field.default}
 
 
-_NAMED_ELSEWHERE = frozenset({"target", "accumulation_steps", "workload"})
+_NAMED_ELSEWHERE = frozenset({"target", "accumulation_steps", "workload", "train"})

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from equivcheck.case import DEVICES, SPLITS, STRATEGIES
+from equivcheck.case import DEVICES, RNGS, SPLITS, STRATEGIES
 from equivcheck.causes import CAUSES
 from equivcheck.errors import UsageError
 
@@ -121,13 +121,14 @@ OPTIONS: dict[str, Option] = {
     for option in (
         Option("accumulation_steps", (2, 4), _whole_list, "N,N", "micro-batches per cycle"),
         Option("split", "even", _choice(*SPLITS), "HOW", "how a full batch is cut: even or uneven"),
-        Option("world_size", 1, _whole(1), "N", "ranks; 1 in this version"),
-        Option("strategy", "none", _choice(*STRATEGIES), "NAME", "none in this version"),
+        Option("world_size", (1,), _whole_list, "N,N", "ranks, a process each"),
+        Option("strategy", "none", _choice(*STRATEGIES), "NAME", "how ranks work together"),
         Option("device", "cpu", _choice(*DEVICES), "NAME", "cpu or cuda"),
         Option("precision", "native", _text, "NAME", "handed to a train that asks for it"),
         Option("train", None, _text, "FILE:ATTR", "put this training loop under the targets"),
         Option("expect", (), _codes, "CODE", "a cause that theory predicts; may be repeated"),
         Option("optimizer_steps", 8, _whole(1), "N", "at most this many full batches"),
+        Option("rng", "off", _choice(*RNGS), "HOW", "dropout: off, or masks keyed per-sample"),
         Option("seed", 0, _whole(0), "N", "seed of every run"),
         Option("timeout", None, _seconds, "SECONDS", "longest time for one case"),
         Option("json", None, _text, "PATH", "write the result; - for stdout"),
@@ -156,20 +157,6 @@ class Settings:
     def lines(self) -> list[str]:
         """Return one line per option: value and origin."""
         return [f"{n:<20} {_shown(v):<16} {self.origins[n]}" for n, v in self.values.items()]
-
-    def refuse_unsupported(self) -> None:
-        """Refuse what this version does not do, instead of quietly doing something else.
-
-        Raises:
-            UsageError: Several ranks, or a strategy for them.
-        """
-        for name in ("world_size", "strategy"):
-            if self[name] != OPTIONS[name].default:
-                raise UsageError(
-                    f"{name}={self[name]} is not supported: this version runs one process",
-                    where=self.origins[name],
-                    expected=f"{name}={OPTIONS[name].default}",
-                )
 
 
 def resolve(

@@ -6,6 +6,7 @@ differs, attribution and interventions.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final
@@ -27,7 +28,7 @@ from equivcheck.errors import EquivcheckError, StepError, TimedOut, UsageError
 from equivcheck.execute import process_state, seed_all
 from equivcheck.experiment import Experiment
 from equivcheck.feed import read_batches
-from equivcheck.memory import estimate, refuse_what_cannot_fit
+from equivcheck.memory import refuse_what_cannot_fit
 from equivcheck.precision import Precision, judge_precision
 from equivcheck.promotion import promoted
 from equivcheck.shared import shared_faults, skipped_steps
@@ -43,7 +44,12 @@ BLIND: Final = 1.0
 
 
 def plan_cases(
-    subject: Subject, accumulation_steps: Sequence[int], *, explicit: bool, **fields: Any
+    subject: Subject,
+    accumulation_steps: Sequence[int],
+    *,
+    explicit: bool,
+    world_sizes: Sequence[int] = (1,),
+    **fields: Any,
 ) -> tuple[list[Case], list[str]]:
     """Return the cases of a subject, and notes on those left out.
 
@@ -51,6 +57,7 @@ def plan_cases(
         subject: Code under test; its batches are read to know their rows.
         accumulation_steps: Numbers of micro-batches to try.
         explicit: The user asked for these numbers; one that does not fit is then an error.
+        world_sizes: Numbers of ranks to try.
         fields: Other fields of every case.
 
     Raises:
@@ -62,17 +69,45 @@ def plan_cases(
     seed_all(seed)
     data = read_batches(code.batches, fields.get("optimizer_steps", 8))
     cases, notes = [], []
-    for k in accumulation_steps:
-        case = Case(target=subject.target, accumulation_steps=k, **fields)
+    for r, k in itertools.product(world_sizes, accumulation_steps):
+        case = Case(target=subject.target, accumulation_steps=k, world_size=r, **fields)
         try:
-            plan(data.rows, k, case.split, case.world_size)
+            plan(
+                data.rows,
+                k,
+                case.split,
+                case.world_size,
+                every_rank_all=case.shares < case.world_size,
+            )
         except UsageError as error:
             if explicit:
                 raise
-            notes.append(f"accumulation_steps {k} left out: {error.message}")
+            ranks = f" on {r} ranks" if r > 1 else ""
+            notes.append(f"accumulation_steps {k}{ranks} left out: {error.message}")
             continue
         cases.append(case)
     return cases, notes
+
+
+def blank(case: Case, expect: tuple[str, ...], *, location: str) -> dict[str, Any]:
+    """Return the entry of a case in the result before anything is known of it."""
+    return {
+        "id": case.id,
+        **case.as_dict(),
+        "expect": list(expect),
+        "verdict": "error",
+        "headline": "",
+        "warnings": [],
+        "causes": [],
+        "divergence": dict.fromkeys(
+            ("gradients", "losses", "parameters", "buffers", "learning_rates", "optimizer_state")
+        ),
+        "attribution": None,
+        "detection_power": None,
+        "margin": None,
+        "notes": [],
+        "location": location,
+    }
 
 
 @process_state()
@@ -93,23 +128,7 @@ def run_case(
     with promoted():
         pass  # what torch imports for it takes seconds, and a deadline must not leave it half done
     started = time.perf_counter()
-    entry: dict[str, Any] = {
-        "id": case.id,
-        **case.as_dict(),
-        "expect": list(expect),
-        "verdict": "error",
-        "headline": "",
-        "warnings": [],
-        "causes": [],
-        "divergence": dict.fromkeys(
-            ("gradients", "losses", "parameters", "buffers", "learning_rates", "optimizer_state")
-        ),
-        "attribution": None,
-        "detection_power": None,
-        "margin": None,
-        "notes": [],
-        "location": subject.location,
-    }
+    entry = blank(case, expect, location=subject.location)
     experiment: Experiment | None = None
 
     def tell(role: str) -> None:
@@ -118,8 +137,10 @@ def run_case(
 
     try:
         with deadline(timeout, __file__):
-            experiment = Experiment(subject, case, tell)
-            entry["estimate"] = estimate(subject, experiment.data)
+            make = getattr(subject, "experiment", Experiment)
+            experiment = make(subject, case, tell)
+            experiment.limit(timeout)
+            entry["estimate"] = experiment.estimate()
             refuse_what_cannot_fit(entry["estimate"])
             _decide(experiment, entry, expect, tell)
     except UsageError:
@@ -139,6 +160,7 @@ def run_case(
     finally:
         if experiment is not None:
             entry["runs"] = experiment.runs
+            entry.update(experiment.facts())
             experiment.close()
     entry["seconds"] = time.perf_counter() - started
     return entry
@@ -216,10 +238,10 @@ def _decide(
     if judgement.same and not judgement.power < BLIND:
         too_coarse(experiment, entry, judgement)
         return
-    _conclude(experiment, entry, judgement, precision, expect, progress)
+    conclude(experiment, entry, judgement, precision, expect, progress)
 
 
-def _conclude(
+def conclude(
     experiment: Experiment,
     entry: dict[str, Any],
     judgement: Judgement,
@@ -227,6 +249,7 @@ def _conclude(
     expect: tuple[str, ...],
     progress: Progress,
 ) -> None:
+    """Write verdict, causes and numbers of a case whose runs can be judged."""
     causes: list[dict[str, Any]] = []
     shared = shared_faults(experiment)
     if experiment.is_promoted:
@@ -255,12 +278,13 @@ def _conclude(
     if expect and verdict == "divergent" and proved == set(expect) and len(proved) == len(causes):
         verdict = "expected"
     entry["verdict"] = verdict
+    entry.update(experiment.facts())
     entry["headline"] = headline(entry, judgement)
     entry["notes"] += [note for note in experiment.notes if note not in entry["notes"]]
 
 
 def _runs_natively(experiment: Experiment) -> bool:
-    other = Experiment(experiment.subject, experiment.case, promoted=False)
+    other = experiment.again(promoted=False)
     try:
         other.reference()
         other.candidate()
@@ -310,7 +334,7 @@ def _natively(
     """Judge the case on the native runs, against their own control."""
     entry["notes"].append(f"judged as written, not in float64: {why}")
     entry["judged"] = "native"
-    native = Experiment(experiment.subject, experiment.case, progress, promoted=False)
+    native = experiment.again(progress, promoted=False)
     try:
         reference = native.reference()
         if not usable(reference, entry, native.subject):
@@ -329,7 +353,7 @@ def _natively(
         if judgement.same and not judgement.power < BLIND:
             too_coarse(native, entry, judgement)
             return
-        _conclude(native, entry, judgement, None, expect, progress)
+        conclude(native, entry, judgement, None, expect, progress)
     finally:
         experiment.runs += native.runs
         native.close()

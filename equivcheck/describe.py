@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Final
 
+from equivcheck import series
 from equivcheck.errors import EquivcheckError
-from equivcheck.experiment import Attribution, Experiment
+from equivcheck.experiment import Experiment
+from equivcheck.fit import Attribution
 from equivcheck.recording import Recording
-from equivcheck.verdict import Judgement, logged_difference, overall, rate_difference
+from equivcheck.verdict import Judgement, Noise, logged_difference, overall, rate_difference
 from equivcheck.view import View
+
+# Parameters whose row is written; a report says how many more there are.
+MOST_ROWS: Final = 2000
 
 
 def measure(experiment: Experiment, entry: dict[str, Any], judgement: Judgement) -> None:
@@ -47,10 +52,7 @@ def measure(experiment: Experiment, entry: dict[str, Any], judgement: Judgement)
     }
     entry["parameters_count"] = reference.parameters
     entry["dtype"] = reference.dtype
-    entry["timeline"] = [
-        {"event": e.kind, "backwards": e.backwards, **e.detail} for e in candidate.timeline[:400]
-    ]
-    entry["per_parameter"] = _table(candidate, judgement)
+    entry["per_parameter"] = _table(candidate, judgement, experiment.noise())
     entry["logged_losses"] = {"full_batch": reference.logged, "accumulated": candidate.logged}
     if judgement.kinds() & {"gradients", "applied", "logged"}:
         view = View(experiment)
@@ -61,6 +63,8 @@ def measure(experiment: Experiment, entry: dict[str, Any], judgement: Judgement)
             chosen = []
         if chosen:
             entry["attribution"] = _attribution(chosen[0])
+            series.attributed(view, view.divergent or view.attributions, entry)
+    series.write(experiment, entry, judgement)
 
 
 def _worst(candidate: Recording, control: Recording, attribute: str) -> dict[str, Any] | None:
@@ -146,7 +150,7 @@ def _roots(recording: Recording, index: int) -> float:
     return sum(b.loss for b in recording.backwards[step.first_backward : step.backwards])
 
 
-def _table(candidate: Recording, judgement: Judgement) -> list[dict[str, Any]]:
+def _table(candidate: Recording, judgement: Judgement, noise: Noise) -> list[dict[str, Any]]:
     finding = judgement.first("gradients", "applied")
     step = next(
         (
@@ -168,18 +172,19 @@ def _table(candidate: Recording, judgement: Judgement) -> list[dict[str, Any]]:
             "cosine": s.cosine,
             "norm": s.reference_norm,
             "zero": name in zero,
+            "multiple": series.multiple_of(step, noise, name),
         }
         for name, s in step.gradients.items()
     ]
-    rows.sort(key=lambda row: (bool(row["zero"]), -float(row["relative"] or 0.0)))  # type: ignore[arg-type]
-    return rows[:200]
+    rows.sort(key=lambda row: (bool(row["zero"]), -float(row["relative"] or 0.0)))
+    return rows[:MOST_ROWS]
 
 
 def _attribution(found: Attribution) -> dict[str, Any]:
     return {
         "optimizer_step": found.matched,
-        "reference_weights": found.v.values,
-        "candidate_weights": found.w.values,
+        "reference_weights": found.shaped(found.v.values),
+        "candidate_weights": found.shaped(found.w.values),
         "reference_residual": found.v.residual,
         "candidate_residual": found.w.residual,
         "rank": found.v.rank,

@@ -246,7 +246,7 @@ class Search:
                 and (_size(r) < size / 2 or len(r.kinds()) < len(before.kinds() if before else ()))
                 for r in results
             )
-            if helped or not each.variants:
+            if helped or not each.variants or not self._experiment.intervenes:
                 seen.add(each.code)
                 self.diagnosis.causes.append(cause(each, "suspected", each.evidence))
             else:

@@ -58,6 +58,17 @@ def invalid(entry: dict[str, Any], headline: str) -> None:
 
 def different_samples(experiment: Experiment, entry: dict[str, Any]) -> bool:
     """EQ601: a micro-batch mixed the samples of several of the reference's optimizer steps, or came out of order."""
+    recognised = experiment.other_samples()
+    if recognised is not None:
+        if recognised:
+            entry["causes"] = [
+                cause(Suspicion("EQ601", step=recognised["optimizer_step"]), "proved", recognised)
+            ]
+            invalid(
+                entry,
+                f"EQ601 different-samples: other samples from optimizer_step {recognised['optimizer_step']} on",
+            )
+        return bool(recognised)
     cycles = experiment.cycles()
     candidate = experiment.candidate()
     groups: list[set[int]] = []
@@ -217,7 +228,7 @@ def draws(experiment: Experiment, entry: dict[str, Any], judgement: Judgement) -
     except StepError:
         return False
     steps = [step for step in reseeded.steps if step.matched is not None]
-    if len(experiment.reference().steps) > 1:
+    if len(experiment.reference().steps) > 1 and not experiment.reseeds_forwards:
         steps = [step for step in steps if step.matched]
     worst = max((overall(step.gradients).relative for step in steps), default=0.0)
     if not worst > max(

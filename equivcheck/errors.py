@@ -6,7 +6,7 @@ functions that behave like an assertion.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class EquivcheckError(Exception):
@@ -114,4 +114,17 @@ class InternalError(EquivcheckError):
 
 
 class DivergenceError(AssertionError):
-    """The update is not the full batch's; an AssertionError, so test runners call it a failure."""
+    """The update is not the full batch's; an AssertionError, so test runners call it a failure.
+
+    Args:
+        message: The report; its first line stands for it in short summaries.
+        result: What was found, as data; None in an error that came from another process.
+    """
+
+    def __init__(self, message: str, result: Any = None) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+# Tracebacks and short summaries name the public path, which is also the shorter one.
+DivergenceError.__module__ = "equivcheck"

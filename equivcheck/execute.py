@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,16 +15,17 @@ import numpy as np
 import torch
 from torch import nn
 
+from equivcheck.casting import promote_module
 from equivcheck.entropy import other_seeds, watch_entropy
 from equivcheck.errors import EquivcheckError, StepError, UsageError
 from equivcheck.feed import Data, Feed, Key
 from equivcheck.neutral import functional_dropout_off, switch_off_modules
 from equivcheck.noise import UNIT_ROUNDOFF
 from equivcheck.observe import Observer, Pieces
-from equivcheck.promotion import promote_module, promoted
+from equivcheck.promotion import promoted
 from equivcheck.recorder import Recorder
 from equivcheck.recording import Place, Recording
-from equivcheck.subject import Code, Subject, arguments, raised
+from equivcheck.subject import Code, Subject, arguments, modules_restored, raised
 
 if TYPE_CHECKING:
     from equivcheck.case import Case
@@ -48,6 +49,10 @@ class Run:
         boundaries: Micro-batches used up at each step, known from the promoted run of the same role.
         own_length: Rows of the data set that the loop makes of all samples, known from the reference.
         seed_offset: Added to the seed of the training itself, not of the model.
+        rank: The rank that runs it.
+        world_size: Ranks that run it together.
+        part: Which part of the batch this rank has; 0 where every rank has all of it.
+        share: The samples that this rank is given; None where it takes its own share of all.
     """
 
     role: str
@@ -66,10 +71,33 @@ class Run:
     optimizer_steps: int = 0
     interventions: list[Intervention] = field(default_factory=list)
     schedule: list[Place] = field(default_factory=list)
+    rank: int = 0
+    world_size: int = 1
+    part: int = 0
+    share: frozenset[int] | None = None
+
+    @property
+    def name(self) -> str:
+        """The role, with the rank where there are several."""
+        return self.role if self.world_size == 1 else f"{self.role}, rank {self.rank}"
 
 
-def execute(subject: Subject, case: Case, run: Run, observer: Observer) -> Recording:
+def execute(
+    subject: Subject,
+    case: Case,
+    run: Run,
+    observer: Observer,
+    *,
+    watch: Callable[[Recording], None] | None = None,
+) -> Recording:
     """Run the user's loop once and return the recording.
+
+    Args:
+        subject: Code under test.
+        case: The point of the matrix.
+        run: The role, and what it is served with.
+        observer: What is taken from it.
+        watch: Told of everything that is seen, as it happens.
 
     Raises:
         StepError: The user's code raised; the message has the user's frames only.
@@ -84,19 +112,21 @@ def execute(subject: Subject, case: Case, run: Run, observer: Observer) -> Recor
     with process_state(), watch_entropy(unseeded):
         seed_all(case.seed)  # modules may draw while they are imported
         code = subject.fresh()
-        return _execute(subject, case, run, observer, code, recording, started)
+        return _execute(subject, case, run, observer, code, recording, started, watch)
 
 
 @contextmanager
 def process_state() -> Iterator[None]:
     """Put back what user code, or a seed of ours, sets for the whole process.
 
-    The default dtype, the gradient mode, and the random states of torch (cpu), numpy and Python.
+    The default dtype, the gradient mode, the random states of torch (cpu), numpy and Python, and the modules that
+    were executed again, so that a check inside a test leaves the test's own imports alone.
     """
     dtype, enabled = torch.get_default_dtype(), torch.is_grad_enabled()
     drawn, legacy, python = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002 - as below
     try:
-        yield
+        with modules_restored():
+            yield
     finally:
         torch.set_default_dtype(dtype)
         torch.set_grad_enabled(enabled)
@@ -113,6 +143,7 @@ def _execute(
     code: Code,
     recording: Recording,
     started: float,
+    watch: Callable[[Recording], None] | None,
 ) -> Recording:
     seed_all(case.seed)
     model = _build(code, subject)
@@ -124,7 +155,8 @@ def _execute(
     if run.is_promoted:
         promote_module(model)
     feed = Feed(run.data, run.micro_batches, run.orders, own_length=run.own_length)
-    offers = _offers(model, feed, case, run)
+    offers = {**code.offers, **_offers(model, feed, case, run)}
+    _tell_horizon(offers)
     given = arguments(code.train, offers, subject.target)
 
     def seen() -> None:
@@ -139,15 +171,18 @@ def _execute(
                 model, recording, observer, interventions=run.interventions, schedule=run.schedule
             )
         )
-        recorder.prefetches = run.prefetches
-        recorder.boundaries = run.boundaries
-        recorder.in_order = run.in_order
+        recorder.usage.prefetches = run.prefetches
+        recorder.usage.boundaries = run.boundaries
+        recorder.usage.in_order = run.in_order
         recorder.is_promoted = run.is_promoted
-        recorder.one_by_one = lambda: feed.singly
+        recorder.usage.by_sample = lambda: feed.singly
         if run.is_promoted:
             # A hook on modules would break the graph of a compiled one; promoted runs do not compile.
-            feed.on_served = recorder.served
-            stack.enter_context(recorder.watching_use())
+            feed.on_served = recorder.usage.served
+            stack.enter_context(recorder.usage.watching_use())
+        recorder.rank, recorder.world_size = run.rank, run.world_size
+        recorder.part, recorder.share = run.part, run.share
+        recorder.watch = watch
         recorder.code = code
         recorder.data = run.data
 
@@ -162,12 +197,12 @@ def _execute(
 
         feed.on_fetch = fetched
         if "dataset" in given:
-            feed.on_own = recorder.forget_fetches
+            feed.on_own = recorder.usage.forget
             stack.enter_context(feed.watching_own())
         if run.prefetches:
             # The state is set when a micro-batch is used. In other loops when it is fetched: what
             # a loss is made of may have been computed before the forward, from the parameters.
-            recorder.on_use = entered
+            recorder.usage.on_use = entered
         observer.start(recorder)
         if run.is_promoted:
             mode = stack.enter_context(promoted(working))
@@ -242,8 +277,8 @@ def _offers(model: nn.Module, feed: Feed, case: Case, run: Run) -> dict[str, obj
         "dataset": feed.dataset(),
         "accumulation_steps": run.accumulation_steps,
         "micro_batch_size": run.micro_batch_size,
-        "rank": 0,
-        "world_size": 1,
+        "rank": run.rank,
+        "world_size": run.world_size,
         "device": torch.device(case.device),
         "strategy": case.strategy,
         "precision": case.precision,
@@ -251,16 +286,23 @@ def _offers(model: nn.Module, feed: Feed, case: Case, run: Run) -> dict[str, obj
     }
 
 
+def _tell_horizon(offers: Mapping[str, object]) -> None:
+    """Let a suite's scheduler know how many optimizer steps the batches make."""
+    if "scheduler" in offers:
+        vars(offers["scheduler"])["optimizer_steps"] = offers["optimizer_steps"]
+
+
 # What calls back into torch's or the user's code shows their frame last, so a last frame here is a fault of ours.
+_HERE = Path(__file__).parent
 _HOOKS = tuple(
-    str(Path(__file__).with_name(f"{name}.py")) for name in ("recorder", "observe", "shadow")
+    str(_HERE / name) for name in ("recorder.py", "observe.py", "states.py", "shadow.py", "hooks/")
 )
 
 
 def _is_ours(error: Exception) -> bool:
     """Return whether an exception was raised by our own hooks, not by the code under test."""
     frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and frames[-1].filename in _HOOKS
+    return bool(frames) and frames[-1].filename.startswith(_HOOKS)
 
 
 def _step_error(error: BaseException, recording: Recording, run: Run) -> StepError:
@@ -269,7 +311,7 @@ def _step_error(error: BaseException, recording: Recording, run: Run) -> StepErr
     taken = frozenset(key for step in recording.steps for key in step.samples)
     since = sum(1 for keys in recording.fetched if keys[0] not in taken)
     micro_step = max(since - 1, 0) if last is not None else max(len(recording.fetched) - 1, 0)
-    where = f"{run.role}, optimizer_step {steps}, micro_step {micro_step}"
+    where = f"{run.name}, optimizer_step {steps}, micro_step {micro_step}"
     return raised("train", error, where)
 
 

@@ -12,24 +12,28 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 
-from equivcheck.attribution import Weights, solve
 from equivcheck.case import Case
+from equivcheck.casting import promote_tree
+from equivcheck.counting import masks
 from equivcheck.errors import EquivcheckError, UsageError
 from equivcheck.execute import Run, execute, seed_all
 from equivcheck.feed import Data, Key, read_batches
+from equivcheck.fit import Attribution, attribute, sampled
 from equivcheck.interventions import Intervention
-from equivcheck.noise import coordinates
+from equivcheck.memory import estimate
 from equivcheck.observe import Comparer, Keeper, Observer, Perturbed, Pieces
-from equivcheck.promotion import promote_tree
+from equivcheck.ranks.crew import Crew
+from equivcheck.ranks.merge import merged
 from equivcheck.recorder import Recorder
-from equivcheck.recording import Kept, Place, Recording, Step
-from equivcheck.split import block_permutation, plan, take, tensors_in
+from equivcheck.recording import Place, Recording, Step
+from equivcheck.split import block_permutation, named_tensors, plan, take, tensors_in
 from equivcheck.subject import Subject
 from equivcheck.verdict import Judgement, Noise, judge, roundoff_of, unfit
 
@@ -41,46 +45,6 @@ Interventions = tuple[Intervention, ...]
 T = TypeVar("T")
 
 
-@dataclass
-class Attribution:
-    """Which weights made the gradients of one cycle.
-
-    Attributes:
-        step: Index of the candidate's step.
-        matched: Index of the reference's step: the cycle.
-        pieces: [K, n] float64, sampled coordinates of every micro-batch alone.
-        reference, candidate: [n] float64.
-        v, w: Fits of the two.
-        names: Parameters in the order of the coordinates, with their length.
-        weights_piece: [n] float64, the parameters themselves, where the reference needs them as a
-            piece more: a penalty that is put into the gradients; else None.
-    """
-
-    step: int
-    matched: int
-    pieces: torch.Tensor
-    reference: torch.Tensor
-    candidate: torch.Tensor
-    v: Weights
-    w: Weights
-    names: list[tuple[str, int]]
-    weights_piece: torch.Tensor | None = None
-
-    def only(self, names: frozenset[str]) -> Attribution:
-        """Return the fit over some parameters alone."""
-        index, kept, begin = [], [], 0
-        for name, length in self.names:
-            if name in names:
-                index.append(torch.arange(begin, begin + length))
-                kept.append((name, length))
-            begin += length
-        chosen = torch.cat(index) if index else torch.zeros(0, dtype=torch.long)
-        pieces, r, c = self.pieces[:, chosen], self.reference[chosen], self.candidate[chosen]
-        return Attribution(
-            self.step, self.matched, pieces, r, c, solve(pieces, r), solve(pieces, c), kept
-        )
-
-
 class Experiment:
     """Runs one case, role by role, and remembers what was run.
 
@@ -89,7 +53,16 @@ class Experiment:
         case: The point of the matrix.
         progress: Told the role that begins.
         promoted: Judge in float64; otherwise every role computes as written.
+
+    Attributes:
+        reseeds_forwards: Another seed changes what forwards draw, and nothing before them.
+        intervenes: Runs can be made with something put right.
     """
+
+    reseeds_forwards = False
+    intervenes = True
+
+    crew: Crew | None = None
 
     def __init__(
         self,
@@ -119,14 +92,16 @@ class Experiment:
         )
         self.has_objective = code.objective is not None
         self.wants = set(inspect.signature(code.train).parameters)
-        self.plan = plan(self.data.rows, case.accumulation_steps, case.split)
+        self.plan = self._plan(case.accumulation_steps)
         self._check_even()
+        if case.world_size > 1:
+            self.crew = Crew(subject, case.world_size, case.device)
 
     def _check_even(self) -> None:
         named = sorted({"dataset", "micro_batch_size"} & self.wants)
         if not named:
             return
-        k = self.case.accumulation_steps
+        k = self.case.accumulation_steps * self.case.shares
         if self.case.split != "even":
             raise UsageError(
                 f"uneven-split: train takes {' and '.join(named)}: slices of one size",
@@ -142,12 +117,61 @@ class Experiment:
                     where=self.subject.location,
                     expected=f"rows divisible by {k}, because train takes {' and '.join(named)}",
                     fix=f"--accumulation-steps {fitting}",
+                    because=f"{self.case.accumulation_steps} micro-batches on each of {self.case.shares} ranks"
+                    if self.case.shares > 1
+                    else None,
                 )
 
     def close(self) -> None:
         """Remove what was kept on disk."""
         for keeper in self._keepers:
             keeper.shelf.close()
+        if self.crew is not None:
+            self.crew.close()
+
+    # ---- what another kind of experiment answers in its own way --------------------------------
+
+    def again(
+        self, progress: Callable[[str], None] = lambda _: None, *, promoted: bool
+    ) -> Experiment:
+        """Return a new experiment on the same case."""
+        other = type(self)(self.subject, self.case, progress, promoted=promoted)
+        if self.crew is not None and other.crew is not None:
+            other.crew.ends_at, other.crew.timeout = self.crew.ends_at, self.crew.timeout
+        return other
+
+    def limit(self, seconds: float | None) -> None:
+        """Give the ranks so many seconds from now, of which they are told why they were late."""
+        if self.crew is not None and seconds is not None:
+            self.crew.ends_at, self.crew.timeout = time.monotonic() + seconds, seconds
+
+    def estimate(self) -> dict[str, Any]:
+        """Return what the case is expected to need, before it runs."""
+        return estimate(self.subject, self.data)
+
+    def facts(self) -> dict[str, Any]:
+        """Return entries of the result's case that only the runs have shown."""
+        return {}
+
+    def other_samples(self) -> dict[str, Any] | None:
+        """Return how the samples of the two runs differ, where samples are recognised by what they hold."""
+        return None
+
+    def counts(self, accumulation_steps: int | None) -> dict[str, list[list[int]]]:
+        """Return what each micro-batch holds of what may be counted, by label; per cycle."""
+        found: dict[str, list[list[int]]] = {"rows": []}
+        cuts = self.slices(self.data, accumulation_steps)
+        for batch, slices in zip(self.data.batches, cuts, strict=True):
+            found["rows"].append([stop - start for start, stop in slices])
+            for path, tensor in named_tensors(batch):
+                for label, mask in masks(path or "batch", tensor) if tensor.dim() else ():
+                    rows = mask.flatten(1).sum(1) if mask.dim() > 1 else mask
+                    found.setdefault(label, []).append(
+                        [int(rows[start:stop].sum()) for start, stop in slices]
+                    )
+        return {
+            label: values for label, values in found.items() if len(values) == len(self.data.rows)
+        }
 
     # ---- geometry ------------------------------------------------------------------------------
 
@@ -156,14 +180,33 @@ class Experiment:
         data = self._promoted if promoted else self.data
         return data.shorter() if any(each.shorter for each in interventions) else data
 
+    def _plan(self, accumulation_steps: int) -> list[list[list[tuple[int, int]]]]:
+        """Return [cycle][rank][micro_step] = first and last row."""
+        return plan(
+            self.data.rows,
+            accumulation_steps,
+            self.case.split,
+            self.case.world_size,
+            every_rank_all=self.case.shares < self.case.world_size,
+        )
+
     def slices(
         self, data: Data, accumulation_steps: int | None = None
     ) -> list[list[tuple[int, int]]]:
-        """Return, per full batch, the first and last row of every micro-batch."""
-        cycles = self.plan
-        if accumulation_steps is not None:
-            cycles = plan(self.data.rows, accumulation_steps, self.case.split)
-        return [cycle[0] for cycle in cycles[: len(data.rows)]]
+        """Return, per full batch, the first and last row of every micro-batch: of rank 0, then of rank 1 ..."""
+        cycles = self.plan if accumulation_steps is None else self._plan(accumulation_steps)
+        shares = self.case.shares
+        return [
+            [each for rank in cycle[:shares] for each in rank] for cycle in cycles[: len(data.rows)]
+        ]
+
+    def micro_batches_of(self, data: Data, rank: int) -> list[list[int]]:
+        """Return the samples of every micro-batch of one rank."""
+        return [
+            [data.start(batch) + row for row in range(start, stop)]
+            for batch, cycle in enumerate(self.plan[: len(data.rows)])
+            for start, stop in cycle[rank]
+        ]
 
     def micro_batches(self, data: Data) -> list[list[int]]:
         """Return the samples of every micro-batch."""
@@ -191,6 +234,8 @@ class Experiment:
         interventions = tuple(each for each in interventions if each.both)
 
         def make() -> Recording:
+            if self.crew is not None:
+                self.crew.start()  # They load the user's code while the full batch runs.
             keeper = Keeper(self._objective if self.has_objective and not interventions else None)
             self._keepers.append(keeper)
             return self._full("reference", keeper, interventions)
@@ -254,7 +299,8 @@ class Experiment:
                     if key[0] == passed and key in step.samples and key not in seen
                 ]
                 seen.update(mine)
-                size = max(-(-len(mine) // self.case.accumulation_steps), 1)
+                parts = self.case.accumulation_steps * self.case.shares
+                size = max(-(-len(mine) // parts), 1)
                 blocks = [(i, min(i + size, len(mine))) for i in range(0, len(mine), size)]
                 if not blocks:
                     continue
@@ -294,7 +340,7 @@ class Experiment:
             other = Experiment.__new__(Experiment)
             other.__dict__.update(self.__dict__)
             other.case = replace(self.case, accumulation_steps=accumulation_steps)
-            other.plan = plan(self.data.rows, accumulation_steps, self.case.split)
+            other.plan = other._plan(accumulation_steps)  # noqa: SLF001 - as below
             other._cache = {  # noqa: SLF001 - an experiment of this very class
                 key: value for key, value in self._cache.items() if key[0] == "reference"
             }
@@ -393,6 +439,8 @@ class Experiment:
         *,
         promoted: bool = True,
     ) -> Recording:
+        if self.crew is not None:
+            return self._on_ranks(role, observer, data, interventions, promoted=promoted)
         lengths = [each.length for each in interventions if each.length is not None]
         run = Run(
             role,
@@ -407,8 +455,51 @@ class Experiment:
         )
         return self._execute(run, observer)
 
-    def _execute(self, run: Run, observer: Observer) -> Recording:
-        self._progress(run.role)
+    def _on_ranks(
+        self,
+        role: str,
+        observer: Observer,
+        data: Data,
+        interventions: Interventions,
+        *,
+        promoted: bool,
+    ) -> Recording:
+        """Return the accumulated run of all ranks together."""
+        assert self.crew is not None
+        lengths = [each.length for each in interventions if each.length is not None]
+        written = self.candidate().ranks if interventions else []
+        runs = []
+        for rank in range(self.case.world_size):
+            micro = self.micro_batches_of(data, rank)
+            run = Run(
+                role,
+                data,
+                micro,
+                self.case.accumulation_steps,
+                self.micro_batch_size,
+                is_promoted=promoted,
+                length=lengths[0] if lengths else None,
+                interventions=list(interventions),
+                schedule=written[rank].places(self.cycles()) if written else [],
+                rank=rank,
+                part=rank if self.case.shares > 1 else 0,
+                world_size=self.case.world_size,
+                share=None
+                if "dataset" in self.wants
+                else frozenset(sample for samples in micro for sample in samples),
+            )
+            self._prepare(run)
+            runs.append(run)
+        self._progress(role)
+        recordings, gathered = self.crew.run(self.case, runs, observer)
+        for index, each in enumerate(interventions):
+            each.take_back([by_rank[index] for by_rank in gathered])
+        recording = merged(recordings, self.reference(interventions))
+        self.runs.append({"role": role, "seconds": recording.seconds})
+        return recording
+
+    def _prepare(self, run: Run) -> None:
+        """Tell a run what earlier ones have shown of the loop."""
         run.is_promoted = run.is_promoted and self.is_promoted
         if run.role != "reference":
             run.own_length = self.reference().own_length
@@ -416,7 +507,12 @@ class Experiment:
             run.in_order = self.reference().uses == sorted(self.reference().uses)
             if run.prefetches and not run.is_promoted and self.is_promoted:
                 known = self.candidate() if run.role == "native_candidate" else self.reference()
+                known = known.ranks[run.rank] if known.ranks else known
                 run.boundaries = known.boundaries
+
+    def _execute(self, run: Run, observer: Observer) -> Recording:
+        self._progress(run.role)
+        self._prepare(run)
         recording = execute(self.subject, self.case, run, observer)
         self.runs.append({"role": run.role, "seconds": recording.seconds})
         return recording
@@ -551,57 +647,14 @@ class Experiment:
                     continue
                 start = reference.kept[cycle - 1] if cycle > 0 else reference.initial
                 found.append(
-                    _attribution(
-                        step, target, [each for each in steps if each is not None], _sampled(start)
+                    attribute(
+                        step,
+                        target,
+                        [each for each in steps if each is not None],
+                        sampled(start),
+                        self.case.shares,
                     )
                 )
             return found
 
         return self._once(("attributions", interventions), make)
-
-
-def _sampled(start: Kept | None) -> dict[str, torch.Tensor]:
-    """Return the parameters that a step starts from, at the coordinates at which gradients are sampled."""
-    if start is None:
-        return {}
-    chosen = coordinates({name: tensor.numel() for name, tensor in start.after.items()})
-    found = {}
-    for name, tensor in start.after.items():
-        flat, indices = tensor.flatten(), chosen[name]
-        found[name] = (flat if indices is None else flat[indices]).double()
-    return found
-
-
-def _attribution(
-    step: Step, target: Step, pieces: Sequence[Step], weights: dict[str, torch.Tensor]
-) -> Attribution:
-    names = [(name, len(s)) for name, s in target.sample.items() if s is not None]
-    matrix = torch.stack([_flat(piece, names) for piece in pieces])
-    reference, candidate = _flat(target, names), _flat(step, names)
-    assert step.matched is not None
-    v, w, extra = solve(matrix, reference), solve(matrix, candidate), None
-    if v.residual is not None and v.residual > BEYOND_ROUNDING:
-        # A penalty on the weights, put into the gradients: the weights themselves are then a piece.
-        theta = torch.cat([_or_zeros(weights.get(name), length) for name, length in names])
-        with_theta = solve(torch.cat([matrix, theta[None]]), reference)
-        if with_theta.residual is not None and with_theta.residual <= BEYOND_ROUNDING:
-            k = matrix.shape[0]
-            extra = theta
-            v = replace(with_theta, values=with_theta.values[:k], solution=with_theta.solution[:k])
-    return Attribution(step.index, step.matched, matrix, reference, candidate, v, w, names, extra)
-
-
-# Residuals of fits lie at 1e-15 for what is in the span and at 1e-3 and more for what is not.
-BEYOND_ROUNDING = 1e-9
-
-
-def _or_zeros(tensor: torch.Tensor | None, length: int) -> torch.Tensor:
-    return torch.zeros(length, dtype=torch.float64) if tensor is None else tensor
-
-
-def _flat(step: Step, names: Sequence[tuple[str, int]]) -> torch.Tensor:
-    parts = []
-    for name, length in names:
-        sample = step.sample.get(name)
-        parts.append(torch.zeros(length, dtype=torch.float64) if sample is None else sample)
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)

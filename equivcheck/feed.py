@@ -195,7 +195,7 @@ class Feed:
 
         Its rows are the samples then, numbered as it numbers them, whatever it made of ours (packed them, say).
         """
-        original = _MapDatasetFetcher.fetch
+        original: Callable[[Any, Any], Any] = _MapDatasetFetcher.fetch
 
         @functools.wraps(original)
         def fetch(fetcher: Any, index: Any) -> Any:
@@ -209,11 +209,11 @@ class Feed:
             finally:
                 self._busy = False
 
-        _MapDatasetFetcher.fetch = fetch
+        setattr(_MapDatasetFetcher, "fetch", fetch)  # noqa: B010 - a plain assignment is refused by mypy
         try:
             yield
         finally:
-            _MapDatasetFetcher.fetch = original
+            setattr(_MapDatasetFetcher, "fetch", original)  # noqa: B010
 
     @property
     def has_own(self) -> bool:

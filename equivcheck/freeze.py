@@ -37,7 +37,7 @@ class _PerCycle(Intervention):
         self._ordinal = 0
 
     def _enter(self, recorder: Recorder) -> int:
-        keys = recorder.current_keys()
+        keys = recorder.usage.current_keys()
         cycle = self._cycles.get(keys[0], -1) if keys else -1
         if cycle != self._cycle:
             self._cycle, self._ordinal = cycle, 0
@@ -210,7 +210,7 @@ class Fingerprint(_PerCycle):
     def _hook(self, recorder: Recorder, name: str, kept: dict[Any, Any]) -> Any:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             tensor = next((t for t in tensors_in(output) if t.is_floating_point()), None)
-            keys = recorder.current_keys()
+            keys = recorder.usage.current_keys()
             call = self._calls.get(name, 0)
             self._calls[name] = call + 1
             self._order += 1

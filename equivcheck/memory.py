@@ -12,7 +12,7 @@ from torch import nn
 from equivcheck.errors import UsageError
 from equivcheck.execute import process_state
 from equivcheck.feed import Data
-from equivcheck.observe import IN_MEMORY
+from equivcheck.shelf import IN_MEMORY
 from equivcheck.subject import Subject
 
 # Float64 copies of all parameters that the largest role holds at once: weights, gradients, two moments, and the copy

@@ -7,13 +7,9 @@ state.
 
 from __future__ import annotations
 
-import copy
 import math
-import mmap
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,15 +19,15 @@ from equivcheck.differences import Sums, dense, far_apart, sums, sums_many
 from equivcheck.noise import coordinates
 from equivcheck.recording import Kept, Recording, Step
 from equivcheck.shadow import shadow_weights
+from equivcheck.shelf import Shelf
+from equivcheck.states import numbers, set_state, state_of
 
 if TYPE_CHECKING:
+    from equivcheck.feed import Key
     from equivcheck.recorder import Recorder
 
 Gradients = dict[str, torch.Tensor | None]
 
-# Beyond this many bytes the reference lives in memory-mapped files (removed with the run): five million float64
-# parameters with gradients and two moments, one step. Below it nothing is written; above it one step's is in memory.
-IN_MEMORY = 64 * 2**20
 # A gradient element that differs by more than this share of itself, in a tensor that agrees as a whole, is rounding
 # noise around zero: what a sign- or ratio-based optimizer makes of it says nothing. A fault of less than this share
 # is still seen in the gradient itself, which is judged first.
@@ -40,48 +36,6 @@ NOISY_ELEMENT = 1e-9
 DIFFERENT = 1e-6
 # Where the code computes as written its rounding may be that of bfloat16.
 DIFFERENT_AS_WRITTEN = 0.1
-
-
-class Shelf:
-    """Keeps copies of tensors: in memory, and in files once they are many bytes.
-
-    A file is mapped, so that it takes memory while it is read and none after `release`.
-    """
-
-    def __init__(self) -> None:
-        self._bytes = 0
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._maps: list[mmap.mmap] = []
-
-    def keep(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a copy, of the same dtype and shape; it must not be written to."""
-        tensor = tensor.detach()
-        size = tensor.numel() * tensor.element_size()
-        if self._bytes + size <= IN_MEMORY or size < mmap.PAGESIZE:
-            self._bytes += size
-            return tensor.clone()
-        if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="equivcheck-")
-        path = Path(self._folder.name) / f"{len(self._maps)}.bin"
-        with path.open("w+b") as file:
-            # Written, not copied into the mapping: those pages would count as this process's until they are on disk.
-            tensor.cpu().reshape(-1).view(torch.uint8).numpy().tofile(file)
-            file.flush()
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        self._maps.append(mapped)
-        return torch.frombuffer(mapped, dtype=tensor.dtype).view(tensor.shape)
-
-    def release(self) -> None:
-        """Give the memory of mapped pages back; they are read again when they are looked at."""
-        if hasattr(mmap, "MADV_DONTNEED"):
-            for each in self._maps:
-                each.madvise(mmap.MADV_DONTNEED)
-
-    def close(self) -> None:
-        """Remove the files."""
-        if self._folder is not None:
-            self._folder.cleanup()
-            self._folder = None
 
 
 class Observer:
@@ -190,7 +144,7 @@ class Keeper(Sampler):
         moved = sums_many([(before[name], kept.after[name]) for name in both])
         kept.moved = {name: each.difference_norm for name, each in zip(both, moved, strict=True)}
         kept.buffers = {name: self.shelf.keep(b) for name, b in recorder.model.named_buffers()}
-        kept.state = _state(recorder, optimizer, self.shelf.keep)
+        kept.state = state_of(recorder, optimizer, self.shelf.keep)
         recorder.recording.kept.append(kept)
         self.shelf.release()
 
@@ -236,12 +190,15 @@ class Comparer(Sampler):
         self._collected: dict[str, set[Any]] = {}
         self._gradients: Gradients = {}
         self._arrived: list[dict[str, torch.Tensor]] = []
+        self._share: frozenset[int] | None = None
+        self._ranks = 1
 
     def gradients(
         self, recorder: Recorder, step: Step, gradients: Gradients, applied: Gradients
     ) -> None:
         self.sample(recorder, step, gradients)
         step.contributions, self._arrived = self._arrived, []
+        self._share, self._ranks = recorder.share, recorder.world_size
         self._match(step)
         if step.matched is None:
             return
@@ -258,26 +215,43 @@ class Comparer(Sampler):
         kept.release()
 
     def _match(self, step: Step) -> None:
-        """Find the reference's step that consumed the same samples; note extra and missing ones."""
+        """Find the reference's step that consumed the same samples; note extra and missing ones.
+
+        Of several ranks each sees its own share of them.
+        """
         queue = self._queues.get(step.optimizer, [])
         collected = self._collected.setdefault(step.optimizer, set())
         collected |= step.samples
         for skipped, other in enumerate(queue):
-            if collected == other.samples:
+            if self._is_share(collected, other.samples):
                 step.matched = other.index
                 step.missing = skipped
                 del queue[: skipped + 1]
                 collected.clear()
                 return
-            if not other.samples or not other.samples < collected:
+            if not other.samples or not self._in_share(other.samples) < collected:
                 return
             # The samples of this reference step and of later ones came in one candidate step: it is missing.
             union = set().union(*(each.samples for each in queue[: skipped + 1]))
-            if union == collected:
+            if self._is_share(collected, union):
                 del queue[: skipped + 1]
                 step.missing = skipped + 1
                 collected.clear()
                 return
+
+    def _in_share(self, samples: Collection[Key]) -> set[Key]:
+        """Return those of a full batch's samples that this rank is given; all of them where that is not known."""
+        return {key for key in samples if self._share is None or key[1] in self._share}
+
+    def _is_share(self, mine: Collection[Key], samples: Collection[Key]) -> bool:
+        """Return whether a rank has consumed its whole share of a full batch's samples.
+
+        Where ranks share a data set by themselves any equal part is one; whether all parts make the whole is seen
+        when the ranks are put together.
+        """
+        if self._share is not None or self._ranks == 1:
+            return set(mine) == self._in_share(samples)
+        return set(mine) <= set(samples) and len(mine) >= len(samples) // self._ranks > 0
 
     def after(self, recorder: Recorder, step: Step, optimizer: Optimizer) -> None:
         if step.matched is None:
@@ -300,11 +274,11 @@ class Comparer(Sampler):
             if name in kept.after:
                 mask = masks.get(name) if name in mine else None
                 updates.append((name, kept.after[name], parameter.detach(), mask))
-        state = _state(recorder, optimizer, lambda tensor: tensor)
+        state = state_of(recorder, optimizer, lambda tensor: tensor)
         moments = []
         for name, entries in kept.state.items():
-            others = dict(_numbers(state.get(name, {})))
-            for key, value in _numbers(entries):
+            others = dict(numbers(state.get(name, {})))
+            for key, value in numbers(entries):
                 other = others.get(key)
                 if other is None or other.shape != value.shape:
                     step.none_mismatch.append(f"{name}.{key}")
@@ -449,7 +423,7 @@ class Pieces(Comparer):
         In other loops it is set when the micro-batch is fetched, or used.
         """
         fetched, following = recorder.recording.fetched, recorder.backwards
-        if recorder.prefetches and not recorder.recording.uses and following < len(fetched):
+        if recorder.usage.prefetches and not recorder.recording.uses and following < len(fetched):
             self.enter(recorder, fetched[following][0])
 
     def enter(self, recorder: Recorder, key: Any) -> None:
@@ -492,80 +466,6 @@ def _measured(pairs: Sequence[_Pair]) -> dict[str, Sums]:
     measured = sums_many([(reference, candidate) for _, reference, candidate in whole])
     found.update(zip((name for name, *_ in whole), measured, strict=True))
     return found
-
-
-def set_state(recorder: Recorder, optimizer: Optimizer | None, kept: Kept) -> None:
-    """Set parameters, buffers and one optimizer's state to what the reference had; dtypes stay as they are."""
-    for name, parameter in recorder.parameters().items():
-        if name in kept.after:
-            parameter.detach().copy_(kept.after[name])
-    for name, buffer in recorder.model.named_buffers():
-        if name in kept.buffers and kept.buffers[name].shape == buffer.shape:
-            buffer.detach().copy_(kept.buffers[name])
-    if optimizer is None:
-        return
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            name = recorder.names.get(id(parameter), "")
-            if name in kept.state:
-                _set_entries(optimizer.state[parameter], kept.state[name], parameter)
-
-
-def _set_entries(mine: dict[str, Any], theirs: dict[str, Any], parameter: torch.Tensor) -> None:
-    for key, value in theirs.items():
-        old = mine.get(key)
-        if isinstance(value, torch.Tensor):
-            if (
-                isinstance(old, torch.Tensor)
-                and old.shape == value.shape
-                and old.is_floating_point() == value.is_floating_point()
-            ):
-                old.detach().copy_(value)
-            else:
-                like = (
-                    parameter.dtype
-                    if value.is_floating_point() and value.shape == parameter.shape
-                    else None
-                )
-                mine[key] = value.detach().clone().to(like or value.dtype)
-        elif isinstance(value, (list, tuple)) and any(
-            isinstance(each, torch.Tensor) for each in value
-        ):
-            cast = [
-                each.clone().to(parameter.dtype) if isinstance(each, torch.Tensor) else each
-                for each in value
-            ]
-            mine[key] = type(value)(cast)
-        else:
-            mine[key] = copy.copy(value)
-
-
-def _state(
-    recorder: Recorder, optimizer: Optimizer, keep: Callable[[torch.Tensor], torch.Tensor]
-) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
-    for parameter, entries in optimizer.state.items():
-        name = recorder.names.get(id(parameter))
-        if name is None or not isinstance(entries, dict):
-            continue
-        found[name] = {key: _copied(value, keep) for key, value in entries.items()}
-    return found
-
-
-def _copied(value: Any, keep: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    if isinstance(value, torch.Tensor):
-        return keep(value)
-    if isinstance(value, (list, tuple)):
-        return type(value)([_copied(each, keep) for each in value])
-    return copy.copy(value) if isinstance(value, (dict, set)) else value
-
-
-def _numbers(entries: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
-    for key, value in entries.items():
-        if isinstance(value, torch.Tensor):
-            yield key, value
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            yield key, torch.tensor(float(value), dtype=torch.float64)
 
 
 def _shadows(

@@ -30,7 +30,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,28 +40,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _python_dispatch
 
-from equivcheck.split import walk
+from equivcheck.casting import PROMOTED, REAL_OF, in_dtype, is_inexact, low_dtype, up
 
-__all__ = ["Promotion", "promote_module", "promote_tree", "promoted"]
+__all__ = ["Promotion", "promoted"]
 
-# Every floating dtype below float64 and what it becomes; float4_e2m1fn_x2 packs two numbers into
-# one element and has no conversion.
-_PROMOTED: dict[torch.dtype, torch.dtype] = {
-    **dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), torch.float64),
-    **dict.fromkeys((torch.float8_e4m3fn, torch.float8_e5m2), torch.float64),
-    **dict.fromkeys((torch.float8_e4m3fnuz, torch.float8_e5m2fnuz), torch.float64),
-    **dict.fromkeys((torch.complex64, torch.complex32), torch.complex128),
-}
-if hasattr(torch, "float8_e8m0fnu"):  # since torch 2.7
-    _PROMOTED[torch.float8_e8m0fnu] = torch.float64
-_COMPLEX_OF = {
-    torch.float64: torch.complex128,
-    torch.float32: torch.complex64,
-    torch.bfloat16: torch.complex64,
-    torch.float16: torch.complex32,
-}
-_REAL_OF = {torch.complex64: torch.float32, torch.complex32: torch.float16}
-_ARRAY_PROMOTED = {"f2": np.float64, "f4": np.float64, "c8": np.complex128}  # by numpy's codes
 _FALLBACKS = (torch.float32, torch.bfloat16, torch.float16)  # highest precision first
 _NO_KERNEL = re.compile(r"Double|double|[Ff]loat|[Dd]type|[Tt]ype|BFloat16|bf16|Half")
 # Writes that need no arithmetic go to a low-precision tensor itself.
@@ -139,8 +121,8 @@ class _Call:
         """Return the operands in float64, except the written ones and those in `keep`."""
         left = self.operator.written | keep
         return (
-            tuple(v if i in left else _up(v) for i, v in enumerate(self.args)),
-            {name: v if name in left else _up(v) for name, v in self.kwargs.items()},
+            tuple(v if i in left else up(v) for i, v in enumerate(self.args)),
+            {name: v if name in left else up(v) for name, v in self.kwargs.items()},
         )
 
     def compute(self) -> Any:
@@ -148,7 +130,7 @@ class _Call:
         operator, route = self.operator, self.mode._routes.get(self.func)
         if route is not None:
             return self.through(route)
-        low = operator.written and _low_dtype(
+        low = operator.written and low_dtype(
             [v for i, v in enumerate(self.args) if i in operator.written]
             + [v for name, v in self.kwargs.items() if name in operator.written]
         )
@@ -161,7 +143,7 @@ class _Call:
             self.mode.lowered[f"in-place write to {low}"] = low
             return self.through(torch.float64)
         try:
-            return _up(self.func(*args, **kwargs))
+            return up(self.func(*args, **kwargs))
         except (NotImplementedError, RuntimeError, ValueError) as error:
             if not _NO_KERNEL.search(str(error)):
                 raise
@@ -179,10 +161,10 @@ class _Call:
         pending: list[tuple[Tensor, Tensor]] = []
         written = self.operator.written
         args = [
-            _in_dtype(v, dtype, pending if i in written else None) for i, v in enumerate(self.args)
+            in_dtype(v, dtype, pending if i in written else None) for i, v in enumerate(self.args)
         ]
         kwargs = {
-            name: _in_dtype(v, dtype, pending if name in written else None)
+            name: in_dtype(v, dtype, pending if name in written else None)
             for name, v in self.kwargs.items()
         }
         result = self.func(*args, **kwargs)
@@ -196,17 +178,17 @@ class _Call:
         def back(value: Any) -> Any:
             if isinstance(value, (list, tuple)):
                 return type(value)([back(item) for item in value])
-            return originals[id(value)] if id(value) in originals else _up(value)
+            return originals[id(value)] if id(value) in originals else up(value)
 
         return back(result)
 
     def draw_dtype(self) -> torch.dtype:
         """Return the dtype in which the unpromoted code would have drawn."""
         values = [*self.args, *self.kwargs.values()]
-        named = [v for v in values if isinstance(v, torch.dtype) and _is_inexact(v)]
-        low = [v.dtype for v in values if isinstance(v, Tensor) and v.dtype in _PROMOTED]
+        named = [v for v in values if isinstance(v, torch.dtype) and is_inexact(v)]
+        low = [v.dtype for v in values if isinstance(v, Tensor) and v.dtype in PROMOTED]
         dtype = (named + low + [self.working_dtype])[0]
-        return _REAL_OF.get(dtype, dtype) if dtype in _PROMOTED else self.working_dtype
+        return REAL_OF.get(dtype, dtype) if dtype in PROMOTED else self.working_dtype
 
     def draw(self) -> Any:
         """Draw as the unpromoted code would: a seed gives the same numbers and generator state."""
@@ -246,7 +228,7 @@ class Promotion(_python_dispatch.TorchDispatchMode):  # type: ignore[no-untyped-
         """Run `func` in float64."""
         kwargs = kwargs or {}
         if not isinstance(func, torch._ops.OpOverload):  # higher-order, such as flex_attention
-            return _up(func(*self._entering(_up(args)), **self._entering(_up(kwargs))))
+            return up(func(*self._entering(up(args)), **self._entering(up(kwargs))))
         operator = _operator(func)
         subclass = bool(types) and any(_dispatches(kind) for kind in types)
         if subclass and any(issubclass(kind, FakeTensor) for kind in types):
@@ -254,7 +236,7 @@ class Promotion(_python_dispatch.TorchDispatchMode):  # type: ignore[no-untyped-
         if operator.foreign or (operator.view and operator.special is None):
             return NotImplemented if subclass else func(*args, **kwargs)
         default = torch.get_default_dtype()
-        working_dtype = default if default in _PROMOTED else self.working_dtype
+        working_dtype = default if default in PROMOTED else self.working_dtype
         call = _Call(self, func, operator, args, kwargs, working_dtype)
         if subclass:
             return self._subclass(call)
@@ -302,62 +284,6 @@ def _dispatches(kind: Any) -> bool:
     return bool(kind.__torch_dispatch__ is not disabled)
 
 
-def _is_inexact(dtype: torch.dtype) -> bool:
-    return dtype.is_floating_point or dtype.is_complex
-
-
-def _up(value: Any) -> Any:
-    """Return `value` with tensors and dtypes in any nesting promoted; itself if nothing changes."""
-    if isinstance(value, Tensor):
-        wanted = _PROMOTED.get(value.dtype)
-        return value if wanted is None else value.to(wanted)
-    if isinstance(value, torch.dtype):
-        return _PROMOTED.get(value, value)
-    if isinstance(value, (list, tuple)):
-        changed = [_up(item) for item in value]
-        if all(new is old for new, old in zip(changed, value, strict=True)):
-            return value
-        return changed if isinstance(value, list) else tuple(changed)
-    if isinstance(value, dict):
-        return {key: _up(item) for key, item in value.items()}
-    return value
-
-
-def _low_dtype(value: Any) -> torch.dtype | None:
-    """Return the first low-precision dtype among tensors in any nesting."""
-    if isinstance(value, Tensor):
-        return value.dtype if value.dtype in _PROMOTED else None
-    if isinstance(value, (list, tuple)):
-        return next((dtype for item in value if (dtype := _low_dtype(item)) is not None), None)
-    return None
-
-
-def _in_dtype(value: Any, dtype: torch.dtype, pending: list[tuple[Tensor, Tensor]] | None) -> Any:
-    """Return `value` with floating tensors and dtypes in `dtype`.
-
-    With `pending`, `value` is written: every tensor is added to it beside what stands in for it.
-    """
-    if isinstance(value, Tensor):
-        wanted = _COMPLEX_OF[dtype] if value.is_complex() else dtype
-        if value.dtype is wanted or not _is_inexact(value.dtype):
-            temporary = value
-        elif pending is not None and value.layout is torch.strided:
-            # The same strides: normal_ and uniform_ draw in an order that depends on them.
-            temporary = torch.empty_strided(
-                value.size(), value.stride(), dtype=wanted, device=value.device
-            ).copy_(value)
-        else:
-            temporary = value.to(wanted)
-        if pending is not None:
-            pending.append((value, temporary))
-        return temporary
-    if isinstance(value, torch.dtype):
-        return (_COMPLEX_OF[dtype] if value.is_complex else dtype) if _is_inexact(value) else value
-    if isinstance(value, (list, tuple)):
-        return [_in_dtype(item, dtype, pending) for item in value]
-    return value
-
-
 # Operators that the mode computes by itself, or calls in another way. Each has a test.
 
 
@@ -370,7 +296,7 @@ def _normal(call: _Call) -> Any:
     shape = (mean + std).shape if len(tensors) == 2 else tensors[0].shape
     draw = torch.empty(shape, dtype=call.draw_dtype(), device=tensors[0].device)
     draw.normal_(generator=call.kwargs.get("generator"))
-    return _up(mean) + _up(std) * draw.double()
+    return up(mean) + up(std) * draw.double()
 
 
 def _native_dropout(call: _Call) -> Any:
@@ -379,7 +305,7 @@ def _native_dropout(call: _Call) -> Any:
     if train is False or call.operator.overload:
         return call.compute()
     _, mask = call.func(operand.to(call.draw_dtype()), probability, train)
-    return _up(operand) * mask * (0.0 if probability == 1 else 1 / (1 - probability)), mask
+    return up(operand) * mask * (0.0 if probability == 1 else 1 / (1 - probability)), mask
 
 
 def _rrelu(call: _Call) -> Any:
@@ -387,7 +313,7 @@ def _rrelu(call: _Call) -> Any:
     operand, noise = call.args[:2]
     if not call.given("training", default=False):
         return call.compute()
-    if operand.dtype in _PROMOTED or call.operator.overload:
+    if operand.dtype in PROMOTED or call.operator.overload:
         return call.draw()
     dataclasses.replace(call, args=(operand.clone(), *call.args[1:])).draw()  # fills `noise`
     return operand.mul_(noise) if call.operator.base.endswith("_") else operand * noise
@@ -428,20 +354,20 @@ def _update_scale(call: _Call) -> Any:
 
 def _fused_step(call: _Call) -> Any:
     """Run a fused optimizer, which reads its scalars (and on cuda its step counts) as float32."""
-    if _low_dtype(call.args[:1]):
+    if low_dtype(call.args[:1]):
         return call.compute()
     scalars = {"grad_scale", "found_inf"} | ({"state_steps"} if call.args[0][0].is_cuda else set())
     keep = frozenset({*scalars, *(call.operator.names.index(name) for name in scalars)})
     args, kwargs = call.promote(keep)
-    args = tuple(_in_dtype(v, torch.float32, None) if i in keep else v for i, v in enumerate(args))
+    args = tuple(in_dtype(v, torch.float32, None) if i in keep else v for i, v in enumerate(args))
     for name in scalars & kwargs.keys():
-        kwargs[name] = _in_dtype(kwargs[name], torch.float32, None)
+        kwargs[name] = in_dtype(kwargs[name], torch.float32, None)
     return call.func(*args, **kwargs)
 
 
 def _scaled_mm(call: _Call) -> Any:
     """Multiply scaled matrices, which torch does with float8 operands only."""
-    left, right, left_scale, right_scale = (_up(value) for value in call.args[:4])
+    left, right, left_scale, right_scale = (up(value) for value in call.args[:4])
     left_scales, right_scales = (left.shape[0], 1), (1, right.shape[1])
     tensorwise = left_scale.numel() == right_scale.numel() == 1
     rowwise = (left_scale.shape, right_scale.shape) == (left_scales, right_scales)
@@ -449,7 +375,7 @@ def _scaled_mm(call: _Call) -> Any:
         return call.compute()  # block scales have no float64 meaning without their layout
     product = (left @ right) * (left_scale * right_scale)
     bias = call.given("bias")
-    return product if bias is None else product + _up(bias)
+    return product if bias is None else product + up(bias)
 
 
 def _empty(call: _Call) -> Any:
@@ -463,7 +389,7 @@ def _empty(call: _Call) -> Any:
 def _view(call: _Call) -> Any:
     """x.view(dtype): the bits of integers stay what they are, and float64 stays float64."""
     promote = call.operator.overload == "dtype" and call.args[0].dtype is torch.float64
-    return call.func(*(_up(call.args) if promote else call.args), **call.kwargs)
+    return call.func(*(up(call.args) if promote else call.args), **call.kwargs)
 
 
 _SPECIAL: dict[str, Callable[[_Call], Any]] = {
@@ -476,7 +402,7 @@ _SPECIAL: dict[str, Callable[[_Call], Any]] = {
     "_scaled_mm": _scaled_mm,
     "empty": _empty,
     # torch.tensor(..., dtype=torch.float32): an alias by its schema, fresh by its meaning.
-    "lift_fresh": lambda call: _up(call.func(*call.args)),
+    "lift_fresh": lambda call: up(call.func(*call.args)),
     "native_dropout": _native_dropout,
     "new_empty": _empty,
     "normal": _normal,
@@ -515,74 +441,3 @@ def promoted(working_dtype: torch.dtype = torch.float32) -> Iterator[Promotion]:
             assert top is not None
             top.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         torch.set_default_dtype(default)
-
-
-def promote_module(module: torch.nn.Module) -> None:
-    """Cast a module's parameters, buffers and plain tensor attributes to float64 in place.
-
-    Tensors keep their identity, `requires_grad` and shared storage (tied weights stay tied);
-    complex ones become complex128, integers are untouched. Attributes are searched through lists,
-    tuples and mappings.
-    """
-    bases: dict[tuple[int, torch.dtype], Tensor] = {}
-    seen: set[int] = set()
-
-    def cast(tensor: Tensor) -> None:
-        wanted = _PROMOTED.get(tensor.dtype)
-        if wanted is None or id(tensor) in seen:
-            return
-        seen.add(id(tensor))
-        gradient, tensor.grad = (tensor.grad, None) if tensor.is_leaf else (None, None)
-        if type(tensor) not in {Tensor, torch.nn.Parameter} or tensor.layout is not torch.strided:
-            tensor.data = tensor.data.to(wanted)
-        else:
-            storage = tensor.untyped_storage()
-            key = (storage._cdata, tensor.dtype)
-            if key not in bases:
-                whole = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storage)
-                bases[key] = whole.to(wanted)
-            tensor.data = bases[key].as_strided(
-                tensor.size(), tensor.stride(), tensor.storage_offset()
-            )
-        if gradient is not None:
-            tensor.grad = gradient.to(_PROMOTED.get(gradient.dtype, gradient.dtype))
-
-    def visit(value: Any) -> None:
-        if isinstance(value, Tensor):
-            cast(value)
-        elif isinstance(value, Mapping):
-            for item in value.values():
-                visit(item)
-        elif isinstance(value, (list, tuple)):
-            for item in value:
-                visit(item)
-
-    for part in module.modules():
-        visit(list(part._parameters.values()))
-        visit(list(part._buffers.values()))
-        for name, value in list(vars(part).items()):
-            if isinstance(value, Tensor) and not value.is_leaf:
-                setattr(part, name, _up(value))  # computed from parameters, as by weight_norm
-            elif not name.startswith("_") or isinstance(value, Tensor):
-                visit(value)
-
-
-def promote_tree(batch: Any) -> Any:
-    """Return `batch` with low-precision tensors and arrays in any nesting cast to float64.
-
-    Mappings, lists, tuples, namedtuples and dataclasses keep their type; complex becomes
-    complex128; everything else, integer tensors included, is returned as it is. A tensor that
-    occurs twice is one tensor afterwards.
-    """
-    done: dict[int, Any] = {}
-
-    def cast(_path: str, leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            if id(leaf) not in done:
-                done[id(leaf)] = _up(leaf)
-            return done[id(leaf)]
-        if isinstance(leaf, np.ndarray):
-            return leaf.astype(_ARRAY_PROMOTED.get(leaf.dtype.str[1:], leaf.dtype), copy=False)
-        return leaf
-
-    return walk(cast, "batch", batch)

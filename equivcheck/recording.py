@@ -7,7 +7,7 @@ cycle or at its end.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,23 @@ class Event:
     backwards: int
     fetches: int
     detail: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective that a rank issued.
+
+    Attributes:
+        kind: all_reduce, broadcast, all_gather, ...
+        bytes: Size of its input on this rank.
+        group: Name of the process group.
+        at: When, as of `time.time_ns`.
+    """
+
+    kind: str
+    bytes: int
+    group: str
+    at: int
 
 
 @dataclass(frozen=True)
@@ -72,6 +89,8 @@ class Step:
         masked: Per parameter, how many elements were left out because their gradient is noise.
         objective: Sums of this step's gradient against the stated objective's, per parameter.
         contributions: Per backward, what it added at the sampled coordinates, float64.
+        parts: With ranks, which part of a tensor this rank holds, for those that it does not hold whole.
+        at: When the step ended, as of `time.time_ns`.
     """
 
     index: int
@@ -97,6 +116,8 @@ class Step:
     masked: dict[str, int] = field(default_factory=dict)
     objective: dict[str, Sums] | None = None
     contributions: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    parts: dict[str, Hashable] = field(default_factory=dict)
+    at: int = 0
 
 
 @dataclass
@@ -166,6 +187,8 @@ class Recording:
         parameters: Number of elements of all parameters.
         dtype, autocast: Coarsest dtype of the trained parameters, and of autocast ("" if none).
         seconds: Wall time.
+        ranks: What each rank saw, where several ran; this recording is then what they did together.
+        collectives: What this rank sent, in order.
     """
 
     role: str
@@ -191,6 +214,8 @@ class Recording:
     autocast: str = ""
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
+    ranks: list[Recording] = field(default_factory=list)
+    collectives: list[Collective] = field(default_factory=list)
 
     def places(self, cycles: dict[Key, int]) -> list[Place]:
         """Return the place of every backward, given the cycle that each sample belongs to.

@@ -8,6 +8,7 @@ import math
 import numbers
 import os
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -27,23 +28,55 @@ EXIT_CODES = {
     "inconclusive": 4,
     "invalid": 4,
 }
+_NUMBERS = re.compile(r"\[(?:\n\s+(?:[-+.\deE]+|null|true|false),?)+\n\s+\]")
+
 PRIORITY = (70, 130, 3, 1, 4, 5, 0)
 NOTHING_SELECTED, INTERRUPTED = 5, 130
 
 
 def missing_causes(case: Mapping[str, Any]) -> list[str]:
-    """Return the causes that the user declared and that this case did not prove."""
+    """Return the causes that the user, or theory, declared and that this case did not prove."""
     proved = {cause["code"] for cause in case.get("causes") or () if cause["status"] == "proved"}
     return [code for code in case.get("expect") or () if code not in proved]
 
 
 def case_exit_code(case: Mapping[str, Any]) -> int:
-    """Return the exit code that one finished case asks for."""
+    """Return the exit code that one finished case asks for.
+
+    What a suite's theory expects is a success, whatever it is; what it does not is none, in either direction.
+    """
+    theory = case.get("theory")
+    if theory:
+        if theory["met"]:
+            return 0
+        bare = {name: value for name, value in case.items() if name != "theory"}
+        return case_exit_code(bare) or 1
     if case["verdict"] == "error":
         code = (case.get("error") or {}).get("exit_code")
         return code if code in PRIORITY else EXIT_CODES["error"]
     code = EXIT_CODES[case["verdict"]]
     return 1 if code == 0 and missing_causes(case) else code
+
+
+def hold_against_theory(case: dict[str, Any], theory: Mapping[str, Any]) -> None:
+    """Write into a finished case of a suite what theory expects of it, and whether that is met.
+
+    A case that is not equivalent, just as theory says, has the verdict `expected`.
+
+    Args:
+        case: Changed in place: `theory`, and where it is met `verdict`.
+        theory: Its verdict, causes and source.
+    """
+    found = case["verdict"]
+    causes = case.get("causes") or []
+    codes = sorted(cause["code"] for cause in causes)
+    proved = all(cause["status"] == "proved" for cause in causes)
+    if found == "expected":  # exactly the declared causes, all proved
+        found = "divergent"
+    met = found == theory["verdict"] and codes == sorted(theory["causes"]) and proved
+    case["theory"] = {**theory, "found": found, "met": met}
+    if met and found != "equivalent":
+        case["verdict"] = "expected"
 
 
 def exit_code(cases: Sequence[Mapping[str, Any]], *, interrupted: bool = False) -> int:
@@ -145,7 +178,12 @@ def _holds_non_finite(value: Any) -> bool:
 
 def to_json(result: Mapping[str, Any]) -> str:
     """Return the result as JSON text that any parser reads: no NaN, no Infinity."""
-    return json.dumps(finite(result), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(finite(result), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    # A list of numbers on one line: thousands of lines of one number each help neither eye nor diff.
+    # A line break in a string is escaped, so that this meets the layout alone.
+    return _NUMBERS.sub(
+        lambda found: " ".join(found[0].split()).replace("[ ", "[")[:-2] + "]", text
+    )
 
 
 def write(path: str | os.PathLike[str], result: Mapping[str, Any]) -> None:

@@ -12,14 +12,15 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from equivcheck.errors import EquivcheckError, StepError, TargetError, UsageError
@@ -27,6 +28,7 @@ from equivcheck.errors import EquivcheckError, StepError, TargetError, UsageErro
 REQUIRED = ("build", "batches", "train")
 FORM = "FILE.py, FILE.py:ATTRIBUTE, package.module or package.module:ATTRIBUTE"
 _OURS = str(Path(__file__).resolve().parent)
+_BUNDLED = f"{_OURS}/_bundled/"
 _LIBRARIES = tuple(
     str(Path(sysconfig.get_path(name)).resolve()) for name in ("stdlib", "purelib", "platlib")
 )
@@ -40,6 +42,8 @@ class Code:
     batches: Callable[[], Any]
     train: Callable[..., Any]
     objective: Callable[[Any, Any], Any] | None
+    offers: Mapping[str, object] = field(default_factory=dict)
+    """What `train` may ask for besides the names that every subject has: a suite's objects."""
 
 
 @dataclass(frozen=True)
@@ -63,38 +67,97 @@ class Subject:
         return self._load()
 
 
+@dataclass(frozen=True)
+class Parts:
+    """A subject given in parts: functions and closures, alone or in place of a target's own.
+
+    Attributes:
+        target: Whatever has the parts not given here; None if nothing has.
+        build, train, objective: As in a subject.
+        batches: The same, or the full batches themselves in a list.
+        name: What the subject is called in results; by default the name of `train`.
+    """
+
+    target: object = None
+    build: Callable[[], Any] | None = None
+    batches: Callable[[], Any] | list[Any] | tuple[Any, ...] | None = None
+    train: Callable[..., Any] | None = None
+    objective: Callable[[Any, Any], Any] | None = None
+    name: str | None = None
+
+    def functions(self) -> dict[str, Callable[..., Any]]:
+        """Return the parts that are given, by name.
+
+        Raises:
+            UsageError: One of them is not a function.
+        """
+        found: dict[str, Callable[..., Any]] = {}
+        for name in (*REQUIRED, "objective"):
+            value = getattr(self, name)
+            if name == "batches" and isinstance(value, (list, tuple)):
+                value = functools.partial(list, value)
+            if value is None:
+                continue
+            if not callable(value) or (name == "build" and hasattr(value, "state_dict")):
+                raise UsageError(
+                    f"not-a-function: {name}= is {type(value).__name__}",
+                    expected=f"a function {name}({'' if name in REQUIRED[:2] else 'model, ...'})",
+                    because="every run starts with a model of its own" if name == "build" else None,
+                    fix=f"{name}=lambda: ..." if name in REQUIRED[:2] else None,
+                )
+            found[name] = value
+        return found
+
+
 def load_subject(target: object, train: str | None = None) -> Subject:
     """Return the subject that a target names.
 
     Args:
-        target: A string in one of the forms of `FORM`, or an object with `build`, `batches` and `train`.
+        target: Text in one of the forms of `FORM`, a path, an object with `build`, `batches` and `train`, or `Parts`.
         train: A target whose `train` replaces the subject's own.
 
     Raises:
         TargetError: The form is bad, nothing is there, the user's module does not import (its own
             traceback is in the message), or an attribute is missing (the closest name is offered).
     """
-    source = _source(target)
+    parts = target if isinstance(target, Parts) else Parts(target)
+    given = parts.functions()
+    source = _source(parts.target) if parts.target is not None else _nowhere(given)
+    name = parts.name or source.target
     trainer = None if train is None else _trainer(train)
 
     def load() -> Code:
         holder = source.load()
-        found = {name: _attribute(holder, name, source.target) for name in REQUIRED[:2]}
-        loop = _attribute(holder, "train", source.target) if trainer is None else trainer()
-        for name in REQUIRED[:2]:
-            _require_no_arguments(name, found[name], source.target)
-        return Code(
-            found["build"],
-            _reading(found["batches"], source.target),
-            loop,
-            getattr(holder, "objective", None),
-        )
+
+        def found(part: str) -> Any:
+            return given[part] if part in given else _attribute(holder, part, source.target)
+
+        build, batches = found("build"), found("batches")
+        loop = found("train") if trainer is None else trainer()
+        _require_no_arguments("build", build, name)
+        _require_no_arguments("batches", batches, name)
+        objective = given.get("objective", getattr(holder, "objective", None))
+        return Code(build, reading(batches, name), loop, objective)
 
     code = load()
-    return Subject(source.target, source.repeatable, _location(code.train), load)
+    return Subject(name, source.repeatable and not given, location_of(code.train), load)
 
 
-def _reading(batches: Callable[[], Any], target: str) -> Callable[[], Any]:
+def _nowhere(given: Mapping[str, Callable[..., Any]]) -> _Source:
+    """Return the source of a subject that is given in parts alone."""
+    absent = [name for name in REQUIRED if name not in given]
+    if absent:
+        raise UsageError(
+            f"no-subject: there is no target, and no {' and no '.join(f'{n}=' for n in absent)}",
+            expected="a target, or build=, batches= and train=",
+        )
+    train = inspect.unwrap(given["train"])
+    name = getattr(train, "__qualname__", type(train).__qualname__)
+    module = getattr(train, "__module__", None)
+    return _Source(f"{module}:{name}" if module else name, repeatable=False, load=SimpleNamespace)
+
+
+def reading(batches: Callable[[], Any], target: str) -> Callable[[], Any]:
     """Let what `batches` raises, when called or while it is read, be told as the user's error."""
 
     def read(iterator: Iterator[Any]) -> Iterator[Any]:
@@ -129,6 +192,11 @@ class _Source:
 
 
 def _source(target: object) -> _Source:
+    if isinstance(target, os.PathLike):
+        target = os.fspath(target)
+    if isinstance(target, ModuleType):
+        # As it is, with what a test may have replaced in it; its name, to be executed again, is text.
+        return _Source(target.__name__, repeatable=False, load=lambda: target)
     if not isinstance(target, str):
         name = getattr(target, "__qualname__", None) or type(target).__qualname__
         return _Source(str(name), repeatable=False, load=lambda: _instance(target))
@@ -139,16 +207,24 @@ def _source(target: object) -> _Source:
             expected=FORM,
             fix="equivcheck run train_step.py",
         )
-    is_file = place.endswith(".py") or "/" in place
-    load_module = _file_loader(place) if is_file else _module_loader(place)
+    module = module_at(place)
 
     def load() -> object:
-        holder: object = load_module()
-        for part in attribute.split(".") if attribute else ():
-            holder = _attribute(holder, part, target)
-        return _instance(holder)
+        [found] = executed_again([module])
+        return _instance(attribute_of(found, attribute, target))
 
     return _Source(target, repeatable=True, load=load)
+
+
+def attribute_of(holder: object, path: str, target: str) -> Any:
+    """Return what a dotted path names inside a module; the module itself for an empty path.
+
+    Raises:
+        TargetError: It is not there; the closest name is offered.
+    """
+    for part in path.split(".") if path else ():
+        holder = _attribute(holder, part, target)
+    return holder
 
 
 def _instance(holder: object) -> object:
@@ -159,13 +235,11 @@ def _instance(holder: object) -> object:
 
 def _trainer(target: str) -> Callable[[], Callable[..., Any]]:
     place, _, attribute = target.partition(":")
-    source = _source(place)
+    module = module_at(place)
 
     def load() -> Callable[..., Any]:
-        holder: Any = source.load()
-        for part in (attribute or "train").split("."):
-            holder = _attribute(holder, part, target)
-        return holder  # type: ignore[no-any-return]
+        [found] = executed_again([module])
+        return attribute_of(found, attribute or "train", target)  # type: ignore[no-any-return]
 
     return load
 
@@ -243,14 +317,15 @@ def arguments(
             close = difflib.get_close_matches(parameter.name, offers, n=1)
             raise UsageError(
                 f"unknown-argument: train of {target} asks for {parameter.name!r}",
-                where=_location(function),
+                where=location_of(function),
                 expected=f"any of {', '.join(sorted(offers))}",
                 fix=f"did you mean {close[0]}?" if close else f"give {parameter.name} a default",
             )
     return wanted
 
 
-def _location(function: Callable[..., Any]) -> str:
+def location_of(function: Callable[..., Any]) -> str:
+    """Return `file:line` of a function, or its name where it has no code of its own."""
     code = getattr(inspect.unwrap(function), "__code__", None)
     if code is None:
         return getattr(function, "__qualname__", repr(function))
@@ -267,7 +342,31 @@ def _shown(filename: str) -> str:
 # ---- executing modules again -------------------------------------------------------------------
 
 
-def _file_loader(place: str) -> Callable[[], ModuleType]:
+@dataclass(frozen=True)
+class Module:
+    """A module that can be executed anew: what was typed, the folder it imports from, and how."""
+
+    place: str
+    root: Path
+    execute: Callable[[], ModuleType]
+
+
+def module_at(place: str, *, alone: bool = False) -> Module:
+    """Find a module by file or dotted name, without executing it.
+
+    Args:
+        place: `FILE.py` or `package.module`.
+        alone: A file that is executed under a name that nothing else has, without its folder on the import path: its
+            own name may be that of a standard module.
+
+    Raises:
+        TargetError: There is none; the closest name is offered.
+    """
+    is_file = place.endswith(".py") or "/" in place
+    return _file_module(place, alone=alone) if is_file else _dotted_module(place)
+
+
+def _file_module(place: str, *, alone: bool) -> Module:
     path = Path(place).resolve()
     if not path.is_file():
         folder = path.parent
@@ -279,7 +378,7 @@ def _file_loader(place: str) -> Callable[[], ModuleType]:
             expected="a Python file with build, batches and train",
             fix=f"did you mean {Path(place).with_name(close[0])}?" if close else None,
         )
-    root, name = _package_root(path)
+    root, name = (path, f"_equivcheck_{path.stem}") if alone else _package_root(path)
     if name in sys.modules and not _lies_in(sys.modules[name], root):
         # A file called random.py or train.py must not shadow, or be shadowed by, an installed module.
         name = f"{name}__subject"
@@ -295,16 +394,21 @@ def _file_loader(place: str) -> Callable[[], ModuleType]:
         spec.loader.exec_module(module)
         return module
 
-    return lambda: _again(execute, root, place)
+    return Module(place, root, execute)
 
 
-def _module_loader(place: str) -> Callable[[], ModuleType]:
+def _dotted_module(place: str) -> Module:
     if not all(part.isidentifier() for part in place.split(".")):
         raise TargetError(f"bad-target: {place!r} is no module name", expected=FORM)
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
+    folder = Path.cwd()
+
+    def execute() -> ModuleType:
+        with _importable(folder):
+            return importlib.import_module(place)
+
     try:
-        spec = importlib.util.find_spec(place)
+        with _importable(folder):
+            spec = importlib.util.find_spec(place)
     except ModuleNotFoundError:
         spec = None
     except Exception as error:  # noqa: BLE001 - a parent package may raise anything
@@ -319,7 +423,7 @@ def _module_loader(place: str) -> Callable[[], ModuleType]:
             else None,
         )
     origin = Path(spec.origin).resolve()
-    return lambda: _again(lambda: importlib.import_module(place), origin.parent, place)
+    return Module(place, origin.parent, execute)
 
 
 def _package_root(path: Path) -> tuple[Path, str]:
@@ -332,24 +436,68 @@ def _package_root(path: Path) -> tuple[Path, str]:
     return folder, ".".join(parts)
 
 
-def _again(execute: Callable[[], ModuleType], root: Path, place: str) -> ModuleType:
-    """Execute a module, and what it imports from its own folder, as if for the first time."""
-    for name in [name for name, module in list(sys.modules.items()) if _lies_in(module, root)]:
-        del sys.modules[name]
+# Folders from which modules were executed again: what came from there goes when the run is over.
+_executed: set[Path] = set()
+
+
+@contextmanager
+def modules_restored() -> Iterator[None]:
+    """Put back every module, and the import path, that executing a subject again has replaced.
+
+    A check may run inside a test of the same folder: the test's own module, and the helpers it has imported, must be
+    the same objects afterwards, and nothing that was executed for the check alone may be found by a later import.
+    """
+    before, path = dict(sys.modules), list(sys.path)
+    try:
+        yield
+    finally:
+        for name in [name for name in sys.modules if name not in before]:
+            if any(_lies_in(sys.modules[name], root) for root in _executed):
+                _forget(name, sys.modules[name])
+        for name, module in before.items():
+            if sys.modules.get(name) is not module:
+                sys.modules[name] = module
+                parent, _, last = name.rpartition(".")
+                if parent in before and hasattr(before[parent], last):
+                    setattr(before[parent], last, module)
+        sys.path[:] = path
+
+
+def _forget(name: str, module: ModuleType) -> None:
+    del sys.modules[name]
+    parent, _, last = name.rpartition(".")
+    if getattr(sys.modules.get(parent), last, None) is module:
+        delattr(sys.modules[parent], last)
+
+
+def executed_again(modules: Sequence[Module]) -> list[ModuleType]:
+    """Execute modules, and what they import from their own folders, as if for the first time.
+
+    Raises:
+        TargetError: One does not import; the traceback is its own.
+    """
+    _executed.update(each.root for each in modules)
+    roots = dict.fromkeys(each.root for each in modules)
+    for name, module in list(sys.modules.items()):
+        if any(_lies_in(module, root) for root in roots):
+            del sys.modules[name]
     importlib.invalidate_caches()
-    with _importable(root):
-        try:
-            return execute()
-        except TargetError:
-            raise
-        except (Exception, SystemExit) as error:
-            raise _import_error(error, place) from error
+    found = []
+    for each in modules:
+        with _importable(each.root):
+            try:
+                found.append(each.execute())
+            except TargetError:
+                raise
+            except (Exception, SystemExit) as error:
+                raise _import_error(error, each.place) from error
+    return found
 
 
 @contextmanager
 def _importable(root: Path) -> Iterator[None]:
     # The folder stays on the path: user code may import from it again while it trains.
-    if str(root) not in sys.path:
+    if str(root) not in sys.path and root.is_dir():
         sys.path.insert(0, str(root))
     yield
 
@@ -373,6 +521,8 @@ def _real(filename: str) -> str:
 def is_library(filename: str) -> bool:
     """Return whether a file belongs to Python, an installed package or equivcheck itself."""
     path = _real(filename)
+    if path.startswith(_BUNDLED):  # suites and fixtures inside the wheel are code under test
+        return False
     return (
         path.startswith((*_LIBRARIES, _OURS)) or "site-packages" in path or filename.startswith("<")
     )

@@ -110,6 +110,32 @@ class Noise:
     roundoff: float = _ROUNDOFF
     accumulation_steps: int = 1
     pieces_norm: dict[tuple[int, str], float] = field(default_factory=dict)
+    _indexed: tuple[list[int], dict[int, list[Step]]] = field(
+        default_factory=lambda: ([], {}), repr=False
+    )
+
+    def _steps(self, matched: int) -> Sequence[Step]:
+        """Return the controls' steps that match a reference step, found once for all of them."""
+        known, index = self._indexed
+        now = [id(control) for control in self.controls]
+        if known != now:
+            index = {}
+            for control in self.controls:
+                for step in control.steps:
+                    if step.matched is not None:
+                        index.setdefault(step.matched, []).append(step)
+            self._indexed = now, index
+        return index.get(matched, ())
+
+    def limit(
+        self, matched: int, which: Callable[[Step], dict[str, Sums]], name: str, size: float
+    ) -> float:
+        """Return the absolute difference that one tensor of norm `size` may show."""
+        return max(
+            SAFETY * self.of(matched, which, name),
+            self.floor() * size,
+            self.floor() * self.pieces_norm.get((matched, name), 0.0),
+        )
 
     def floor(self) -> float:
         """Return what sums over that many terms can differ by, relative to their largest partial sums."""
@@ -118,23 +144,19 @@ class Noise:
     def of(self, matched: int, which: Callable[[Step], dict[str, Sums]], name: str) -> float:
         """Return the largest absolute difference of one tensor over the controls."""
         worst = 0.0
-        for control in self.controls:
-            for step in control.steps:
-                if step.matched == matched:
-                    found = which(step).get(name)
-                    if found is not None and found.finite:
-                        worst = max(worst, found.difference_norm)
+        for step in self._steps(matched):
+            found = which(step).get(name)
+            if found is not None and found.finite:
+                worst = max(worst, found.difference_norm)
         return worst
 
     def total(self, matched: int, which: Callable[[Step], dict[str, Sums]]) -> float:
         """Return the largest relative difference of all tensors together over the controls."""
         worst = 0.0
-        for control in self.controls:
-            for step in control.steps:
-                if step.matched == matched:
-                    whole = overall(which(step))
-                    if whole.finite and math.isfinite(whole.relative):
-                        worst = max(worst, whole.relative)
+        for step in self._steps(matched):
+            whole = overall(which(step))
+            if whole.finite and math.isfinite(whole.relative):
+                worst = max(worst, whole.relative)
         return worst
 
 
@@ -238,11 +260,7 @@ def _judge_gradients(
         ):
             zero.add(name)
             continue
-        limit = max(
-            SAFETY * noise.of(matched, which, name),
-            floor * each.reference_norm,
-            floor * noise.pieces_norm.get((matched, name), 0.0),
-        )
+        limit = noise.limit(matched, which, name, each.reference_norm)
         if each.difference_norm > limit:
             beyond.append((each.relative, limit / each.reference_norm if each.rr else 0.0, name))
         elif each.difference_norm:

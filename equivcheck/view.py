@@ -7,13 +7,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import torch
-
 from equivcheck.attribution import predict
-from equivcheck.experiment import Attribution, Experiment, Interventions
+from equivcheck.experiment import Experiment, Interventions
+from equivcheck.fit import Attribution
 from equivcheck.noise import SAFETY
 from equivcheck.recording import Event, Place, Recording
-from equivcheck.split import named_tensors
 from equivcheck.verdict import Judgement
 
 
@@ -145,33 +143,15 @@ class View:
 
     def full_size(self, attribution: Attribution) -> bool:
         """Return whether a cycle is complete."""
-        return attribution.pieces.shape[0] == self.steps
+        return attribution.micro_steps == self.steps
 
     def counts(self, accumulation_steps: int | None = None) -> dict[str, list[list[int]]]:
         """Return what each micro-batch holds of what may be counted: rows, labels, masked entries; per cycle."""
         experiment = self.experiment
         key = ("counts", accumulation_steps)
         if key not in experiment.remembered:
-            experiment.remembered[key] = self._counted(accumulation_steps)
+            experiment.remembered[key] = experiment.counts(accumulation_steps)
         return experiment.remembered[key]  # type: ignore[no-any-return]
-
-    def _counted(self, accumulation_steps: int | None) -> dict[str, list[list[int]]]:
-        experiment = self.experiment
-        found: dict[str, list[list[int]]] = {"rows": []}
-        cuts = experiment.slices(experiment.data, accumulation_steps)
-        for batch, slices in zip(experiment.data.batches, cuts, strict=True):
-            found["rows"].append([stop - start for start, stop in slices])
-            for path, tensor in named_tensors(batch):
-                for label, mask in _masks(path or "batch", tensor) if tensor.dim() else ():
-                    rows = mask.flatten(1).sum(1) if mask.dim() > 1 else mask
-                    found.setdefault(label, []).append(
-                        [int(rows[start:stop].sum()) for start, stop in slices]
-                    )
-        return {
-            label: values
-            for label, values in found.items()
-            if len(values) == len(experiment.data.rows)
-        }
 
 
 class Part(View):
@@ -186,17 +166,3 @@ class Part(View):
     def attributions(self) -> list[Attribution]:
         """The weights of every matched step, fitted over those parameters."""
         return [each.only(self.names or frozenset()) for each in self._whole.attributions]
-
-
-def _masks(path: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
-    if tensor.is_floating_point() or tensor.is_complex():
-        values = bool(((tensor == 0) | (tensor == 1)).all())
-        return [(f"{path} != 0", tensor != 0)] if values else []
-    found = [(f"{path} entries", torch.ones_like(tensor, dtype=torch.bool))]
-    if tensor.dtype == torch.bool or int(tensor.min()) >= 0:
-        found.append((f"{path} != 0", tensor != 0))
-    if tensor.dtype != torch.bool and bool((tensor < 0).any()):
-        found.append((f"{path} >= 0", tensor >= 0))
-        if tensor.dim() > 1 and tensor.shape[1] > 1:
-            found.append((f"{path}[:, 1:] >= 0", tensor[:, 1:] >= 0))
-    return found

@@ -20,7 +20,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_options(
         parser,
         *("accumulation_steps", "split", "world_size", "strategy", "device", "precision"),
-        *("train", "optimizer_steps", "seed"),
+        *("train", "optimizer_steps", "rng", "seed"),
     )
     parser.add_argument("-k", metavar="EXPR", dest="select", help="only cases that match")
 
@@ -28,12 +28,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> int:
     """Print one line per case; 5 if there is none."""
     settings = resolve(flags(options))
-    settings.refuse_unsupported()
     refuse_targets(options.targets)
     match = selection.compiled(options.select)
     with own_stdout() as out:
         jobs, notes = plan(
-            options.targets, settings.values, explicit=settings.stated("accumulation_steps")
+            options.targets,
+            settings.values,
+            explicit=settings.stated("accumulation_steps"),
+            stated=settings.stated,
         )
         cases = [job.case for job in jobs if selection.selected(job.case, match)]
         for case in cases:

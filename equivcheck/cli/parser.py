@@ -10,7 +10,18 @@ from equivcheck.config import OPTIONS, closest
 from equivcheck.errors import UsageError
 from equivcheck.result import environment
 
-COMMANDS = ("run", "list", "replay", "report", "diff", "explain", "doctor", "init")
+COMMANDS = (
+    "run",
+    "record",
+    "compare",
+    "list",
+    "replay",
+    "report",
+    "diff",
+    "explain",
+    "doctor",
+    "init",
+)
 
 DESCRIPTION = """\
 Proves whether accumulating micro-batches gives the update that the full batch

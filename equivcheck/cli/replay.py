@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from equivcheck import result as results
-from equivcheck.api import Job, outcomes
-from equivcheck.case import Case
+from equivcheck.api import job_of, outcomes
 from equivcheck.cli.outputs import LATEST
 from equivcheck.cli.screen import own_stdout, say
 from equivcheck.errors import UsageError
@@ -31,17 +30,11 @@ def execute(options: argparse.Namespace) -> int:
     """Print FIXED, STILL DIVERGENT, SAME or ERROR and return the case's own exit code."""
     before = _recorded(options.case_id, options.result)
     with own_stdout() as out:
-        from equivcheck.subject import load_subject  # noqa: PLC0415 - loaded only to run
-
-        case = Case.from_dict(before)
-        subject = load_subject(case.target, before.get("train"))
-        job = Job(subject, case, before.get("train"))
-        expect = tuple(before.get("expect") or ())
-        [now] = outcomes([job], expect=expect, timeout=options.timeout)
+        [now] = outcomes([job_of(before)], timeout=options.timeout)
         say(out, text.line(now))
         if words.failed(now):
             say(out, "\n" + text.block(now))
-        say(out, f"\n{outcome(before, now)}  {case.id}")
+        say(out, f"\n{outcome(before, now)}  {now['id']}")
     return results.case_exit_code(now)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, TextIO
 
 from equivcheck import result as results
@@ -34,8 +33,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-q", action="store_true", dest="quiet", help="failures and summary only")
     parser.add_argument("-v", action="store_true", dest="verbose", help="a block for every case")
     parser.add_argument("--show-config", action="store_true", help="print every option's origin")
-    for flag in ("--full", "--accumulated"):
-        parser.add_argument(flag, metavar="CMD", help="not supported in this version")
+    parser.add_argument("--full", metavar="CMD", help="an unmodified script on the full batch")
+    parser.add_argument(
+        "--accumulated",
+        metavar="CMD",
+        action="append",
+        help="and in micro-batches; may be repeated",
+    )
+    parser.add_argument(
+        "--versions", metavar="A,B", help="--full under two interpreters or environments instead"
+    )
 
 
 def execute(options: argparse.Namespace) -> int:
@@ -44,14 +51,10 @@ def execute(options: argparse.Namespace) -> int:
     if options.show_config:
         print("\n".join(settings.lines()))
         return 0
-    if options.full or options.accumulated:
-        raise UsageError(
-            "--full and --accumulated are not supported in this version",
-            expected="a target with build, batches and train",
-            fix="equivcheck init writes one to start from",
-        )
-    settings.refuse_unsupported()
-    refuse_targets(options.targets)
+    if options.full or options.accumulated or options.versions:
+        options.targets = _scripts(options, settings)
+    else:
+        refuse_targets(options.targets)
     match = selection.compiled(options.select)
     outputs = Outputs(settings)
     with own_stdout() as stdout:
@@ -68,11 +71,40 @@ def execute(options: argparse.Namespace) -> int:
     return int(result["exit_code"])
 
 
-def refuse_targets(targets: list[str]) -> None:
-    """Refuse what this version does not load.
+def _scripts(options: argparse.Namespace, settings: Settings) -> list[Any]:
+    """Return the command lines as targets.
 
     Raises:
-        UsageError: No target, a suite, or a folder.
+        UsageError: There are targets beside them, an option that command lines have themselves, or a bad command.
+    """
+    if options.targets:
+        raise UsageError(
+            f"{options.targets[0]} stands beside --full",
+            expected="targets, or command lines",
+            fix="run the two one after the other",
+        )
+    own = ("accumulation_steps", "split", "world_size", "strategy", "precision", "train")
+    for name in own:
+        if settings.stated(name):
+            raise UsageError(
+                f"{OPTIONS[name].flag} with --full: the command lines say it themselves",
+                where=settings.origins[name],
+                expected="options of the script inside its command line",
+            )
+    from equivcheck.scripts.target import scripts_of  # noqa: PLC0415 - torch is loaded only to run
+
+    return list(
+        scripts_of(
+            options.full, options.accumulated or [], options.versions, settings["optimizer_steps"]
+        )
+    )
+
+
+def refuse_targets(targets: list[str]) -> None:
+    """Refuse an empty command line.
+
+    Raises:
+        UsageError: No target.
     """
     if not targets:
         raise UsageError(
@@ -80,13 +112,6 @@ def refuse_targets(targets: list[str]) -> None:
             expected="a file or module with build, batches and train",
             fix="equivcheck init, then equivcheck run train_step.py",
         )
-    for target in targets:
-        if target.startswith("suite:") or Path(target).is_dir():
-            raise UsageError(
-                f"{target} is a suite or folder; this version runs single subjects",
-                expected="FILE.py, FILE.py:ATTRIBUTE, package.module or package.module:ATTRIBUTE",
-                fix=f"equivcheck run {target.rstrip('/')}/*.py" if Path(target).is_dir() else None,
-            )
 
 
 class _Run:
@@ -112,6 +137,7 @@ class _Run:
                 self._options.targets,
                 settings.values,
                 explicit=settings.stated("accumulation_steps"),
+                stated=settings.stated,
             )
             jobs = [job for job in planned if selection.selected(job.case, match)]
             if planned and not jobs:
@@ -133,7 +159,7 @@ class _Run:
         """Return the result so far."""
         return results.assemble(
             self._cases,
-            target=" ".join(self._options.targets),
+            target=" ".join(map(str, self._options.targets)),
             notes=self._notes,
             interrupted=self._interrupted,
         )
@@ -154,7 +180,6 @@ class _Run:
                 progress.begin(job.case.label)
                 [case] = outcomes(
                     [job],
-                    expect=self._settings["expect"],
                     timeout=self._settings["timeout"],
                     progress=progress,
                 )

@@ -9,7 +9,7 @@ import torch
 
 from equivcheck.attribution import predict, solve
 from equivcheck.errors import EquivcheckError
-from equivcheck.experiment import Attribution
+from equivcheck.fit import Attribution
 from equivcheck.interventions import Addend, Addends, Intervention, ordinal_of
 from equivcheck.view import Suspicion, View
 

@@ -6,7 +6,7 @@ import math
 
 from equivcheck.detectors.addends import coupled_addends, spanned
 from equivcheck.errors import EquivcheckError
-from equivcheck.experiment import Attribution
+from equivcheck.fit import Attribution
 from equivcheck.freeze import Fingerprint, Freeze, Statistics
 from equivcheck.noise import SAFETY
 from equivcheck.view import Suspicion, View

@@ -34,14 +34,28 @@ def suspect(view: View) -> list[Suspicion]:
             "full_batch": sum(e.kind == "scheduler" for e in view.reference.timeline),
             "relative": finding.relative,
         }
-        found.append(
-            Suspicion("EQ307", [(Ration("scheduler", most),)], evidence, finding.matched, 24)
-        )
+        code = "EQ507" if not calls and _per_rank(view, extra, most) else "EQ307"
+        found.append(Suspicion(code, [(Ration("scheduler", most),)], evidence, finding.matched, 24))
     else:
         found += _counted(view)
     found += _other_length(view, finding.matched)
     found += _horizon(view, finding.matched, finding.relative, quiet=bool(calls or extra))
     return found
+
+
+def _per_rank(view: View, extra: set[int], most: int) -> bool:
+    """Return whether a scheduler is stepped once for every rank, whatever K is."""
+    size = view.experiment.case.world_size
+    if size == 1 or extra != {size * most}:
+        return False
+    other = 2 if view.steps != 2 else 3
+    if size != view.steps or other * view.experiment.case.shares > min(view.experiment.data.rows):
+        return True
+    try:
+        counts = _per_cycle(view.experiment.at(other))
+    except EquivcheckError:
+        return True
+    return set(counts.values()) == extra
 
 
 def _per_cycle(recording: Recording) -> Counter[int]:

@@ -8,8 +8,9 @@ from fractions import Fraction
 
 from equivcheck.attribution import ratio
 from equivcheck.errors import EquivcheckError
-from equivcheck.experiment import Attribution
+from equivcheck.fit import Attribution
 from equivcheck.interventions import Reweight
+from equivcheck.topology import factor_of
 from equivcheck.verdict import overall
 from equivcheck.view import Part, Suspicion, View
 
@@ -47,25 +48,50 @@ def _in_all(view: View) -> list[Suspicion]:
     k = view.steps
     if tails_only:
         tail: list[Predict] = [
-            lambda _, v: [x * len(v) / k for x in v],
-            lambda _, v: [1 / k] * len(v),
+            lambda a, v: [x * a.micro_steps / k for x in v],
+            lambda a, v: [1 / (k * a.ranks)] * len(v),
         ]
-        found += _hypotheses(view, "EQ105", tail, rank=10)
-    ones: list[Predict] = [lambda _, v: [1.0] * len(v), lambda _, v: [x * len(v) for x in v]]
-    found += _hypotheses(view, "EQ101", ones, rank=12)
+        found += hypotheses(view, "EQ105", tail, rank=10)
+    ones: list[Predict] = [
+        lambda a, v: [1.0 / a.ranks] * len(v),
+        lambda a, v: [x * a.micro_steps for x in v],
+    ]
+    found += hypotheses(view, "EQ101", ones, rank=12)
     sums: list[Predict] = [lambda _, v: [1.0 / len(v)] * len(v)]
     if _all_ones(view):
-        found += _hypotheses(view, "EQ108", sums, rank=11)
+        found += hypotheses(view, "EQ108", sums, rank=11)
     else:
-        found += _hypotheses(view, "EQ103", [*sums, *_shares(view)], rank=15)
+        found += hypotheses(view, "EQ103", [*sums, *_shares(view)], rank=15)
     twice: list[Predict] = [
-        lambda _, v: [x / len(v) for x in v],
-        lambda _, v: [1.0 / len(v) ** 2] * len(v),
+        lambda a, v: [x / a.micro_steps for x in v],
+        lambda a, v: [1.0 / (a.micro_steps * len(v))] * len(v),
     ]
-    found += _hypotheses(view, "EQ102", twice, rank=14)
-    if not found:
+    found += hypotheses(view, "EQ102", twice, rank=14)
+    factor = factor_of(view)
+    if factor is not None:
+        # A pure factor of K, of the number of ranks, or of both: that decides between these codes.
+        named = {1: "EQ101", -1: "EQ102"}.get(factor[0])
+        found = [each for each in found if each.code not in {"EQ101", "EQ102"} - {named}]
+        if named is not None and not any(each.code == named for each in found):
+            found += scaled(view, named, float(view.steps) ** factor[0], rank=12)
+    elif not found:
         found += _denominator(view)
     return found
+
+
+def scaled(view: View, code: str, factor: float, rank: int) -> list[Suspicion]:
+    """Return a suspicion of one pure factor, which may be one of two."""
+    reweight = Reweight(
+        {view.cycle_of(a.matched): [1.0 / factor] * a.pieces.shape[0] for a in view.attributions},
+        view.names,
+    )
+    shown = view.divergent[0]
+    evidence: dict[str, object] = {
+        "factor": factor,
+        "weights": shown.shaped(shown.w.values),
+        "true_weights": shown.shaped(shown.v.values),
+    }
+    return [Suspicion(code, [(reweight,)], evidence, shown.step, rank)]
 
 
 def _shares(view: View) -> list[Predict]:
@@ -90,7 +116,8 @@ def _all_ones(view: View) -> bool:
     ) and any(each.v.unique for each in view.divergent)
 
 
-def _hypotheses(view: View, code: str, predictions: list[Predict], rank: int) -> list[Suspicion]:
+def hypotheses(view: View, code: str, predictions: Sequence[Predict], rank: int) -> list[Suspicion]:
+    """Return a suspicion if the weights that one of the predictions gives make all gradients that differ."""
     for predict in predictions:
         factors: dict[int, list[float]] = {}
         shown: list[Attribution] = []
@@ -105,7 +132,11 @@ def _hypotheses(view: View, code: str, predictions: list[Predict], rank: int) ->
                 if all(x != 0 for x in wrong):
                     factors[each.matched] = [v / w for v, w in zip(right, wrong, strict=True)]
         if shown and len(shown) == len(view.divergent):
-            evidence = {"weights": shown[0].w.values, "true_weights": shown[0].v.values}
+            first = shown[0]
+            evidence: dict[str, object] = {
+                "weights": first.shaped(first.w.values),
+                "true_weights": first.shaped(first.v.values),
+            }
             reweight = Reweight(_by_cycle(view, factors), view.names)
             return [Suspicion(code, [(reweight,)], evidence, shown[0].step, rank)]
     return []
@@ -151,7 +182,7 @@ def _confirmed(view: View, shown: Attribution, scale: float) -> str | None:
     """Return the rule, read from one K, that predicts the factor at another K exactly."""
     k = view.steps
     other = 2 if k != 2 else 3
-    if other > min(view.experiment.data.rows):
+    if other * view.experiment.case.shares > min(view.experiment.data.rows):
         return None
     try:
         recording = view.experiment.at(other)
@@ -175,7 +206,7 @@ def _confirmed(view: View, shown: Attribution, scale: float) -> str | None:
         "in inverse proportion to K": scale * k / other,
         "the denominator's excess is in proportion to K": 1.0 / (1.0 + excess * other / k),
         "the denominator grows with K, and has grown in the full batch": (1.0 + slope)
-        / (1.0 + slope * other),
+        / ((1.0 + slope * other) or math.inf),
     }
     here, there = view.counts(), view.counts(other)
     for label, values in here.items():

@@ -12,6 +12,7 @@ from equivcheck.interventions.backwards import Addend, Addends, Reweight, ordina
 from equivcheck.interventions.base import Intervention
 from equivcheck.interventions.calls import Defer, Postpone, Ration, Retime, UnscaleFirst
 from equivcheck.interventions.counts import Construct, Length, Repeat, Shorten
+from equivcheck.interventions.ranks import Broadcast, Synchronise
 from equivcheck.interventions.state import (
     Before,
     Fresh,
@@ -26,6 +27,7 @@ __all__ = [
     "Addend",
     "Addends",
     "Before",
+    "Broadcast",
     "Construct",
     "Defer",
     "Fresh",
@@ -41,6 +43,7 @@ __all__ = [
     "Rewind",
     "Shorten",
     "StillBuffers",
+    "Synchronise",
     "UnscaleFirst",
     "ZerosToNone",
     "ordinal_of",

@@ -20,8 +20,8 @@ class Reweight(Intervention):
     """Multiply the root gradient of each backward by a factor for its place.
 
     Args:
-        factors: Per cycle, one factor for each micro-step: the true weight over the weight that a
-            hypothesis predicts.
+        factors: Per cycle, one factor for each micro-step (of each rank): the true weight over the
+            weight that a hypothesis predicts.
         names: The parameters whose gradients are concerned; None for all, by way of the root.
     """
 
@@ -34,11 +34,7 @@ class Reweight(Intervention):
         self._names = names
 
     def _factor(self, recorder: Recorder) -> float:
-        place = recorder.place()
-        if place is None:
-            return 1.0
-        factors = self._factors.get(place.cycle, ())
-        return factors[place.micro_step] if place.micro_step < len(factors) else 1.0
+        return recorder.factor(self._factors)
 
     def root_factor(self, recorder: Recorder) -> float:
         return self._factor(recorder) if self._names is None else 1.0
@@ -79,11 +75,10 @@ class Addend(Intervention):
         self._factors = factors
 
     def _factor(self, recorder: Recorder) -> float:
-        place = recorder.place()
-        if place is None or ordinal_of(recorder.schedule, recorder.backwards - 1) != self._ordinal:
+        if recorder.place() is None:
             return 1.0
-        factors = self._factors.get(place.cycle, ())
-        return factors[place.micro_step] if place.micro_step < len(factors) else 1.0
+        ordinal = ordinal_of(recorder.schedule, recorder.backwards - 1)
+        return recorder.factor(self._factors) if ordinal == self._ordinal else 1.0
 
     def root_factor(self, recorder: Recorder) -> float:
         return 1.0 if self._path else self._factor(recorder)

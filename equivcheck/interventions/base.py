@@ -70,3 +70,10 @@ class Intervention:
 
     def finish(self, recorder: Recorder) -> None:
         """Act when `train` has returned."""
+
+    def gathered(self) -> Any:
+        """Return what a run in a rank process taught this object, to be taken back."""
+        return None
+
+    def take_back(self, by_rank: Sequence[Any]) -> None:
+        """Learn what the same intervention gathered on each rank."""

@@ -148,5 +148,5 @@ class UnscaleFirst(Intervention):
 
     @contextmanager
     def installed(self, recorder: Recorder) -> Iterator[None]:
-        recorder.unscale_before_clip = True
+        recorder.clips.unscale_first = True
         yield

@@ -126,7 +126,9 @@ def _rows(case: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield from _finding_rows(case)
     for note in case.get("notes") or ():
         yield "note", note
-    yield "replay", f"equivcheck replay {case['id']}"
+    again = case.get("replay", f"equivcheck replay {case['id']}")
+    if again:  # none for a subject that only the program that made it has
+        yield "replay", again
     if causes:
         yield "learn", f"equivcheck explain {causes[0]['code']}"
 

@@ -19,9 +19,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from equivcheck.case import Case
+from equivcheck.casting import promote_module, promote_tree
 from equivcheck.decide import run_case
 from equivcheck.feed import Feed, read_batches
-from equivcheck.promotion import promote_module, promote_tree, promoted
+from equivcheck.promotion import promoted
 from equivcheck.split import block_permutation, plan
 from equivcheck.subject import Subject, load_subject
 

@@ -74,7 +74,7 @@ class Engine:
         self.answers = {}
         self.ran = []
 
-    def plan_cases(self, subject, accumulation_steps, explicit, **fields):
+    def plan_cases(self, subject, accumulation_steps, explicit, world_sizes=(1,), **fields):
         fitting = [k for k in accumulation_steps if k <= 16]
         if explicit and fitting != accumulation_steps:
             raise UsageError("accumulation_steps is larger than the batch")

@@ -26,11 +26,18 @@ import pytest
         (["run", "train_step.py", "-k", "(K=2"], "a parenthesis is not closed"),
         (["run", "train_step.py", "-k", "K=2 K=4"], "and, or are missing"),
         (["run", "train_step.py", "-k", "not"], "a word is missing"),
-        (["run", "train_step.py", "--world-size", "2"], "world_size=2 is not supported"),
-        (["run", "train_step.py", "--strategy", "ddp"], "strategy=ddp is not supported"),
-        (["run", "--full", "a", "--accumulated", "b"], "not supported in this version"),
-        (["run", "suite:normalization"], "is a suite or folder"),
-        (["run", "."], "is a suite or folder"),
+        (["run", "train_step.py", "--world-size", "0"], "whole numbers of at least 1"),
+        (["run", "train_step.py", "--strategy", "dpp"], "did you mean ddp?"),
+        (["run", "--full", "a", "--accumulated", "b"], "no-such-program"),
+        (["run", "--full", "python"], "no-accumulated-command"),
+        (["run", "--accumulated", "python"], "no-full-command"),
+        (["run", "t.py", "--full", "python"], "stands beside --full"),
+        (["run", "--full", "python", "--versions", "a,b,c"], "names 3 interpreters"),
+        (["run", "--full", "python", "--versions", "a,b"], "no-such-interpreter"),
+        (["run", "--full", "python", "--accumulated", "python '"], "bad-command"),
+        (["run", "suite:normalisation"], "suite:normalization"),
+        (["run", "empty"], "empty-folder: empty has no suite and no subject"),
+        (["run", "suite:normalization", "--expect", "EQ101"], "states what theory expects"),
         (["list", "train_step.py", "--json", "x"], "unknown argument --json of equivcheck list"),
         (["replay", "abcd"], "there is no result at reports/latest/result.json"),
         (["report", "nope.json"], "cannot read the result nope.json"),
@@ -42,6 +49,8 @@ import pytest
 )
 def test_a_mistake_is_exit_code_2(cli, engine, arguments, told):
     """With a sentence on stderr, and nothing was run."""
+    Path("empty").mkdir()
+
     outcome = cli(*arguments)
 
     assert outcome.code == 2
@@ -69,7 +78,7 @@ def test_an_unknown_key_is_refused(cli):
         ("[tool]\nequivcheck = 3\n", "is not a table"),
         ("[tool.equivcheck]\nseed = 1.5\n", "seed is 1.5"),
         ("[tool.equivcheck]\naccumulation_steps = [2, 'x']\n", "accumulation_steps is '2,x'"),
-        ("[tool.equivcheck]\nworld_size = 2\n", "world_size=2 is not supported"),
+        ("[tool.equivcheck]\nworld_size = [0]\n", "world_size is '0'"),
     ],
 )
 def test_a_bad_file_is_refused(cli, page, told):

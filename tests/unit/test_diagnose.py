@@ -29,6 +29,8 @@ class World:
         suspicions: From the letters already put right, what is suspected then.
     """
 
+    intervenes = True
+
     def __init__(self, faults, suspicions):
         self.faults = faults
         self.suspicions = suspicions

@@ -11,16 +11,28 @@ import pytest
 ROOT = Path(__file__).parents[2] / "equivcheck"
 
 LAYERS = (
-    {"errors", "case", "causes", "result"},
-    {"split", "differences", "attribution", "noise"},
+    {"errors", "case", "causes", "result", "_bundled"},
+    {"split", "differences", "attribution", "noise", "counting", "tensorfile"},
     {
-        *("subject", "feed", "recording", "recorder", "observe", "shadow"),
-        *("promotion", "interventions", "neutral", "entropy", "freeze", "addends"),
-        *("execute", "memory", "deadline"),
+        *(
+            "subject",
+            "feed",
+            "recording",
+            "recorder",
+            "hooks",
+            "observe",
+            "shelf",
+            "states",
+            "shadow",
+        ),
+        *("promotion", "casting", "interventions", "neutral", "entropy", "freeze", "addends"),
+        "ranks",
+        *("execute", "memory", "deadline", "strategies", "suite", "attach"),
     },
     {
-        *("experiment", "verdict", "view", "diagnose", "detectors"),
-        *("shared", "precision", "decide", "describe", "doubts"),
+        "topology",
+        *("experiment", "fit", "verdict", "view", "diagnose", "detectors"),
+        *("shared", "precision", "decide", "describe", "doubts", "series", "timelines", "scripts"),
     },
     {"api", "config", "report"},
     {"cli", "plugin", "__init__", "__main__"},

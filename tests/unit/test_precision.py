@@ -9,7 +9,7 @@ import torch
 
 from equivcheck.differences import Sums
 from equivcheck.noise import UNITS, growth
-from equivcheck.precision import COARSE, judge_precision, native_gap
+from equivcheck.precision import judge_precision, native_gap
 from equivcheck.recording import Recording, Step
 
 WIDTH = 64
@@ -65,14 +65,28 @@ def test_accumulating_may_lose_units_times_the_growth(factor, loses):
 
 
 @pytest.mark.parametrize(
-    ("own", "accumulation_steps", "loses"),
-    [(0.5, 4, True), (2.0, 4, False), (0.5, 1, False), (0.0, 4, False)],
-    ids=["more than its own error", "less", "one micro-batch", "no error of its own"],
+    ("lost", "own", "accumulation_steps", "loses"),
+    [
+        (2.0, 1.0, 4, True),
+        (2.0, 4.0, 4, False),
+        (2.0, 1.0, 1, False),
+        (2.0, 0.0, 4, False),
+        (0.9, 0.5, 4, False),
+    ],
+    ids=[
+        "more than its own error",
+        "less",
+        "one micro-batch",
+        "no error of its own",
+        "less than one roundoff",
+    ],
 )
-def test_a_coarse_dtype_is_judged_by_the_full_batch(own, accumulation_steps, loses):
-    """Its own error is what a correct run in that dtype has anyway."""
-    full = step({"w": SUM}, error=own * COARSE)
-    lab = Lab(full, step({"w": rounded(COARSE)}, PIECES), accumulation_steps, dtype="bfloat16")
+def test_a_coarse_dtype_is_judged_by_the_full_batch(lost, own, accumulation_steps, loses):
+    """Its own error is what a correct run in that dtype has anyway; all in roundoffs of bfloat16."""
+    unit = 2.0**-8
+    full = step({"w": SUM}, error=own * unit)
+    candidate = step({"w": rounded(lost * unit)}, PIECES)
+    lab = Lab(full, candidate, accumulation_steps, dtype="bfloat16")
 
     assert (judge_precision(lab).loss is not None) is loses
 

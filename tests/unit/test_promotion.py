@@ -21,7 +21,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from equivcheck.promotion import promote_module, promote_tree, promoted
+from equivcheck.casting import promote_module, promote_tree
+from equivcheck.promotion import promoted
 
 pytestmark = [
     # Compiling is imported by set_stance; nested tensors and half complex numbers are prototypes.

@@ -11,10 +11,14 @@ import pytest
 import equivcheck
 
 SIGNATURE = (
-    "(target: 'object', *, accumulation_steps: 'Iterable[int] | int | None' = None, "
-    "split: 'str' = 'even', expect: 'Iterable[str]' = (), train: 'str | None' = None, "
-    "precision: 'str' = 'native', device: 'str' = 'cpu', optimizer_steps: 'int' = 8, "
-    "seed: 'int' = 0, timeout: 'float | None' = None) -> 'Result'"
+    "(target: 'object' = None, *, build: 'Functions | None' = None, "
+    "batches: 'Batches | None' = None, train: 'Functions | str | None' = None, "
+    "objective: 'Functions | None' = None, "
+    "accumulation_steps: 'Iterable[int] | int | None' = None, "
+    "split: 'Iterable[str] | str' = 'even', world_size: 'Iterable[int] | int' = 1, "
+    "strategy: 'Iterable[str] | str' = 'none', expect: 'Iterable[str] | str' = (), "
+    "precision: 'Iterable[str] | str' = 'native', device: 'str' = 'cpu', "
+    "optimizer_steps: 'int' = 8, seed: 'int' = 0, timeout: 'float | None' = None) -> 'Result'"
 )
 
 

@@ -1,0 +1,3 @@
+"""Suites and fixtures, where a wheel carries them; in a clone they lie beside the package."""
+
+from __future__ import annotations

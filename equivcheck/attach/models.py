@@ -1,0 +1,93 @@
+"""Find the model of a script that hands us none: what owns the parameters that its optimizers hold.
+
+Wrappers (DistributedDataParallel, torch.compile, a trainer's own) are taken off, so that a parameter has one name
+however it is trained.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+__all__ = ["Parts", "owner", "unwrapped"]
+
+# Where wrappers keep what they wrap.
+_INNER = ("module", "_orig_mod", "_forward_module", "_original_module")
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return what a wrapper wraps: the child that holds every parameter of it."""
+    while True:
+        mine = {id(p) for p in module.parameters()}
+        inner = next(
+            (
+                child
+                for name in _INNER
+                if isinstance(child := module._modules.get(name), nn.Module)  # noqa: SLF001 - no lazy getattr
+                and {id(p) for p in child.parameters()} == mine
+            ),
+            None,
+        )
+        if inner is None:
+            return module
+        module = inner
+
+
+def owner(called: nn.Module, optimizers: list[Optimizer]) -> nn.Module:
+    """Return the smallest module that holds what the optimizers train.
+
+    Args:
+        called: The module that was called outermost.
+        optimizers: Those alive; none if the script has not made any yet.
+    """
+    wanted = {id(p) for each in optimizers for group in each.param_groups for p in group["params"]}
+    if wanted <= {id(p) for p in called.parameters()}:
+        return unwrapped(called)
+    holding = []
+    for each in gc.get_objects():
+        # isinstance would wake lazy and deprecated objects.
+        if issubclass(type(each), nn.Module):
+            held = {id(p) for p in each.parameters()}
+            if wanted <= held:
+                holding.append((len(held), each))
+    if holding:
+        return unwrapped(min(holding, key=lambda item: item[0])[1])
+    return unwrapped(called)
+
+
+class Parts(nn.Module):
+    """Several models that are called one after the other; the first keeps its names, the others have a prefix."""
+
+    def __init__(self, first: nn.Module, others: dict[str, nn.Module]) -> None:
+        super().__init__()
+        self._parts = [("", first), *((f"{name}.", part) for name, part in others.items())]
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield every parameter once, under the part that comes first."""
+        yield from self._once("named_parameters", *args, **kwargs)
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield every buffer once."""
+        yield from self._once("named_buffers", *args, **kwargs)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """Yield every module once."""
+        yield from self._once("named_modules", *args, **kwargs)
+
+    def _once(self, method: str, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        seen: set[int] = set()
+        for prefix, part in self._parts:
+            for name, value in getattr(part, method)(*args, **kwargs):
+                if id(value) not in seen:
+                    seen.add(id(value))
+                    yield f"{prefix}{name}", value
+
+    def with_part(self, name: str, part: nn.Module) -> Parts:
+        """Return the parts with one more."""
+        others = {prefix.rstrip("."): each for prefix, each in self._parts[1:]}
+        return Parts(self._parts[0][1], {**others, name: part})

@@ -1,0 +1,183 @@
+"""What the processes of a script keep: the full batch's state in files, each backward's own contribution."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from equivcheck.attach.store import step_name, write_kept
+from equivcheck.noise import coordinates
+from equivcheck.observe import Comparer, Gradients, Keeper, Perturbed, Sampler
+from equivcheck.recording import Recording, Step
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from equivcheck.recorder import Recorder
+
+Contributions = list[dict[str, torch.Tensor]]
+
+
+class Writer(Keeper):
+    """Keeps the full-batch run in one file per optimizer step, so that other processes can be set to its state.
+
+    Args:
+        folder: Where to.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
+
+    def start(self, recorder: Recorder) -> None:
+        super().start(recorder)
+        assert recorder.recording.initial is not None
+        write_kept(self._folder, "initial", recorder.recording.initial)
+
+    def after(self, recorder: Recorder, step: Step, optimizer: Optimizer) -> None:
+        before = len(recorder.recording.kept)
+        super().after(recorder, step, optimizer)
+        if len(recorder.recording.kept) > before:
+            self._write(recorder, before)
+
+    def finish(self, recorder: Recorder) -> None:
+        before = len(recorder.recording.kept)
+        super().finish(recorder)
+        if len(recorder.recording.kept) > before:
+            self._write(recorder, before)
+        self.shelf.close()
+
+    def _write(self, recorder: Recorder, index: int) -> None:
+        kept = recorder.recording.kept[index]
+        write_kept(self._folder, step_name(index), kept)
+        # Only the parameters of the last step are looked at again: how far the next one moves them.
+        kept.gradients, kept.applied, kept.buffers, kept.state, kept.shadows = {}, {}, {}, {}, {}
+        if index:
+            recorder.recording.kept[index - 1].after = {}
+
+
+class Follower(Comparer):
+    """Compares one of several processes with the full batch, of which it sees a share.
+
+    Attributes:
+        world_size: Processes that share every full batch.
+        match_by: Per optimizer step, the full batch's; None where samples tell.
+    """
+
+    def __init__(
+        self, reference: Recording, *, native: bool = False, contributions: bool = False
+    ) -> None:
+        super().__init__(reference, native=native, contributions=contributions)
+        self.world_size = 1
+        self.match_by: list[int | None] | None = None
+
+    def _match(self, step: Step) -> None:
+        if self.match_by is not None:
+            known = step.index < len(self.match_by)
+            step.matched = self.match_by[step.index] if known else None
+        elif self.world_size == 1:
+            super()._match(step)
+        else:
+            self._match_share(step)
+
+    def _match_share(self, step: Step) -> None:
+        """Match a step that consumed its share of a full batch's samples, and none of another's."""
+        queue = self._queues.get(step.optimizer, [])
+        collected = self._collected.setdefault(step.optimizer, set())
+        collected |= step.samples
+        for skipped, other in enumerate(queue):
+            if collected <= other.samples:
+                if len(collected) * self.world_size >= len(other.samples):
+                    step.matched, step.missing = other.index, skipped
+                    del queue[: skipped + 1]
+                    collected.clear()
+                return
+
+
+class Shaken(Perturbed, Follower):
+    """A control of a full batch that several processes may share.
+
+    Args:
+        reference: The recording that was kept.
+        which: Chooses the signs of the roundings.
+    """
+
+    def __init__(self, reference: Recording, which: int = 0) -> None:
+        super().__init__(reference)
+        self._seed = which * 1_000_000
+
+
+class Contributor(Follower):
+    """Compares, and takes what each backward adds to the gradients, as the pieces of the cycle.
+
+    Args:
+        reference: The recording that was kept.
+        contributions: Filled with one entry per root backward, at the sampled coordinates, float64.
+    """
+
+    def __init__(
+        self, reference: Recording, contributions: Contributions, *, native: bool = False
+    ) -> None:
+        super().__init__(reference, native=native, contributions=True)
+        self._taken = contributions
+
+    @contextmanager
+    def contributions(self, recorder: Recorder) -> Iterator[None]:
+        with super().contributions(recorder):
+            yield
+        self._taken.append(self._arrived[-1])
+
+    def returned(self, recorder: Recorder, inputs: Any, result: Any) -> None:
+        super().returned(recorder, inputs, result)
+        self._taken.append(self._arrived[-1])
+
+
+class Watcher(Sampler):
+    """Takes a fixed sample of coordinates of everything, and changes nothing.
+
+    Args:
+        contributions: Filled with one entry per root backward.
+        after: Filled with one entry per optimizer step: parameters, buffers and optimizer state after it.
+    """
+
+    def __init__(self, contributions: Contributions, after: list[dict[str, torch.Tensor]]) -> None:
+        super().__init__()
+        self._taken = contributions
+        self._after = after
+
+    def gradients(
+        self, recorder: Recorder, step: Step, gradients: Gradients, _applied: Gradients
+    ) -> None:
+        self.sample(recorder, step, gradients)
+
+    def after(self, recorder: Recorder, _step: Step, _optimizer: Optimizer) -> None:
+        self._after.append({name: self.take(name, p) for name, p in recorder.parameters().items()})
+
+    @contextmanager
+    def contributions(self, recorder: Recorder) -> Iterator[None]:
+        parameters = recorder.parameters()
+        if not self._chosen:
+            self._chosen = coordinates({name: p.numel() for name, p in parameters.items()})
+        arrived: dict[str, torch.Tensor] = {}
+
+        def note(name: str) -> Any:
+            def hook(gradient: torch.Tensor) -> None:
+                arrived[name] = self.take(name, gradient)
+
+            return hook
+
+        handles = [
+            p.register_hook(note(name))  # type: ignore[no-untyped-call]
+            for name, p in parameters.items()
+            if p.requires_grad
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._taken.append(arrived)

@@ -1,0 +1,93 @@
+"""Run a command as it is, and write down what its optimizer steps do.
+
+The command keeps its output and its exit code. What is written can be compared
+with another recording, made on another machine or by other versions:
+
+  equivcheck record -o full -- python train.py --batch-size 16
+  equivcheck record -o accumulated -- python train.py --batch-size 4 --accum 4
+  equivcheck compare full accumulated
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+from equivcheck.cli.parser import add_options, flags
+from equivcheck.config import resolve
+from equivcheck.errors import UsageError
+
+HELP = "watch a script and write a recording"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `record`."""
+    parser.add_argument("-o", "--output", metavar="FOLDER", default="recording", help="where to")
+    parser.add_argument(
+        "--float64", action="store_true", help="compute in float64, without dropout"
+    )
+    add_options(parser, "optimizer_steps", "timeout")
+    parser.add_argument("words", metavar="CMD", nargs="+", help="the command, after --")
+
+
+def execute(options: argparse.Namespace) -> int:
+    """Run the command and return its own exit code."""
+    settings = resolve(flags(options))
+    target = Path(options.output)
+    if target.exists() and (not target.is_dir() or not _is_ours(target)):
+        raise UsageError(
+            f"output-exists: {target} is there already and is no recording",
+            expected="a new folder, or one that equivcheck record wrote",
+            fix="-o another-folder",
+        )
+    from equivcheck.attach.launch import launch, words_of  # noqa: PLC0415 - torch is loaded only to run
+    from equivcheck.attach.spec import Spec  # noqa: PLC0415
+    from equivcheck.attach.store import load  # noqa: PLC0415
+
+    words, variables = words_of(_quoted(options.words))
+    shutil.rmtree(target, ignore_errors=True)
+    spec = Spec(
+        "recorded",
+        str(target.resolve()),
+        "watch",
+        promoted=options.float64,
+        neutral=options.float64,
+        ends=False,
+        optimizer_steps=settings["optimizer_steps"],
+    )
+    try:
+        ended = launch(
+            words,
+            spec,
+            target.resolve(),
+            variables=variables,
+            inherit=True,
+            timeout=settings["timeout"],
+        )
+    except TimeoutError:
+        print(f"timed-out: the command was ended after {settings['timeout']:g} s", file=sys.stderr)
+        return 3
+    for failure in ended.failures:
+        print(f"not watched: {failure.strip().splitlines()[-1]}", file=sys.stderr)
+    ranks = sorted(target.glob("rank-*"))
+    if not ranks:
+        print("nothing recorded: no forward of a model that is trained was seen", file=sys.stderr)
+    else:
+        recording, facts = load(ranks[0], finished=False)
+        print(
+            f"recorded {len(recording.steps)} optimizer steps of {facts.world_size} "
+            f"rank{'s' * (facts.world_size > 1)} in {target}",
+            file=sys.stderr,
+        )
+    return ended.code if ended.code >= 0 else 128 - ended.code
+
+
+def _is_ours(folder: Path) -> bool:
+    return not any(folder.iterdir()) or (folder / "spec.json").exists()
+
+
+def _quoted(words: list[str]) -> str:
+    return shlex.join(words)

@@ -1,0 +1,31 @@
+"""What a batch holds that a loss may be a mean over: entries, labels, what a mask leaves in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+__all__ = ["masks"]
+
+
+def masks(path: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield, with a label each, masks of what a tensor holds that may be counted.
+
+    Args:
+        path: What the tensor is called.
+        tensor: Dimension 0 is the sample.
+    """
+    if tensor.is_floating_point() or tensor.is_complex():
+        if bool(((tensor == 0) | (tensor == 1)).all()):
+            yield f"{path} != 0", tensor != 0
+        return
+    yield f"{path} entries", torch.ones_like(tensor, dtype=torch.bool)
+    if not tensor.numel():
+        return
+    if tensor.dtype == torch.bool or int(tensor.min()) >= 0:
+        yield f"{path} != 0", tensor != 0
+    if tensor.dtype != torch.bool and bool((tensor < 0).any()):
+        yield f"{path} >= 0", tensor >= 0
+        if tensor.dim() > 1 and tensor.shape[1] > 1:
+            yield f"{path}[:, 1:] >= 0", tensor[:, 1:] >= 0

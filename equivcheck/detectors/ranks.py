@@ -1,0 +1,135 @@
+"""Ranks that share a batch: EQ501, EQ502, EQ504, EQ505. R ranks, K micro-batches each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from equivcheck.attribution import solve
+from equivcheck.detectors.weights import hypotheses, scaled
+from equivcheck.fit import Attribution
+from equivcheck.interventions import Broadcast, Synchronise
+from equivcheck.noise import SAFETY
+from equivcheck.recording import Recording, Step
+from equivcheck.topology import factor_of
+from equivcheck.view import Suspicion, View
+
+
+def suspect(view: View) -> list[Suspicion]:
+    """Return suspicions where several ranks ran; with one there is nothing that could be wrong between them."""
+    if view.experiment.case.world_size == 1:
+        return []
+    return [*_mean_of_ranks(view), *_rank_scale(view), *_unsynchronised(view), *_parted(view)]
+
+
+# ---- weights -----------------------------------------------------------------------------------
+
+
+def _mean_of_ranks(view: View) -> list[Suspicion]:
+    """EQ501: within a rank the weights are right, between ranks every one counts the same."""
+    if not view.divergent or view.experiment.case.shares == 1:
+        return []
+    return hypotheses(view, "EQ501", [_equal_ranks], rank=13)
+
+
+def _equal_ranks(attribution: Attribution, right: Sequence[float]) -> list[float]:
+    found: list[float] = []
+    for weights in attribution.by_rank(right):
+        total = sum(weights)
+        found += [x / total / attribution.ranks if total else 0.0 for x in weights]
+    return found
+
+
+def _rank_scale(view: View) -> list[Suspicion]:
+    """EQ504: a factor of the number of ranks, whatever K is."""
+    factor = factor_of(view)
+    if factor is None or not factor[1]:
+        return []
+    size = view.experiment.case.world_size
+    found = scaled(view, "EQ504", float(size) ** factor[1], rank=13)
+    found[0].evidence["world_size"] = size
+    return found
+
+
+# ---- what differs between ranks ----------------------------------------------------------------
+
+
+def _steps_of(recording: Recording, index: int) -> list[Step]:
+    """Return every rank's own view of an optimizer step."""
+    return [each.steps[index] for each in recording.ranks if index < len(each.steps)]
+
+
+def gradient_spread(steps: Sequence[Step]) -> float:
+    """Return the largest relative difference of a gradient between ranks that hold it whole."""
+    worst = 0.0
+    for name, sample in steps[0].sample.items():
+        present = [each.sample.get(name) for each in steps if name in each.sample]
+        if any(name in each.parts for each in steps) or len(present) < len(steps):
+            continue
+        if len({each is None for each in present}) > 1:
+            return 1.0
+        if sample is None:
+            continue
+        size = max(float(each.norm()) for each in present if each is not None)
+        apart = max(float((each - sample).norm()) for each in present if each is not None)
+        if size:
+            worst = max(worst, apart / size)
+    return worst
+
+
+def _unsynchronised(view: View) -> list[Suspicion]:
+    """EQ502: the ranks step with different gradients."""
+    limit = SAFETY * view.experiment.noise().floor()
+    for index in range(len(view.candidate.steps)):
+        steps = _steps_of(view.candidate, index)
+        spread = gradient_spread(steps) if len(steps) > 1 else 0.0
+        if spread > limit:
+            evidence: dict[str, object] = {"spread_between_ranks": spread}
+            weights = _weights_of_ranks(view, index)
+            if weights:
+                evidence["weights_of_each_rank"] = weights
+            return [Suspicion("EQ502", [(Synchronise(),)], evidence, index, 18)]
+    return []
+
+
+def _weights_of_ranks(view: View, index: int) -> list[list[float | None]]:
+    found = next((each for each in view.attributions if each.step == index), None)
+    if found is None:
+        return []
+    result = []
+    for step in _steps_of(view.candidate, index):
+        parts = [
+            torch.zeros(length, dtype=torch.float64) if (s := step.sample.get(name)) is None else s
+            for name, length in found.names
+        ]
+        result.append(solve(found.pieces, torch.cat(parts)).values)
+    return result
+
+
+def _parted(view: View) -> list[Suspicion]:
+    """EQ505: the ranks hold different parameters, although no gradient differs between them."""
+    limit = SAFETY * view.experiment.noise().floor()
+    for index in range(len(view.candidate.steps)):
+        steps = _steps_of(view.candidate, index)
+        if len(steps) < 2 or gradient_spread(steps) > limit:
+            continue
+        apart = _parameters_apart(steps)
+        if apart > limit:
+            evidence = {"spread_between_ranks": apart}
+            variants = [(Broadcast(source),) for source in range(len(steps))]
+            return [Suspicion("EQ505", variants, evidence, index, 19)]
+    return []
+
+
+def _parameters_apart(steps: Sequence[Step]) -> float:
+    """Return how differently far the parameters of the ranks are from the reference's, relative to their size."""
+    worst = 0.0
+    for name in steps[0].parameters:
+        found = [each.parameters[name] for each in steps if name in each.parameters]
+        if any(name in each.parts for each in steps) or len(found) < len(steps):
+            continue
+        sizes = [each.difference_norm for each in found]
+        if found[0].reference_norm:
+            worst = max(worst, (max(sizes) - min(sizes)) / found[0].reference_norm)
+    return worst

@@ -1,0 +1,117 @@
+"""Every backward that makes gradients for a step: `backward()` and `autograd.grad`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from equivcheck.hooks.base import Hooks, replace
+from equivcheck.hooks.roots import scalar_of, scaled, value_of
+from equivcheck.recording import Backward
+
+if TYPE_CHECKING:
+    from equivcheck.recorder import Recorder
+
+
+class Backwards(Hooks):
+    """Watches the autograd engine, in both modules that hold it.
+
+    Attributes:
+        repeated: Where a closure that is evaluated again stands among the backwards; None outside of one.
+        evaluated: Per backward of this evaluation of a closure, the loss it started from and its factor.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__(recorder)
+        self.repeated: int | None = None
+        self.evaluated: list[tuple[float, float]] = []
+        self._depth = 0
+
+    def install(self, stack: ExitStack) -> None:
+        engine = torch.autograd.graph._engine_run_backward
+        for module in (torch.autograd, torch.autograd.graph):
+            replace(stack, module, "_engine_run_backward", self._watched(engine))
+
+    @property
+    def count(self) -> int:
+        """Root backwards that have run, or begun.
+
+        A closure that an optimizer evaluates again goes through the same micro-steps again: it is counted from where
+        its first evaluation began.
+        """
+        return len(self.recording.backwards) if self.repeated is None else self.repeated
+
+    def _watched(self, engine: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(engine)
+        def run_backward(outputs: Any, *args: Any, **kwargs: Any) -> Any:
+            accumulate = kwargs.get("accumulate_grad", False)
+            if self._depth or self.recorder.is_paused or not self._is_root(accumulate, args):
+                return engine(outputs, *args, **kwargs)
+            self._depth += 1
+            try:
+                return self._root_backward(engine, list(outputs), args, kwargs)
+            finally:
+                self._depth -= 1
+
+        return run_backward
+
+    def _is_root(self, accumulate: bool, args: tuple[Any, ...]) -> bool:
+        """Tell a backward that makes gradients for a step from one that computes a term of the loss."""
+        if accumulate:
+            return True
+        create_graph, inputs = bool(args[2]), args[3]
+        return not create_graph and any(id(each) in self.recorder.names for each in inputs or ())
+
+    def _root_backward(
+        self,
+        engine: Callable[..., Any],
+        outputs: list[Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        self.recorder.edits.before_backward()
+        loss, root = value_of(outputs, args[0])
+        record = Backward(
+            self.count,
+            len(self.recording.fetched),
+            loss / self.recorder.scaling.loss_scale,
+            self.recorder.scaling.loss_scale,
+            root,
+            scalar_of(outputs),
+            self.recorder.usage.used_last,
+        )
+        repeated = self.repeated is not None
+        if self.repeated is None:
+            self.recording.backwards.append(record)
+        else:
+            self.repeated = min(self.repeated + 1, len(self.recording.backwards))
+        factor = 1.0
+        for each in self.recorder.interventions:
+            factor *= each.root_factor(self.recorder)
+        self.evaluated.append((loss, factor))
+        if factor != 1.0:
+            args = (scaled(args[0], outputs, factor), *args[1:])
+            record.loss *= factor
+        self.recorder.note(
+            "repeat" if repeated else "backward", loss=record.loss, loss_scale=record.loss_scale
+        )
+        self.recorder.clips.snapshots.clear()
+        with ExitStack() as around:
+            for each in self.recorder.interventions:
+                around.enter_context(each.around_backward(self.recorder, outputs))
+            if repeated:
+                result = engine(tuple(outputs), *args, **kwargs)
+            elif kwargs.get("accumulate_grad", False):
+                with self.recorder.observer.contributions(self.recorder):
+                    result = engine(tuple(outputs), *args, **kwargs)
+            else:
+                result = engine(tuple(outputs), *args, **kwargs)
+                self.recorder.observer.returned(self.recorder, args[3], result)
+        self.recorder.edits.after_backward()
+        for each in self.recorder.interventions:
+            each.after_backward(self.recorder)
+        return result

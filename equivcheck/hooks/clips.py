@@ -1,0 +1,124 @@
+"""What is done to gradients between backward and step, by a call: clips and zero_grad."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.utils import clip_grad
+from torch.optim import Optimizer
+
+from equivcheck.hooks.base import Hooks, each_of, number, quiet, replace
+
+if TYPE_CHECKING:
+    from equivcheck.recorder import Recorder
+
+
+class Clips(Hooks):
+    """Watches clips and zero_grad.
+
+    Attributes:
+        snapshots: By id of a parameter, its gradient before the last clip and the factor that unscales it.
+        unscale_first: A clip is to see gradients without the loss scale.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__(recorder)
+        self.snapshots: dict[int, tuple[torch.Tensor, float]] = {}
+        self.unscale_first = False
+
+    def install(self, stack: ExitStack) -> None:
+        norm = self._clip_norm(clip_grad._clip_grads_with_norm_)
+        replace(stack, clip_grad, "_clip_grads_with_norm_", norm)
+        value = self._clip_value(clip_grad.clip_grad_value_)
+        for module in (clip_grad, nn.utils):
+            replace(stack, module, "clip_grad_value_", value)
+        for owner in (Optimizer, nn.Module):
+            replace(stack, owner, "zero_grad", self._zero_grad(owner.zero_grad))
+
+    def close(self) -> None:
+        self.snapshots.clear()
+
+    def unscaled_by(self, optimizer: Optimizer, scale: float) -> None:
+        """Note that the gradients of an optimizer were divided by a loss scale after they were clipped."""
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if id(parameter) in self.snapshots:
+                    gradient, factor = self.snapshots[id(parameter)]
+                    self.snapshots[id(parameter)] = (gradient, factor / scale)
+
+    def _snapshot(self, parameters: Any) -> None:
+        for parameter in each_of(parameters):
+            if parameter.grad is not None:
+                with quiet():
+                    self.snapshots[id(parameter)] = (parameter.grad.detach().clone(), 1.0)
+
+    def _clip_norm(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def clip(parameters: Any, max_norm: Any, total_norm: Any, *args: Any, **kwargs: Any) -> Any:
+            parameters = _as_list(parameters)
+            self.recorder.note(
+                "clip",
+                max_norm=float(max_norm),
+                norm=number(total_norm),
+                scale=self.recorder.scaling.pending(),
+            )
+            if not self.recorder.allowed("clip"):
+                return None
+            self._snapshot(parameters)
+            with self._unscaled(parameters) as pending:
+                if pending != 1.0:
+                    total_norm = total_norm / pending
+                return original(parameters, max_norm, total_norm, *args, **kwargs)
+
+        return clip
+
+    def _clip_value(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def clip(parameters: Any, clip_value: Any, *args: Any, **kwargs: Any) -> Any:
+            parameters = _as_list(parameters)
+            self.recorder.note(
+                "clip", max_value=float(clip_value), scale=self.recorder.scaling.pending()
+            )
+            if not self.recorder.allowed("clip"):
+                return None
+            self._snapshot(parameters)
+            with self._unscaled(parameters):
+                return original(parameters, clip_value, *args, **kwargs)
+
+        return clip
+
+    @contextmanager
+    def _unscaled(self, parameters: Any) -> Iterator[float]:
+        """Let a clip see gradients without the loss scale, if an intervention asks for it."""
+        pending = self.recorder.scaling.pending() if self.unscale_first else 1.0
+        gradients = (
+            [] if pending == 1.0 else [p.grad for p in each_of(parameters) if p.grad is not None]
+        )
+        with torch.no_grad():
+            for gradient in gradients:
+                gradient.div_(pending)
+        yield pending
+        with torch.no_grad():
+            for gradient in gradients:
+                gradient.mul_(pending)
+
+    def _zero_grad(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def zero_grad(owner: Any, *args: Any, **kwargs: Any) -> Any:
+            self.recorder.note("zero_grad")
+            if not self.recorder.allowed("zero_grad"):
+                return None
+            self.recorder.edits.zeroed()
+            return original(owner, *args, **kwargs)
+
+        return zero_grad
+
+
+def _as_list(parameters: Any) -> Any:
+    # A generator, as model.parameters() is, can be walked only once: it is kept for the original too.
+    return parameters if isinstance(parameters, torch.Tensor) else list(parameters)

@@ -1,0 +1,103 @@
+"""What is done to gradients and parameters without a call, seen by comparing a few coordinates.
+
+A gradient set to None by hand or divided in place, a parameter decayed between two backwards.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from equivcheck.hooks.base import Hooks, quiet
+
+if TYPE_CHECKING:
+    from equivcheck.recorder import Recorder
+
+# Coordinates looked at between two backwards: enough to see an edit of all gradients, too few to cost anything.
+PROBE_TENSORS = 16
+PROBE_ELEMENTS = 32
+
+
+class Edits(Hooks):
+    """Compares gradients and parameters before a backward with what the one before left.
+
+    Attributes:
+        stepped: Whether an optimizer has stepped since the last backward.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__(recorder)
+        self.stepped = False
+        self._probe: list[torch.Tensor] | None = None
+        self._had_gradients = False
+        self._weights_probe: list[torch.Tensor] | None = None
+
+    def forget(self) -> None:
+        """Expect other gradients: a call is about to change them, or has."""
+        self._probe = None
+
+    def zeroed(self) -> None:
+        """Expect no gradients."""
+        self._had_gradients = False
+        self._probe = None
+
+    def after_step(self) -> None:
+        """Expect other parameters."""
+        self._weights_probe = None
+        self.stepped = True
+
+    def before_backward(self) -> None:
+        """Notice what was done to gradients and parameters since the backward before, without a call."""
+        with quiet():
+            if self.stepped and any(bool(g.any()) for g in self._gradient_probe()):
+                self.recorder.note("leftover")
+            elif self._probe is not None and not self.stepped:
+                now = self._gradient_probe()
+                if self._had_gradients and not now:
+                    self.recorder.note("cleared")
+                elif now and len(now) == len(self._probe):
+                    self._note_edit(self._probe, now)
+            weights = self._parameter_probe()
+            if self._weights_probe is not None and not _same(weights, self._weights_probe):
+                self.recorder.note("parameters_changed")
+
+    def _note_edit(self, before: list[torch.Tensor], now: list[torch.Tensor]) -> None:
+        if _same(before, now):
+            return
+        old, new = torch.cat(before).double(), torch.cat(now).double()
+        if not bool(new.any()):
+            self.recorder.note("cleared")
+            return
+        size = float(old @ old)
+        scale = float(old @ new) / size if size else 0.0
+        rest = float((new - scale * old).norm()) / (float(new.norm()) or 1.0)
+        self.recorder.note("edited", scale=scale, rest=rest)
+
+    def after_backward(self) -> None:
+        """Remember gradients and parameters as the backward left them."""
+        self.stepped = False
+        with quiet():
+            self._probe = self._gradient_probe()
+            self._had_gradients = bool(self._probe)
+            self._weights_probe = self._parameter_probe()
+
+    def _gradient_probe(self) -> list[torch.Tensor]:
+        found = []
+        for parameter in self.recorder.gradient_holders():
+            if parameter.grad is not None and not parameter.grad.is_sparse:
+                found.append(parameter.grad.detach().flatten()[:PROBE_ELEMENTS].clone())
+                if len(found) == PROBE_TENSORS:
+                    break
+        return found
+
+    def _parameter_probe(self) -> list[torch.Tensor]:
+        holders = self.recorder.gradient_holders()[:PROBE_TENSORS]
+        return [p.detach().flatten()[:PROBE_ELEMENTS].clone() for p in holders]
+
+
+def _same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return len(a) == len(b) and all(
+        x.shape == y.shape and torch.equal(torch.nan_to_num(x), torch.nan_to_num(y))
+        for x, y in zip(a, b, strict=True)
+    )

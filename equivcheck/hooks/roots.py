@@ -1,0 +1,79 @@
+"""The root of a backward: the loss it starts from, and the factors it carries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from equivcheck.hooks.base import number, quiet
+from equivcheck.noise import SAFETY, UNIT_ROUNDOFF, gamma
+
+
+def value_of(outputs: list[Any], seeds: Any) -> tuple[float, str]:
+    """Return the loss that a backward starts from, weighted with its root gradient, and its grad_fn's name."""
+    total, name = 0.0, ""
+    with quiet():
+        for output, seed in zip(outputs, seeds, strict=False):
+            if not isinstance(output, torch.Tensor):
+                continue
+            name = name or (type(output.grad_fn).__name__ if output.grad_fn else "leaf")
+            value = output.detach()
+            total += float((value if seed is None else value * seed.detach()).double().sum())
+    return total, name
+
+
+def scalar_of(outputs: list[Any]) -> float:
+    """Return the number that the loss was multiplied with last: a loss scale by hand; 1 if it was not."""
+    node = (
+        outputs[0].grad_fn if len(outputs) == 1 and isinstance(outputs[0], torch.Tensor) else None
+    )
+    if type(node).__name__ != "MulBackward0":
+        return 1.0
+    try:
+        other = getattr(node, "_saved_other", None)
+    except RuntimeError:  # The graph was freed: a second backward through it.
+        return 1.0
+    # Outside of any mode: torch hands a number that was wrapped as a tensor to modes as a number again.
+    with quiet():
+        return (
+            float(other)
+            if other is not None and other.numel() == 1 and not other.requires_grad
+            else 1.0
+        )
+
+
+def scaled(seeds: Any, outputs: list[Any], factor: float) -> tuple[Any, ...]:
+    """Return the root gradients of a backward, multiplied."""
+    with quiet():
+        return tuple(
+            torch.full_like(output, factor) if seed is None else seed * factor
+            for output, seed in zip(outputs, seeds, strict=False)
+        )
+
+
+def reweighted(result: Any, evaluated: list[tuple[float, float]]) -> Any:
+    """Return what a closure gives to its optimizer, with the factors that its backwards were given.
+
+    Args:
+        result: The loss as the loop computed it: the sum of the backward roots, or the last of them; any other value
+            is returned as it is.
+        evaluated: Per backward of this evaluation, the loss it started from and its factor.
+    """
+    if all(factor == 1.0 for _, factor in evaluated) or not isinstance(
+        result, (torch.Tensor, float)
+    ):
+        return result
+    value = number(result)
+    unit = (
+        UNIT_ROUNDOFF.get(result.dtype, 0.0)
+        if isinstance(result, torch.Tensor)
+        else UNIT_ROUNDOFF[torch.float32]
+    )
+    close = SAFETY * gamma(len(evaluated), unit)
+    for terms in (evaluated, evaluated[-1:]):
+        written = sum(loss for loss, _ in terms)
+        if written and abs(value - written) <= close * sum(abs(loss) for loss, _ in terms):
+            with quiet():
+                return result * (sum(loss * factor for loss, factor in terms) / written)
+    return result

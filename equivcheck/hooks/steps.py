@@ -1,0 +1,197 @@
+"""Optimizer steps: what each consumed, the gradients it takes, and the state before and after it."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from equivcheck.differences import dense
+from equivcheck.hooks.base import Hooks, number, quiet, replace, subclasses
+from equivcheck.hooks.roots import reweighted
+from equivcheck.recording import Step
+
+if TYPE_CHECKING:
+    from equivcheck.recorder import Recorder
+
+
+class Steps(Hooks):
+    """Watches every torch optimizer, and lets the observer look; a closure is wrapped."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__(recorder)
+        self._open: dict[int, Step] = {}
+        self._first_backward: dict[str, int] = {}
+        self._controlled: set[type] = set()
+
+    def install(self, stack: ExitStack) -> None:
+        stack.callback(register_optimizer_step_pre_hook(self._before_step).remove)
+        stack.callback(register_optimizer_step_post_hook(self._after_step).remove)
+        add = self._add_param_group(Optimizer.add_param_group)
+        replace(stack, Optimizer, "add_param_group", add)
+        self.install_controls(stack)
+
+    def install_controls(self, stack: ExitStack) -> None:
+        """Let interventions leave steps out, of optimizer classes that are not known to be watched yet."""
+        if not any(each.controls_steps for each in self.recorder.interventions):
+            return
+        classes: list[Any] = list(dict.fromkeys(subclasses(Optimizer)))
+        for each in classes:
+            if each is not Optimizer and "step" in vars(each) and each not in self._controlled:
+                self._controlled.add(each)
+                replace(stack, each, "step", self._step(each.step))
+
+    def close(self) -> None:
+        self._open.clear()
+
+    def first_backward(self, key: str) -> int:
+        """Return the count of backwards at an optimizer's previous step."""
+        return self._first_backward.get(key, 0)
+
+    def _step(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def step(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            if not self.recorder.is_paused and not self.recorder.allowed("step"):
+                return None
+            return original(optimizer, *args, **kwargs)
+
+        return step
+
+    def _add_param_group(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def add_param_group(optimizer: Optimizer, group: dict[str, Any]) -> None:
+            original(optimizer, group)
+            # Parameters that train makes are known from here on, before any gradient reaches them.
+            for parameter in optimizer.param_groups[-1]["params"]:
+                self.recorder.name_of(parameter, optimizer)
+
+        return add_param_group
+
+    def _open_step(self, optimizer: Optimizer) -> Step:
+        key = self.recorder.key_of(optimizer)
+        taken = self.recorder.usage.take(key)
+        samples = frozenset(each for fetch in taken for each in self.recording.fetched[fetch])
+        self.recording.boundaries.append(taken)
+        step = Step(
+            index=len(self.recording.steps),
+            optimizer=key,
+            samples=samples,
+            backwards=self.recorder.backwards,
+            first_backward=self.first_backward(key),
+            learning_rates=[
+                number(group["lr"]) for group in optimizer.param_groups if "lr" in group
+            ],
+        )
+        self._first_backward[key] = self.recorder.backwards
+        self.recording.steps.append(step)
+        return step
+
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if (
+            self.recorder.is_paused
+            or id(optimizer) in self._open
+            or not self.recorder.allowed("step")
+        ):
+            return None
+        for each in self.recorder.interventions:
+            each.before_step(self.recorder, optimizer)
+        step = self._open_step(optimizer)
+        self.recorder.note("step", optimizer=step.optimizer, learning_rates=step.learning_rates)
+        self._open[id(optimizer)] = step
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if not callable(closure):
+            self._observe(optimizer, step)
+            return None
+        with quiet():
+            self.recorder.observer.before(self.recorder, step, optimizer)
+
+        begin: int | None = None
+
+        @functools.wraps(closure)
+        def first_seen(*inner: Any, **named: Any) -> Any:
+            nonlocal begin
+            self.recorder.backward.evaluated = []
+            if begin is not None:
+                self.recorder.backward.repeated = begin
+                try:
+                    return reweighted(closure(*inner, **named), self.recorder.backward.evaluated)
+                finally:
+                    self.recorder.backward.repeated = None
+            begin = self.recorder.backwards
+            result = reweighted(closure(*inner, **named), self.recorder.backward.evaluated)
+            if not step.sample:
+                # What the closure consumed counts too; a known boundary has it already.
+                later = (
+                    []
+                    if self.recorder.usage.boundaries
+                    else self.recorder.usage.take(step.optimizer)
+                )
+                step.samples |= frozenset(
+                    each for fetch in later for each in self.recording.fetched[fetch]
+                )
+                self.recording.boundaries[step.index] += later
+                step.backwards = self._first_backward[step.optimizer] = self.recorder.backwards
+                self._observe(optimizer, step, closure=True)
+            return result
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": first_seen}
+        return (args[0], first_seen, *args[2:]), kwargs
+
+    def _observe(self, optimizer: Optimizer, step: Step, *, closure: bool = False) -> None:
+        with quiet():
+            if not closure:
+                self.recorder.observer.before(self.recorder, step, optimizer)
+            scale = getattr(optimizer, "grad_scale", None)
+            factor = 1.0 if scale is None else 1.0 / number(scale)
+            applied: dict[str, torch.Tensor | None] = {}
+            gradients: dict[str, torch.Tensor | None] = {}
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    name = self.recorder.names[id(parameter)]
+                    now = None if parameter.grad is None else dense(parameter.grad.detach())
+                    if now is not None:
+                        self.recorder.trained.add(parameter.dtype)
+                    now = now if now is None or factor == 1.0 else now * factor
+                    applied[name] = now
+                    if id(parameter) in self.recorder.clips.snapshots and now is not None:
+                        before, share = self.recorder.clips.snapshots[id(parameter)]
+                        step.clipped = True
+                        gradients[name] = dense(before) * share if share != 1.0 else dense(before)
+                    else:
+                        gradients[name] = now
+            found = getattr(optimizer, "found_inf", None)
+            step.skipped = found is not None and number(found) > 0
+            self.recorder.observer.gradients(self.recorder, step, gradients, applied)
+
+    def _after_step(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+        if self.recorder.is_paused or id(optimizer) not in self._open:
+            return
+        step = self._open.pop(id(optimizer))
+        with quiet():
+            if not step.sample:
+                self._observe(optimizer, step, closure=True)
+            self.recorder.observer.after(self.recorder, step, optimizer)
+        step.at = time.time_ns()
+        self.recorder.clips.snapshots.clear()
+        self.recorder.edits.after_step()
+
+    def skipped(self, optimizer: Optimizer) -> None:
+        """Note a step that a scaler left out, as a step that changed nothing."""
+        step = self._open_step(optimizer)
+        with quiet():
+            self._observe(optimizer, step)
+            step.skipped = True
+            self.recorder.observer.after(self.recorder, step, optimizer)
+        self.recorder.clips.snapshots.clear()

@@ -1,0 +1,92 @@
+"""What is put right between ranks: gradients reduced once at the end of a cycle, parameters made the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from equivcheck.hooks.base import quiet
+from equivcheck.interventions.base import Intervention
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from equivcheck.recorder import Recorder
+
+
+def _replicas(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the tensors that every rank holds whole."""
+    return [each for each in tensors if not isinstance(each, DTensor) and each.numel()]
+
+
+class Synchronise(Intervention):
+    """Take the mean of the gradients over all ranks, once, after the last backward of each cycle.
+
+    What was reduced before stays as it is: the mean of equal gradients.
+    """
+
+    name = "synchronise"
+
+    def after_backward(self, recorder: Recorder) -> None:
+        place = recorder.place()
+        if place is not None and place.last and recorder.world_size > 1:
+            with quiet():
+                self._reduce(_replicas(recorder.gradient_holders()), recorder.world_size)
+
+    @staticmethod
+    def _reduce(parameters: list[torch.Tensor], world_size: int) -> None:
+        present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
+        dist.all_reduce(present, dist.ReduceOp.MAX)
+        for parameter, anywhere in zip(parameters, present.tolist(), strict=True):
+            if not anywhere:
+                continue
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= world_size
+
+
+class Broadcast(Intervention):
+    """Give every rank the parameters and buffers of one of them, when a cycle begins and before it steps.
+
+    Args:
+        source: The rank that they are taken from.
+    """
+
+    name = "broadcast"
+
+    def __init__(self, source: int) -> None:
+        self._source = source
+        self._done = -1
+
+    @contextmanager
+    def installed(self, recorder: Recorder) -> Iterator[None]:
+        self._done = -1
+
+        def enter(*_: Any) -> None:
+            begins = recorder.backwards == 0 or not recorder.inside()
+            if begins and self._done != recorder.backwards:
+                self._done = recorder.backwards
+                self._send(recorder)
+
+        handle = recorder.model.register_forward_pre_hook(enter)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def before_step(self, recorder: Recorder, _optimizer: Optimizer) -> None:
+        self._send(recorder)
+
+    def _send(self, recorder: Recorder) -> None:
+        if recorder.world_size == 1:
+            return
+        tensors = [*recorder.gradient_holders(), *recorder.model.buffers()]
+        with quiet():
+            for each in _replicas(tensors):
+                dist.broadcast(each.detach(), self._source)

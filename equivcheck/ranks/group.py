@@ -1,0 +1,170 @@
+"""The process group of a rank: joined before the user's code runs, and never left.
+
+A loop as people write it calls `init_process_group` itself, or expects that somebody did; here both find the group that
+is there. `destroy_process_group` does nothing: torch 2.13 deadlocks in a third of the runs in which a
+`DistributedDataParallel` outlives its group, so a rank ends by `os._exit`, with its group.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import socket
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore, PrefixStore, Store, TCPStore
+from torch.distributed import distributed_c10d
+
+from equivcheck.recording import Collective
+
+# The parent watches the ranks and ends them; gloo's own limit must not come first.
+NEVER = timedelta(days=1)
+# Entries that the flight recorder keeps: eight steps of a few hundred parameters, sent one by one.
+FLIGHT_ENTRIES = 20_000
+
+_BYTES = {
+    "Float": 4,
+    "Double": 8,
+    "Half": 2,
+    "BFloat16": 2,
+    "Long": 8,
+    "Int": 4,
+    "Short": 2,
+    "Char": 1,
+    "Byte": 1,
+    "Bool": 1,
+    "ComplexFloat": 8,
+    "ComplexDouble": 16,
+}
+
+
+def environment(
+    rank: int, world_size: int, local_rank: int, local_world_size: int, address: str, port: int
+) -> dict[str, str]:
+    """Return the variables that launchers set and frameworks read."""
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(local_rank),
+        "LOCAL_WORLD_SIZE": str(local_world_size),
+        "GROUP_RANK": str(rank // local_world_size),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+        "TORCH_FR_BUFFER_SIZE": str(FLIGHT_ENTRIES),
+    }
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def join(rank: int, world_size: int, device: str, store: Store) -> None:
+    """Join the group of this run's ranks, and let the user's own calls find it.
+
+    Args:
+        rank: r.
+        world_size: R.
+        device: "cpu" is gloo; "cuda" nccl, with gloo for what lies on the cpu.
+        store: Where the ranks meet.
+    """
+    backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=NEVER)
+    _keep()
+
+
+def meet(folder: Path, world_size: int) -> Store:
+    """Return a store in a folder that all ranks of one machine share."""
+    return FileStore(str(folder / "rendezvous"), world_size)
+
+
+def _keep() -> None:
+    original = dist.init_process_group
+
+    @functools.wraps(original)
+    def init_process_group(*_args: Any, **_kwargs: Any) -> None:
+        """Find the group that is there already."""
+
+    @functools.wraps(dist.destroy_process_group)
+    def destroy_process_group(*_args: Any, **_kwargs: Any) -> None:
+        """Leave the group to the end of the process."""
+
+    modules: tuple[Any, ...] = (dist, distributed_c10d)
+    for module in modules:
+        module.init_process_group = init_process_group
+        module.destroy_process_group = destroy_process_group
+
+
+def issued() -> int:
+    """Return the number of collectives that this rank has issued, over all of its groups."""
+    total = 0
+    groups: list[Any] = list(distributed_c10d._world.pg_map)
+    for group in groups:
+        try:
+            total += int(group._get_sequence_number_for_group())
+        except RuntimeError:  # A backend without numbers.
+            continue
+    return total
+
+
+def flight(since: int) -> list[Collective]:
+    """Return the collectives issued since a time, in order, from torch's flight recorder.
+
+    Args:
+        since: Nanoseconds, as of `time.time_ns`.
+    """
+    dump = getattr(torch._C._distributed_c10d, "_dump_fr_trace_json", None)
+    if dump is None:  # torch < 2.7
+        return []
+    found = []
+    for entry in json.loads(dump()).get("entries", ()):
+        at = int(entry["time_created_ns"])
+        if at >= since:
+            kind = str(entry["profiling_name"]).rpartition(":")[2]
+            found.append(
+                Collective(
+                    kind=kind,
+                    bytes=_size(entry["input_sizes"], entry["input_dtypes"]),
+                    group=str(entry["process_group"][0]),
+                    at=at,
+                )
+            )
+    return found
+
+
+def _size(shapes: list[list[int]], dtypes: list[str]) -> int:
+    total = 0
+    for shape, dtype in zip(shapes, dtypes, strict=False):
+        count = 1
+        for each in shape:
+            count *= each
+        total += count * _BYTES.get(dtype, 4)
+    return total
+
+
+def leave_environment() -> dict[str, str]:
+    """Take the variables of a launcher out of this process's environment and return them."""
+    names = environment(0, 1, 0, 1, "", 0)
+    names |= {"ROLE_RANK": "", "ROLE_WORLD_SIZE": "", "GROUP_WORLD_SIZE": ""}
+    return {name: os.environ.pop(name) for name in names if name in os.environ}
+
+
+def described(collectives: Mapping[int, list[Collective]]) -> dict[int, dict[str, int]]:
+    """Return count and bytes of the collectives of each optimizer step."""
+    return {
+        step: {"count": len(each), "bytes": sum(c.bytes for c in each)}
+        for step, each in collectives.items()
+    }
+
+
+def meet_at(host: str, port: int, prefix: str) -> Store:
+    """Return a store that ranks on several machines share, as a client of the one that is there."""
+    return PrefixStore(prefix, TCPStore(host, port, is_master=False))

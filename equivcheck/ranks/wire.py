@@ -1,0 +1,157 @@
+"""Hand objects to rank processes and back: pickles through pipes, tensors beside them as raw bytes.
+
+A reference of many parameters is the same for all ranks and for every run of a case. Its tensors are written once into
+one file that each rank maps, so that a rank reads only the pages of its own shards. The file holds numbers only: no
+pickle is ever read from a file.
+"""
+
+from __future__ import annotations
+
+import io
+import mmap
+import pickle
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import torch
+
+# Tensors below a page travel inside the message.
+INLINE = mmap.PAGESIZE
+ALIGNMENT = 64
+
+
+class Arena:
+    """Writes tensors into a file, each once; the side that sends.
+
+    Args:
+        path: The file; it is made, and removed by whoever owns its folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("wb")
+        self._end = 0
+        # The tensors themselves are kept, so that no other one can take their identity.
+        self._known: dict[int, tuple[torch.Tensor, tuple[Any, ...]]] = {}
+
+    def put(self, tensor: torch.Tensor) -> tuple[Any, ...]:
+        """Write a tensor, unless it was written before, and return its reference."""
+        known = self._known.get(id(tensor))
+        if known is not None:
+            return known[1]
+        flat = _bytes_of(tensor)
+        self._file.write(bytes(-self._end % ALIGNMENT))
+        self._end += -self._end % ALIGNMENT
+        reference = ("arena", self._end, tensor.dtype, tuple(tensor.shape))
+        flat.tofile(self._file)
+        self._end += flat.nbytes
+        self._known[id(tensor)] = (tensor, reference)
+        return reference
+
+    def dumps(self, value: Any, *, remember: bool = True) -> bytes:
+        """Return a message; large tensors are left in the file.
+
+        Args:
+            value: Functions and classes that cannot be imported elsewhere travel by value.
+            remember: Its tensors will be sent again.
+        """
+        before = set(self._known)
+        message = dumps(value, self)
+        self._file.flush()
+        if not remember:
+            # The bytes stay in the file; the tensors need not be kept alive for them.
+            for key in set(self._known) - before:
+                del self._known[key]
+        return message
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+        self._known.clear()
+
+
+class Mapped:
+    """Reads tensors out of an arena's file; the side that receives.
+
+    Tensors are private copies on write: what is written to one stays in this process.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._map: mmap.mmap | None = None
+
+    def get(self, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+        """Return the tensor at an offset."""
+        count = 1
+        for size in shape:
+            count *= size
+        end = offset + count * dtype.itemsize
+        if self._map is None or len(self._map) < end:
+            with self._path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=offset).view(shape)
+
+
+def _bytes_of(tensor: torch.Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def _is_plain(value: Any) -> bool:
+    """Tell a tensor of numbers from one that only pickle knows how to take apart."""
+    return (
+        type(value) is torch.Tensor
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not value.requires_grad
+        and not value.is_quantized
+        and not value.is_conj()
+        and not value.is_neg()
+    )
+
+
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+    def __init__(self, file: io.BytesIO, arena: Arena | None) -> None:
+        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
+        self._arena = arena
+        self._alive: list[torch.Tensor] = []  # an identity must not be taken by another meanwhile
+
+    def persistent_id(self, value: Any) -> Any:
+        if not _is_plain(value) or not value.numel():
+            return None
+        if self._arena is not None and value.numel() * value.element_size() >= INLINE:
+            return self._arena.put(value)
+        # The identity tells the other side which tensors are one and the same.
+        self._alive.append(value)
+        return ("inline", id(value), value.dtype, tuple(value.shape), _bytes_of(value).tobytes())
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, mapped: Mapped | None) -> None:
+        super().__init__(file)
+        self._mapped = mapped
+        self._seen: dict[Any, torch.Tensor] = {}
+
+    def persistent_load(self, reference: Any) -> torch.Tensor:
+        kind, place, dtype, shape, *content = reference
+        if (kind, place) not in self._seen:
+            if kind == "inline":
+                buffer = bytearray(content[0])
+                tensor = torch.frombuffer(buffer, dtype=dtype).view(shape)
+            else:
+                assert self._mapped is not None
+                tensor = self._mapped.get(place, dtype, shape)
+            self._seen[kind, place] = tensor
+        return self._seen[kind, place]
+
+
+def dumps(value: Any, arena: Arena | None = None) -> bytes:
+    """Return a message that `loads` turns back into the value."""
+    file = io.BytesIO()
+    _Pickler(file, arena).dump(value)
+    return file.getvalue()
+
+
+def loads(message: bytes, mapped: Mapped | None = None) -> Any:
+    """Return what a message from another process of ours holds."""
+    return _Unpickler(io.BytesIO(message), mapped).load()

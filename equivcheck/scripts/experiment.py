@@ -1,0 +1,544 @@
+"""The experiment for a script: every role is a run of one of two command lines, watched from outside.
+
+| role | command | arithmetic |
+| --- | --- | --- |
+| reference | full batch | float64 |
+| control | full batch, parameters off by one rounding | float64 |
+| candidate | accumulated | float64 |
+| native_reference, native_candidate | full batch, accumulated | as written |
+| pieces | accumulated, every micro-batch from the state its cycle starts from | float64 |
+
+Samples are numbered in the order in which the full batch used them. A command line cannot be given single
+micro-batches, so a piece is what one backward of the accumulated run adds, scaled so that the full batch's weights add
+up to 1, as those of a mean do (to K, where its loss is a sum).
+
+K micro-batches per cycle, R ranks.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from equivcheck.attach.launch import Ended, launch
+from equivcheck.attach.spec import Spec
+from equivcheck.attach.store import Facts, load, with_kept
+from equivcheck.case import Case
+from equivcheck.errors import InternalError, StepError, UsageError
+from equivcheck.experiment import Experiment, Interventions
+from equivcheck.feed import Data, Key
+from equivcheck.fit import Attribution
+from equivcheck.interventions import Addends, Intervention, Rewind
+from equivcheck.recording import Place, Recording, Step
+from equivcheck.scripts.merge import merged
+from equivcheck.scripts.pieces import attribution_of, pieces_of
+
+if TYPE_CHECKING:
+    from equivcheck.scripts.target import Command, Script
+
+# What a process that is torn down badly ends with, after everything was seen: an abort in a destructor.
+_TORN_DOWN = {-signal.SIGABRT, 128 + signal.SIGABRT}
+
+
+class ScriptExperiment(Experiment):
+    """Runs one case by command lines, and remembers what was run.
+
+    Args:
+        script: The command lines.
+        case: The point of the matrix; its accumulation steps are those that the runs show.
+        progress: Told the role that begins.
+        promoted: Judge in float64; otherwise every role computes as written.
+    """
+
+    reseeds_forwards = True
+
+    def __init__(
+        self,
+        script: Script,
+        case: Case,
+        progress: Callable[[str], None] = lambda _: None,
+        *,
+        promoted: bool = True,
+    ) -> None:
+        self.is_promoted = promoted
+        self.script = script
+        self.subject = script  # type: ignore[assignment]
+        self.case = case
+        self.notes = []
+        self.runs = []
+        self._progress = progress
+        self._cache = {}
+        self.remembered = {}
+        self._keepers = []
+        self.has_objective = False
+        self.wants = set()
+        self._folder = Path(tempfile.mkdtemp(prefix="equivcheck-"))
+        self._count = 0
+        self._facts: dict[int, list[Facts]] = {}
+        self._folders: dict[int, Path] = {}
+
+    def close(self) -> None:
+        """Remove what was kept on disk."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    # ---- running -------------------------------------------------------------------------------
+
+    def _run(
+        self,
+        role: str,
+        command: Command,
+        observer: str,
+        *,
+        against: Recording | None = None,
+        interventions: Interventions = (),
+        schedule: Sequence[Place] = (),
+        **fields: Any,
+    ) -> Recording:
+        """Run a command line in one role and return what its processes did, as one recording."""
+        self._progress(role)
+        self._count += 1
+        folder = self._folder / f"{self._count:03d}-{role}"
+        native = role.startswith("native")
+        spec = Spec(
+            role,
+            str(folder / "ranks"),
+            observer,
+            promoted=self.is_promoted and not native,
+            native=native and self.is_promoted,
+            optimizer_steps=self.script.optimizer_steps,
+            schedule=list(schedule),
+            interventions=list(interventions),
+            **fields,
+        )
+        known = against or self._cache.get(("reference", ()))
+        if known is not None:
+            facts = self._facts[id(known)]
+            pairs = [
+                (digest, place * each.world_size + each.rank)
+                for each in facts
+                for place, digest in enumerate(each.digests)
+            ]
+            pairs.sort(key=lambda pair: pair[1])
+            spec.digests, spec.numbers = [p[0] for p in pairs], [p[1] for p in pairs]
+            spec.step_samples = [sorted(n for _, n in step.samples) for step in known.steps]
+            spec.rule = facts[0].rule
+        if against is not None:
+            spec.reference = str(self._folders[id(against)])
+        if any(each.shorter for each in interventions):
+            spec.stop_cycle = len(self.reference().steps) - 1
+        lengths = [each.length for each in interventions if each.length is not None]
+        if lengths:
+            spec.length = lengths[0]
+        ended = launch(list(command.words), spec, folder, variables=dict(command.variables))
+        recording = self._read(folder / "ranks", role, ended, command, interventions)
+        recording.seconds = ended.seconds
+        self.runs.append({"role": role, "seconds": ended.seconds})
+        return recording
+
+    def _read(
+        self,
+        folder: Path,
+        role: str,
+        ended: Ended,
+        command: Command,
+        interventions: Interventions,
+    ) -> Recording:
+        if ended.failures:
+            raise InternalError(ended.failures[0])
+        ranks, facts = [], []
+        for each in sorted(
+            folder.glob("rank-*"), key=lambda path: int(path.name[5:].split(".")[0])
+        ):
+            if "." in each.name:
+                self._note(f"{command.text}: a second training process of one rank was left out")
+                continue
+            learned: Sequence[Intervention] = interventions if each.name == "rank-0" else ()
+            recording, fact = load(each, finished=False, learned=learned)
+            if fact.ended == "running" and not ended.code:
+                raise UsageError(
+                    f"recording-cut-short: {each.name} of {role} ends after optimizer step {len(recording.steps)}",
+                    where=command.text,
+                    because="a process was killed, although its command ended well",
+                )
+            ranks.append(recording)
+            facts.append(fact)
+        self._refuse_failed(role, ended, command, ranks, facts)
+        if not ranks:
+            return Recording(role=role)
+        whole = merged(ranks, facts)
+        self._facts[id(whole)] = facts
+        self._folders[id(whole)] = folder
+        return whole
+
+    def _refuse_failed(
+        self,
+        role: str,
+        ended: Ended,
+        command: Command,
+        ranks: list[Recording],
+        facts: list[Facts],
+    ) -> None:
+        """Raise what the script raised; an abort after everything was seen is none of its faults."""
+        broken = next((each for each in facts if each.error), None)
+        if not ended.code and broken is None:
+            return
+        whole = bool(facts) and all(each.ended in {"exit", "limit"} for each in facts)
+        if broken is None and whole and ended.code in _TORN_DOWN:
+            self._note(f"{role}: the command aborted when everything had been seen ({ended.code})")
+            return
+        steps = max((len(each.steps) for each in ranks), default=0)
+        said = broken.error.splitlines()[0] if broken else f"exit code {ended.code}"
+        rank = f", rank {broken.rank}" if broken and broken.world_size > 1 else ""
+        raise StepError(
+            f"script-raised: {said}"[:100],
+            where=f"{role}{rank}, optimizer_step {steps}: {command.text}",
+            because=None if broken else "the command ended with an exit code that is not 0",
+            user_traceback=broken.traceback if broken else ended.output[-4000:],
+        )
+
+    def _note(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
+
+    # ---- roles ---------------------------------------------------------------------------------
+
+    def reference(self, interventions: Interventions = ()) -> Recording:
+        """Return the full-batch run in float64."""
+        interventions = tuple(each for each in interventions if each.both)
+
+        def make() -> Recording:
+            found = self._run("reference", self.script.full, "write", interventions=interventions)
+            if id(found) in self._folders:
+                with_kept(self._folders[id(found)] / "rank-0", found)
+            return found
+
+        return self._once(("reference", interventions), make)
+
+    def reference_of_length(self, length: int) -> Recording:
+        """Return the full-batch run whose `len(loader)` says something else."""
+        return self._once(
+            ("length", length),
+            lambda: self._run(
+                "full_batch", self.script.full, "compare", against=self.reference(), length=length
+            ),
+        )
+
+    def altered_reference(self, interventions: Interventions) -> Recording:
+        """Return the full-batch run with something put right, compared with the one as written."""
+        return self._once(
+            ("altered", interventions),
+            lambda: self._run(
+                "reference",
+                self.script.full,
+                "compare",
+                against=self.reference(),
+                interventions=interventions,
+                schedule=self.reference().places(self.cycles()),
+            ),
+        )
+
+    def control(self, which: int = 0, *, seed_offset: int = 0, permuted: bool = True) -> Recording:
+        """Return the full-batch run with parameters off by one rounding, or repeated as it is.
+
+        The rows of a script's batches are not ours to permute: the noise is that of perturbed parameters, of which
+        `which` chooses the signs.
+        """
+        return self._once(
+            ("control", which, seed_offset, permuted),
+            lambda: self._run(
+                "control",
+                self.script.full,
+                "perturb" if permuted else "compare",
+                against=self.reference(),
+                seed_offset=seed_offset,
+                perturbation=which,
+            ),
+        )
+
+    def perturbed(self) -> Recording:
+        """Return the control: it is perturbed already."""
+        return self.control()
+
+    def candidate(self, interventions: Interventions = ()) -> Recording:
+        """Return the accumulated run in float64."""
+        reference = self.reference(interventions)
+
+        def make() -> Recording:
+            return self._run(
+                "candidate",
+                self.script.accumulated,
+                "compare",
+                against=reference,
+                interventions=interventions,
+                schedule=self.schedule() if interventions else (),
+            )
+
+        found = self._once(("candidate", interventions), make)
+        if not interventions and ("measured",) not in self._cache:
+            self._cache["measured",] = True
+            self.case = replace(self.case, accumulation_steps=self._accumulation_steps(found))
+        return found
+
+    def candidate_again(self) -> Recording:
+        """Return the accumulated run once more."""
+        return self._run("candidate", self.script.accumulated, "compare", against=self.reference())
+
+    def at(self, accumulation_steps: int) -> Recording:
+        """Refuse another K: a command line has one.
+
+        Raises:
+            UsageError: Always.
+        """
+        raise UsageError(f"accumulation_steps {accumulation_steps} is not the command line's")
+
+    def native(self, role: str) -> Recording:
+        """Return native_reference or native_candidate: as written, from the reference's states."""
+
+        def make() -> Recording:
+            promoted = self.reference() if role == "native_reference" else self.candidate()
+            # Digests of what is computed in another precision are others: steps are matched as in the promoted run.
+            boundaries = [step.matched for step in promoted.steps]
+            command = self.script.full if role == "native_reference" else self.script.accumulated
+            return self._run(
+                role,
+                command,
+                "compare" if role == "native_reference" else "contribute",
+                against=self.reference(),
+                boundaries=boundaries,
+            )
+
+        return self._once((role,), make)
+
+    def pieces(self, interventions: Interventions = ()) -> dict[Any, Step]:
+        """Run what takes the pieces; they are no steps of their own here."""
+        self.pieces_recording(interventions)
+        return {}
+
+    def pieces_recording(self, interventions: Interventions = ()) -> Recording:
+        """Return the accumulated run in which every micro-batch starts from its cycle's state.
+
+        Raises:
+            UsageError: Addends are asked for: what a backward of this run starts from is scaled already.
+        """
+        interventions = tuple(each for each in interventions if each.both)
+        if any(isinstance(each, Addends) for each in interventions):
+            raise UsageError("the addends of a script's loss are not taken")
+        return self._once(
+            ("pieces", interventions),
+            lambda: self._run(
+                "pieces",
+                self.script.accumulated,
+                "contribute",
+                against=self.reference(interventions),
+                interventions=(*interventions, Rewind("parameters", "buffers", "state")),
+                schedule=self.schedule(),
+            ),
+        )
+
+    # ---- geometry ------------------------------------------------------------------------------
+
+    @property
+    def data(self) -> Data:  # type: ignore[override]
+        """The full batches, as far as a script shows them: their rows."""
+        rows = [len(numbers) for numbers in self._cycle_samples()]
+        return Data([None] * len(rows), rows)
+
+    def _cycle_samples(self) -> list[frozenset[Key]]:
+        return list(dict.fromkeys(step.samples for step in self.reference().steps))
+
+    def data_for(self, interventions: Interventions, *, promoted: bool) -> Data:  # noqa: ARG002 - as the base
+        """Return the data of a run."""
+        return self.data.shorter() if any(each.shorter for each in interventions) else self.data
+
+    def _by_cycle(self) -> dict[int, list[int]]:
+        """Return the micro-batches of the accumulated run by the full batch's step that has their samples."""
+        cycles = self.cycles()
+        found: dict[int, list[int]] = {}
+        for index, keys in enumerate(self.candidate().fetched):
+            cycle = cycles.get(keys[0], -1)
+            if cycle >= 0:
+                found.setdefault(cycle, []).append(index)
+        return found
+
+    def _accumulation_steps(self, candidate: Recording) -> int:
+        """Return K: how many micro-batches most cycles of the accumulated run have, per one of the full batch."""
+        cycles = self.cycles()
+        counts = Counter(
+            cycles[keys[0]] for keys in candidate.fetched if keys and keys[0] in cycles
+        )
+        own = Counter(cycles[keys[0]] for keys in self.reference().fetched if keys)
+        shares = [count // own[cycle] for cycle, count in counts.items() if own[cycle]]
+        return max(Counter(shares).most_common(1)[0][0], 1) if shares else 1
+
+    def slices(
+        self, data: Data, accumulation_steps: int | None = None
+    ) -> list[list[tuple[int, int]]]:
+        """Return, per full batch, the first and last row of every micro-batch.
+
+        Raises:
+            UsageError: Of another K than the command line's.
+        """
+        if accumulation_steps not in {None, self.case.accumulation_steps}:
+            raise UsageError(f"accumulation_steps {accumulation_steps} is not the command line's")
+        found = []
+        for cycle in range(len(data.rows)):
+            begin, spans = 0, []
+            for index in self._by_cycle().get(cycle, []):
+                rows = len(self.candidate().fetched[index])
+                spans.append((begin, begin + rows))
+                begin += rows
+            found.append(spans)
+        return found
+
+    def micro_batches(self, data: Data) -> list[list[int]]:
+        """Return the samples of every micro-batch."""
+        return [
+            [number for _, number in self.candidate().fetched[index]]
+            for cycle in range(len(data.rows))
+            for index in self._by_cycle().get(cycle, [])
+        ]
+
+    @property
+    def micro_batch_size(self) -> int:
+        """The largest micro-batch, over all ranks."""
+        return max((len(keys) for keys in self.candidate().fetched), default=0)
+
+    def counts(self, accumulation_steps: int | None) -> dict[str, list[list[int]]]:
+        """Return what each micro-batch holds of what may be counted, by label; per cycle."""
+        if accumulation_steps not in {None, self.case.accumulation_steps}:
+            return {}
+        [facts, *others] = self._facts.get(id(self.candidate()), []) or [Facts()]
+        counts = [
+            {
+                label: sum(each.counts[i].get(label, 0) for each in (facts, *others))
+                for label in facts.counts[i]
+            }
+            for i in range(min((len(each.counts) for each in (facts, *others)), default=0))
+        ]
+        by_cycle = self._by_cycle()
+        labels = [
+            label
+            for label in (counts[0] if counts else {})
+            if all(label in each for each in counts)
+        ]
+        return {
+            label: [
+                [counts[index][label] for index in by_cycle.get(cycle, []) if index < len(counts)]
+                for cycle in range(len(self.data.rows))
+            ]
+            for label in labels
+        }
+
+    def terms(self) -> int:
+        """Return the length of the longest sum behind a gradient: rows times the length of a row."""
+        facts = self._facts.get(id(self.reference()), [])
+        length = max((int(each.rule.get("row_length", 1)) for each in facts), default=1)
+        return max(self.data.rows, default=1) * length
+
+    # ---- what follows from the runs ------------------------------------------------------------
+
+    def estimate(self) -> dict[str, Any]:
+        """Return nothing: a script's size is known when it runs."""
+        return {"parameters": 0, "bytes": 0, "disk_bytes": 0, "seconds": 0.0}
+
+    def facts(self) -> dict[str, Any]:
+        """Return the commands, and what they have shown of the case."""
+        candidate = self._cache.get(("candidate", ()))
+        ranks = self._facts.get(id(candidate), [])
+        found: dict[str, Any] = {
+            "full_command": self.script.full.text,
+            "accumulated_command": self.script.accumulated.text,
+            "versions": list(self.script.versions),
+        }
+        if ranks:
+            found["accumulation_steps"] = self.case.accumulation_steps
+            found["world_size"] = ranks[0].world_size
+            found["environments"] = {
+                "full_batch": self._facts[id(self.reference())][0].environment,
+                "accumulated": ranks[0].environment,
+            }
+            if any(each.ended == "limit" for each in ranks):
+                found["ended_after_optimizer_steps"] = len(self.reference().steps)
+        return found
+
+    def other_samples(self) -> dict[str, Any] | None:
+        """Return how the samples differ, with the first optimizer step in which they do; empty if they do not."""
+        cycles, wanted = self.cycles(), self._cycle_samples()
+        seen: list[set[Key]] = [set() for _ in wanted]
+        furthest = 0
+        order = {step.index: place for place, step in enumerate(self._firsts())}
+        for index, keys in enumerate(self.candidate().fetched):
+            places = {order[cycles[key]] if key in cycles else -1 for key in keys}
+            here = max(places)
+            if here >= 0:
+                furthest = max(furthest, here)
+            if -1 in places or len(places) > 1 or here < furthest:
+                unknown = sum(key not in cycles for key in keys)
+                return {
+                    "optimizer_step": min(
+                        (p for p in places if p >= 0), default=self._step_under_way(seen)
+                    ),
+                    "micro_batch": index,
+                    "samples_that_the_full_batch_never_used": unknown,
+                    "rows": len(keys),
+                    "recognised_by": self._recognised_by(),
+                }
+            for key in keys:
+                seen[here].add(key)
+        for place, (mine, samples) in enumerate(zip(seen, wanted, strict=True)):
+            tail = place == len(wanted) - 1 and self.data.has_tail
+            if mine != samples and not tail:
+                return {
+                    "optimizer_step": place,
+                    "samples_missing": len(samples - mine),
+                    "rows": len(samples),
+                    "recognised_by": self._recognised_by(),
+                }
+        return {}
+
+    def _firsts(self) -> list[Step]:
+        """Return the first step of the full batch for every set of samples."""
+        found: dict[frozenset[Key], Step] = {}
+        for step in self.reference().steps:
+            found.setdefault(step.samples, step)
+        return list(found.values())
+
+    def _step_under_way(self, seen: list[set[Key]]) -> int:
+        wanted = self._cycle_samples()
+        return next(
+            (place for place, mine in enumerate(seen) if mine != wanted[place]), len(wanted) - 1
+        )
+
+    def _recognised_by(self) -> list[str]:
+        facts = self._facts.get(id(self.reference()), [])
+        return list(facts[0].rule.get("paths", [])) if facts else []
+
+    def attributions(self, interventions: Interventions = ()) -> list[Attribution]:
+        """Return the weights of every matched step, from what each backward added."""
+
+        def make() -> list[Attribution]:
+            alone = self.pieces_recording(interventions)
+            facts = self._facts.get(id(alone), [])
+            reference, candidate = self.reference(interventions), self.candidate(interventions)
+            is_sum = self._facts[id(self.reference())][0].reduction == "sum"
+            cycles = self.cycles(interventions)
+            pieces = pieces_of(alone, facts, cycles)
+            found = []
+            for step in candidate.steps:
+                if step.matched is None:
+                    continue
+                target = reference.steps[step.matched]
+                cycle = min((cycles[key] for key in target.samples if key in cycles), default=-1)
+                rows = pieces.get(cycle)
+                if rows:
+                    start = reference.kept[cycle - 1] if cycle > 0 else reference.initial
+                    found.append(attribution_of(step, target, rows, start, is_sum=is_sum))
+            return found
+
+        return self._once(("attributions", interventions), make)

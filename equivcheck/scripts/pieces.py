@@ -1,0 +1,93 @@
+"""Pieces of a script: what each backward of the accumulated run adds, from the state that its cycle starts from.
+
+K micro-batches, n sampled coordinates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from equivcheck.attach.store import Facts
+from equivcheck.attribution import Weights, solve
+from equivcheck.feed import Key
+from equivcheck.fit import Attribution, attribute, sampled
+from equivcheck.recording import Kept, Recording, Step
+
+__all__ = ["attribution_of", "pieces_of"]
+
+Coordinates = dict[str, torch.Tensor]
+
+
+def pieces_of(
+    alone: Recording, facts: Sequence[Facts], cycles: Mapping[Key, int]
+) -> dict[int, list[Coordinates]]:
+    """Return, by the full batch's step, what the backwards of each micro-batch (and rank) add, without a loss scale."""
+    found: dict[int, list[Coordinates]] = {}
+    places = alone.places(dict(cycles))
+    for each in facts:
+        by_step: dict[tuple[int, int], Coordinates] = {}
+        for place, backward, added in zip(
+            places, alone.backwards, each.contributions, strict=False
+        ):
+            if place.cycle < 0:
+                continue
+            total = by_step.setdefault((place.cycle, place.micro_step), {})
+            for name, values in added.items():
+                share = values / backward.loss_scale
+                total[name] = total[name] + share if name in total else share
+        for (cycle, _), coordinates in sorted(by_step.items()):
+            found.setdefault(cycle, []).append(coordinates)
+    return found
+
+
+def attribution_of(
+    step: Step,
+    target: Step,
+    pieces: Sequence[Coordinates],
+    start: Kept | None,
+    *,
+    is_sum: bool,
+) -> Attribution:
+    """Return the weights of one cycle, the pieces scaled so that the full batch's weights add up to 1.
+
+    What a backward adds carries whatever factor the loop gives it, so that only ratios of weights can be seen; those
+    of a mean add up to 1, and those of a sum are 1 each.
+
+    Args:
+        step: The candidate's.
+        target: The full batch's, of the same samples.
+        pieces: What each micro-batch adds.
+        start: The state that the cycle starts from.
+        is_sum: The full batch's loss is a sum over its samples.
+    """
+    raw = attribute(step, target, [_as_step(target, each) for each in pieces], sampled(start))
+    total = sum(raw.v.solution)
+    wanted = float(len(pieces)) if is_sum else 1.0
+    if not total or raw.v.residual is None:
+        return raw
+    factor = total / wanted
+    matrix = raw.pieces * factor
+    return replace(raw, pieces=matrix, v=_scaled(raw.v, factor), w=solve(matrix, raw.candidate))
+
+
+def _scaled(weights: Weights, factor: float) -> Weights:
+    return replace(
+        weights,
+        values=[None if each is None else each / factor for each in weights.values],
+        solution=[each / factor for each in weights.solution],
+    )
+
+
+def _as_step(target: Step, piece: Coordinates) -> Step:
+    return Step(
+        index=-1,
+        optimizer=target.optimizer,
+        samples=frozenset(),
+        backwards=0,
+        first_backward=0,
+        learning_rates=[],
+        sample=dict(piece),
+    )

@@ -1,0 +1,308 @@
+"""Compare two recordings that were made apart: on other machines, or by other versions of a framework.
+
+Nothing is run, so nothing is put right: causes are suspected, never proved. Each optimizer step is compared as long as
+both runs started it from the same parameters; after the first difference they no longer do.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from equivcheck.attach.store import load
+from equivcheck.case import Case
+from equivcheck.decide import blank, conclude
+from equivcheck.differences import sums_many
+from equivcheck.doubts import different_samples, too_coarse, usable
+from equivcheck.errors import UsageError
+from equivcheck.experiment import Interventions
+from equivcheck.feed import Key
+from equivcheck.observe import compare
+from equivcheck.recording import Kept, Recording, Step
+from equivcheck.scripts.experiment import ScriptExperiment
+from equivcheck.scripts.merge import merged
+from equivcheck.verdict import Judgement, Noise, judge, roundoff_of
+
+__all__ = ["RecordedExperiment", "compare_recordings"]
+
+_BLIND: Final = 1.0
+
+
+class Recorded:
+    """What one command line was seen to do.
+
+    Args:
+        folder: As `equivcheck record` wrote it.
+
+    Raises:
+        UsageError: There is no recording in it, or one is cut short or corrupted.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        ranks = sorted(folder.glob("rank-*"), key=lambda path: int(path.name[5:].split(".")[0]))
+        ranks = [each for each in ranks if "." not in each.name]
+        if not ranks:
+            raise UsageError(
+                f"no-recording: {folder} holds no recording",
+                where=str(folder),
+                expected="a folder that equivcheck record wrote",
+                fix=f"equivcheck record -o {folder} -- python train.py",
+            )
+        read = [load(each) for each in ranks]
+        self.facts = [facts for _, facts in read]
+        if len(read) != self.facts[0].world_size:
+            raise UsageError(
+                f"missing-ranks: {folder} has {len(read)} ranks of {self.facts[0].world_size}",
+                where=str(folder),
+                fix="record again",
+            )
+        self.recording = merged([recording for recording, _ in read], self.facts)
+
+    @property
+    def digests(self) -> dict[Key, int]:
+        """The number that each sample is recognised by, by its key in this recording."""
+        return {
+            (0, place * each.world_size + each.rank): digest
+            for each in self.facts
+            for place, digest in enumerate(each.digests)
+        }
+
+
+class _Recordings:
+    """What stands for a subject: it is named, and cannot be run."""
+
+    repeatable = True
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+
+
+def rekeyed(recorded: Recorded, known: Recorded) -> None:
+    """Name the samples of a recording as another one does: the n-th use of a sample is the n-th use there."""
+    by_digest: dict[int, list[Key]] = {}
+    for key, digest in sorted(known.digests.items()):
+        by_digest.setdefault(digest, []).append(key)
+    seen: dict[int, int] = {}
+    names: dict[Key, Key] = {}
+    for key, digest in sorted(recorded.digests.items()):
+        times = seen.get(digest, 0)
+        seen[digest] = times + 1
+        same = by_digest.get(digest, [])
+        names[key] = same[times] if times < len(same) else (1, key[1])
+    recording = recorded.recording
+    recording.fetched = [[names[key] for key in keys] for keys in recording.fetched]
+    for step in recording.steps:
+        step.samples = frozenset(names[key] for key in step.samples)
+
+
+class RecordedExperiment(ScriptExperiment):
+    """Two recordings, and a third of the first command as the control if there is one."""
+
+    intervenes = False
+
+    def __init__(
+        self, full: Recorded, accumulated: Recorded, control: Recorded | None, case: Case
+    ) -> None:
+        self.is_promoted = full.facts[0].promoted and accumulated.facts[0].promoted
+        self.case = case
+        self.subject = _Recordings(str(accumulated.folder))  # type: ignore[assignment]
+        self.notes = []
+        self.runs = []
+        self.remembered = {}
+        self._keepers = []
+        self.has_objective = False
+        self.wants = set()
+        self._first, self._second, self._third = full, accumulated, control
+        reference = full.recording
+        for step in reference.steps:
+            step.matched = step.index
+        reference.kept = [_kept(full, step) for step in reference.steps]
+        self._cache = {("reference", ()): reference}
+        for each in (accumulated, *([control] if control else [])):
+            rekeyed(each, full)
+            _compared(full, each)
+        self._cache["candidate", ()] = accumulated.recording
+        self._facts = {
+            id(each.recording): each.facts
+            for each in (full, accumulated, *([control] if control else []))
+        }
+        if not accumulated.recording.steps:
+            return
+        self._cache["measured",] = True
+        self.case = replace(
+            case, accumulation_steps=self._accumulation_steps(accumulated.recording)
+        )
+
+    def close(self) -> None:
+        """Keep the recordings: they are not ours."""
+
+    def _run(self, role: str, *_: Any, **__: Any) -> Recording:
+        raise UsageError(f"a recording cannot be run again: {role}")
+
+    def control(self, _which: int = 0, *, seed_offset: int = 0, permuted: bool = True) -> Recording:  # noqa: ARG002
+        """Return the control, empty if none was recorded."""
+        return self._third.recording if self._third else Recording(role="control")
+
+    def pieces_recording(self, interventions: Interventions = ()) -> Recording:
+        """Return the accumulated run: what its backwards added was taken along."""
+        if interventions:
+            raise UsageError("a recording cannot be run again: pieces")
+        return self.candidate()
+
+    def noise(self) -> Noise:
+        """Return what the control measured, and what the precision allows without one."""
+        if ("noise",) not in self._cache:
+            reference = self.reference()
+            lowered = [*reference.lowered.values(), *self.candidate().lowered.values()]
+            if not self.is_promoted:
+                lowered += [reference.dtype, reference.autocast]
+                lowered += [self.candidate().dtype, self.candidate().autocast]
+            controls = [self.control()] if self._third else []
+            self._cache["noise",] = Noise(
+                self.terms(), controls, roundoff_of(lowered), self.case.accumulation_steps
+            )
+        return self._cache["noise",]  # type: ignore[no-any-return]
+
+    def judgement(self, interventions: Interventions = (), *, logged: bool = True) -> Judgement:
+        """Judge the accumulated recording, up to the first step that starts from other parameters."""
+        if interventions:
+            raise UsageError("a recording cannot be run again")
+        whole = judge(self.reference(), self.candidate(), self.noise(), logged=logged)
+        first = min((each.step for each in whole.findings if each.step >= 0), default=-1)
+        whole.findings = [each for each in whole.findings if each.step in {first, -1}]
+        return whole
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the recordings say of the case."""
+        full, accumulated = self._first.facts[0], self._second.facts[0]
+        return {
+            "accumulation_steps": self.case.accumulation_steps,
+            "world_size": accumulated.world_size,
+            "recordings": {
+                "full_batch": str(self._first.folder),
+                "accumulated": str(self._second.folder),
+            },
+            "environments": {
+                "full_batch": full.environment,
+                "accumulated": accumulated.environment,
+            },
+        }
+
+
+def _kept(full: Recorded, step: Step) -> Kept:
+    """Return what is known of the full batch's state after a step: how far it moved each parameter, in the sample."""
+    after = full.facts[0].after
+    moved = {}
+    if 0 < step.index < len(after):
+        before, now = after[step.index - 1], after[step.index]
+        found = sums_many([(before[name], now[name]) for name in now if name in before])
+        moved = {
+            name: each.difference_norm
+            for name, each in zip([n for n in now if n in before], found, strict=True)
+        }
+    return Kept(dict(step.sample), dict(step.sample), {}, {}, {}, {}, moved)
+
+
+def _compared(full: Recorded, other: Recorded) -> None:
+    """Measure a recording's gradients and parameters against the full batch's, at the sampled coordinates."""
+    reference, recording = full.recording, other.recording
+    queues = {
+        key: [step for step in reference.steps if step.optimizer == key]
+        for key in reference.optimizers
+    }
+    for step in recording.steps:
+        queue = queues.get(step.optimizer, [])
+        place = next((i for i, each in enumerate(queue) if each.samples == step.samples), None)
+        if place is None:
+            continue
+        target = queue[place]
+        step.matched, step.missing = target.index, place
+        del queue[: place + 1]
+        _refuse_other_shapes(full, other, target, step)
+        step.none_mismatch = []
+        step.gradients = compare(target.sample, step.sample, step)
+        step.applied = step.gradients
+        mine, theirs = other.facts[0].after, full.facts[0].after
+        if step.index < len(mine) and target.index < len(theirs):
+            after: dict[str, torch.Tensor | None] = dict(theirs[target.index])
+            step.parameters = compare(after, dict(mine[step.index]), None)
+
+
+def _refuse_other_shapes(full: Recorded, other: Recorded, target: Step, step: Step) -> None:
+    for name, sample in target.sample.items():
+        mine = step.sample.get(name)
+        if sample is not None and mine is not None and sample.shape != mine.shape:
+            raise UsageError(
+                f"other-shapes: {name} has {len(mine)} sampled gradients, not {len(sample)}",
+                where=f"{full.folder}, {other.folder}",
+                expected="recordings of the same model",
+            )
+
+
+def compare_recordings(
+    full: str,
+    accumulated: str,
+    control: str | None = None,
+    *,
+    expect: Sequence[str] = (),
+    progress: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Return the case that two recordings make, as the result has it.
+
+    Args:
+        full: Folder of the full batch's recording.
+        accumulated: Folder of the accumulated run's.
+        control: Folder of a second recording of the full batch: what it differs by is noise.
+        expect: Codes of causes that theory predicts.
+        progress: Told what is being done.
+
+    Raises:
+        UsageError: A recording is missing, cut short, corrupted, or of another model.
+    """
+    started = time.perf_counter()
+    first, second = Recorded(Path(full)), Recorded(Path(accumulated))
+    third = Recorded(Path(control)) if control else None
+    case = Case(target=f"{full} | {accumulated}", accumulation_steps=1)
+    entry = blank(case, tuple(expect), location=accumulated)
+    experiment = RecordedExperiment(first, second, third, case)
+    if not experiment.is_promoted:
+        entry["judged"] = "native"
+    if third is None:
+        entry["notes"].append(
+            "without a control the noise is that of the precision; --control takes a second recording of the full batch"
+        )
+    if first.recording.dropout or second.recording.dropout:
+        entry["notes"].append("dropout was on in a recording")
+    entry.update(experiment.facts())
+    _decide(experiment, entry, tuple(expect), progress)
+    entry["seconds"] = time.perf_counter() - started
+    return entry
+
+
+def _decide(
+    experiment: RecordedExperiment,
+    entry: dict[str, Any],
+    expect: tuple[str, ...],
+    progress: Callable[[str], None],
+) -> None:
+    reference, candidate = experiment.reference(), experiment.candidate()
+    if not usable(reference, entry, experiment.subject):
+        return
+    if different_samples(experiment, entry):
+        return
+    judgement = experiment.judgement()
+    if judgement.same and not judgement.power < _BLIND:
+        too_coarse(experiment, entry, judgement)
+        return
+    conclude(experiment, entry, judgement, None, expect, progress)
+    entry["interventions"] = []  # none can be tried
+    compared = sum(step.matched is not None for step in candidate.steps)
+    if not judgement.same:
+        entry["notes"].append("later optimizer steps start from other parameters: not compared")
+    entry["notes"].append(f"{compared} of {len(reference.steps)} optimizer steps compared")
