@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def set_state(recorder: Recorder, optimizer: Optimizer | None, kept: Kept) -> None:
     """Set parameters, buffers and one optimizer's state to what the reference had; dtypes stay as they are."""
     for name, parameter in recorder.parameters().items():
-        if name in kept.after:
+        if name in kept.after and kept.after[name].shape == parameter.shape:
             parameter.detach().copy_(kept.after[name])
     for name, buffer in recorder.model.named_buffers():
         if name in kept.buffers and kept.buffers[name].shape == buffer.shape:

@@ -28,12 +28,37 @@ from transformers import (
 )
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-BERT = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+BERT = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+}
 LLAMA = {**BERT, "num_key_value_heads": 2, "pad_token_id": 0}
-BART = {"vocab_size": 64, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4}
+BART = {
+    "vocab_size": 64,
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 4,
+}
 BART |= {"decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "dropout": 0.0}
-BART |= {"attention_dropout": 0.0, "activation_dropout": 0.0, "pad_token_id": 0, "decoder_start_token_id": 2}
-T5 = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4, "dropout_rate": 0.0}
+BART |= {
+    "attention_dropout": 0.0,
+    "activation_dropout": 0.0,
+    "pad_token_id": 0,
+    "decoder_start_token_id": 2,
+}
+T5 = {
+    "vocab_size": 64,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 64,
+    "num_layers": 1,
+    "num_heads": 4,
+    "dropout_rate": 0.0,
+}
 T5 |= {"decoder_start_token_id": 0, "pad_token_id": 0}
 
 generator = torch.Generator().manual_seed(0)
@@ -95,10 +120,16 @@ several = Table(torch.eye(3, dtype=torch.float64)[CLASSES], input_ids=INPUTS)
 pairs = Table(CLASSES.clamp(max=1), input_ids=torch.stack([INPUTS, INPUTS.flip(0)], 1))
 HEADS = {
     "BertForSequenceClassification": (bert(BertForSequenceClassification, num_labels=3), classes),
-    "BertForTokenClassification": (bert(BertForTokenClassification, num_labels=3), Table(TOKENS, input_ids=INPUTS)),
+    "BertForTokenClassification": (
+        bert(BertForTokenClassification, num_labels=3),
+        Table(TOKENS, input_ids=INPUTS),
+    ),
     "BertForMaskedLM": (bert(BertForMaskedLM), words),
     "BertForMultipleChoice": (bert(BertForMultipleChoice), pairs),
-    "BartForConditionalGeneration": (lambda: BartForConditionalGeneration(BartConfig(**BART)), words),
+    "BartForConditionalGeneration": (
+        lambda: BartForConditionalGeneration(BartConfig(**BART)),
+        words,
+    ),
     "T5ForConditionalGeneration": (lambda: T5ForConditionalGeneration(T5Config(**T5)), words),
     "LlamaForSequenceClassification, single label": (
         lambda: LlamaForSequenceClassification(LlamaConfig(**LLAMA, num_labels=3)),
@@ -118,7 +149,9 @@ HEADS = {
 }
 
 if __name__ == "__main__":
-    print(f"{'head':46} {'|g accumulated| / |g full|':28} {'cosine':>12}   loss full -> accumulated")
+    print(
+        f"{'head':46} {'|g accumulated| / |g full|':28} {'cosine':>12}   loss full -> accumulated"
+    )
     for name, (make, table) in HEADS.items():
         full, loss = gradient(make, table, 1)
         accumulated, other = gradient(make, table, 4)

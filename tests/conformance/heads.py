@@ -22,6 +22,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ from transformers.models.auto import configuration_auto, modeling_auto
 from transformers.trainer_callback import PrinterCallback
 
 from equivcheck.attribution import solve
-from equivcheck.promotion import promote_module, promoted
+from equivcheck.casting import promote_module
+from equivcheck.promotion import promoted
 
 ROWS, LENGTH, CLASSES = 8, 12, 3
 IGNORED = -100
@@ -96,7 +98,10 @@ def regression(model: Any, g: torch.Generator) -> Batch:
 
 def multi_label(model: Any, g: torch.Generator) -> Batch:
     """Three yes or no a row."""
-    return {**sequence(model, g), "labels": torch.randint(0, 2, (ROWS, CLASSES), generator=g).float()}
+    return {
+        **sequence(model, g),
+        "labels": torch.randint(0, 2, (ROWS, CLASSES), generator=g).float(),
+    }
 
 
 def tokens(model: Any, g: torch.Generator) -> Batch:
@@ -171,7 +176,10 @@ def ctc(_: Any, g: torch.Generator) -> Batch:
     """A short text a recording, of unequal length."""
     labels = torch.randint(10, VOCABULARY, (ROWS, 4), generator=g)
     lengths = torch.tensor([4, 1, 3, 2, 4, 1, 2, 3])
-    return {**speech(g), "labels": labels.masked_fill(torch.arange(4)[None] >= lengths[:, None], IGNORED)}
+    return {
+        **speech(g),
+        "labels": labels.masked_fill(torch.arange(4)[None] >= lengths[:, None], IGNORED),
+    }
 
 
 def names(kind: str) -> dict[str, str]:
@@ -244,7 +252,9 @@ class Rig:
     def __init__(self, model: Any, batch: Batch, folder: str) -> None:
         accepted = inspect.signature(model.forward).parameters
         open_ended = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
-        self.batch = {k: v for k, v in batch.items() if k in accepted or open_ended or k == "labels"}
+        self.batch = {
+            k: v for k, v in batch.items() if k in accepted or open_ended or k == "labels"
+        }
         self.model, self.folder = model, folder
         self.trainers: dict[int, Any] = {}
 
@@ -301,7 +311,10 @@ def measure(rig: Rig, k: int) -> dict[str, Any]:
     order = torch.cat([slices[i] for i in (*range(1, k), 0)])
     full, full_loss = rig.gradient([everything])
     if not full.isfinite().all() or not full.any():
-        return {"outcome": "not run", "reason": "the gradient of the full batch is zero or not finite"}
+        return {
+            "outcome": "not run",
+            "reason": "the gradient of the full batch is zero or not finite",
+        }
     control, _ = rig.gradient([order])
     repeat, _ = rig.gradient([everything])
     candidate, loss = rig.gradient(slices)
@@ -361,7 +374,7 @@ def one(family: str, model_type: str, head: str, k: int) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(3)
         rig = Rig(model, make(model, generator), tempfile.mkdtemp())
         return attempt(rig, k)
-    except BaseException as error:  # noqa: BLE001 - whatever it is, it is the reason
+    except BaseException as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         said = " ".join(str(error).split())[:160]
         where = f"{Path(last.filename).name}:{last.lineno}"
@@ -376,7 +389,7 @@ def attempt(rig: Rig, k: int) -> dict[str, Any]:
         rig.batch = {n: t.double() if t.is_floating_point() else t for n, t in rig.batch.items()}
         with promoted():
             return {**measure(rig, k), "arithmetic": "float64"}
-    except Exception:  # noqa: BLE001 - tried once more as written
+    except Exception:
         rig.model.float()
         rig.model.load_state_dict(state)
         rig.trainers.clear()
@@ -426,7 +439,11 @@ def heads(families: list[str], only: str) -> Iterator[tuple[str, str, str]]:
         seen = set()
         for model_type, found in sorted(names(FAMILIES[family][0]).items()):
             for head in found if isinstance(found, (list, tuple)) else [found]:
-                if head not in seen and only.lower() in head.lower() and hasattr(transformers, head):
+                if (
+                    head not in seen
+                    and only.lower() in head.lower()
+                    and hasattr(transformers, head)
+                ):
                     seen.add(head)
                     yield family, model_type, head
 
@@ -452,7 +469,7 @@ def main() -> None:
                 continue
             started = time.perf_counter()
             found = isolated(
-                options.limit, lambda: one(family, model_type, head, options.accumulation_steps)
+                options.limit, partial(one, family, model_type, head, options.accumulation_steps)
             )
             entry = {"family": family, "model": model_type, "head": head, **found}
             entry["seconds"] = round(time.perf_counter() - started, 2)

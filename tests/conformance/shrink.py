@@ -6,6 +6,7 @@ shows when the model is built, and is reported as the reason why a head was not 
 
 from __future__ import annotations
 
+import contextlib
 import re
 from typing import Any
 
@@ -20,10 +21,18 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"(num_)?(key_value_heads|kv_heads)|num_key_value_heads|n_head_kv|num_kv_heads", 2),
     (r".*(attention_heads|num_heads|n_heads?|_attn_heads|linear_num_\w*heads)|heads", HEADS),
     (r"head_dim|.*_head_dim|d_kv|attention_head_size|kv_channels", HIDDEN // HEADS),
-    (r"n_layers?|num_layers|.*_layers|num_hidden_layers|encoder_layers|decoder_layers|depth", LAYERS),
-    (r"(.*_)?(intermediate_size|ffn_dim|d_ff|n_inner|mlp_dim|ff_dim|ffn_hidden_size)(_.*)?", 2 * HIDDEN),
-    (r"hidden_dim|(.*_)?(hidden_size|d_model|n_embd|embed_dim|embedding_size|dim_model|model_dim|d_embed)|dim|emb_dim",
-     HIDDEN),
+    (
+        r"n_layers?|num_layers|.*_layers|num_hidden_layers|encoder_layers|decoder_layers|depth",
+        LAYERS,
+    ),
+    (
+        r"(.*_)?(intermediate_size|ffn_dim|d_ff|n_inner|mlp_dim|ff_dim|ffn_hidden_size)(_.*)?",
+        2 * HIDDEN,
+    ),
+    (
+        r"hidden_dim|(.*_)?(hidden_size|d_model|n_embd|embed_dim|embedding_size|dim_model|model_dim|d_embed)|dim|emb_dim",
+        HIDDEN,
+    ),
     (r"(.*_)?(max_position_embeddings|n_positions|max_seq_len|n_ctx|max_sequence_length)", 64),
     (r"(num_|n_)?(local_|routed_|.*_)?experts", 4),
     (r"(num_)?experts_per_tok(en)?|moe_top_?k|num_selected_experts|top_k_experts", 2),
@@ -55,7 +64,9 @@ def shrink(config: Any) -> Any:
             _set(config, name, 0.0)
         elif isinstance(value, list) and name in {"layer_types", "mlp_layer_types", "block_types"}:
             _set(config, name, value[:LAYERS])
-        elif isinstance(value, (list, tuple)) and "layers" not in name and name in {"attention_window"}:
+        elif (
+            isinstance(value, (list, tuple)) and "layers" not in name and name == "attention_window"
+        ):
             _set(config, name, [16] * LAYERS)
     return config
 
@@ -71,7 +82,5 @@ def _size(name: str, value: int) -> int:
 
 
 def _set(config: Any, name: str, value: Any) -> None:
-    try:
+    with contextlib.suppress(Exception):
         setattr(config, name, value)
-    except Exception:  # noqa: BLE001, S110 - a derived field refuses, and follows from another
-        pass
