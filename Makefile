@@ -3,9 +3,12 @@
 # make lint       ruff and mypy alone
 # make bench      the benchmarks
 # make calibrate  measure rounding on correct code: what the limits are set by
+# make search     check 10,000 generated correct loops, an hour or two at low priority
 # make detection  the whole detection matrix: every mutant and trainer, minutes
+# make traffic    rewrite reports/traffic.*: what ranks send each other, loop by loop
 # make coverage   branches that the tests reach, layer by layer: fails below what is stated
 # make examples   rewrite reports/examples: one result and page for every cause
+# make examples-check  compare them with what the loops give now
 # make env-NAME   an environment for one family of frameworks: transformers, lightning, deepspeed, jax, keras
 # make envs       all of them
 # make test-frameworks  the trainers of every framework, each in its environment
@@ -24,7 +27,8 @@ RIGHT := plain_mean clipped scheduled tail token_weighted amp_bf16 logged
 WRONG := eq101_missing_division_plain eq103_mean_of_means_tokens eq201_batch_norm_1d \
 	eq301_zero_grad_in_cycle eq306_clip_by_norm eq307_scheduler_per_micro_batch
 
-.PHONY: run test lint bench calibrate detection coverage examples readme envs test-frameworks conformance conformance-heads
+.PHONY: run test search lint bench calibrate detection traffic coverage examples examples-check readme envs \
+	test-frameworks conformance conformance-heads
 
 run: $(STAMP)
 	@$(BIN)/equivcheck run $(RIGHT:%=fixtures/trainers/%.py) --json reports/latest/trainers.json \
@@ -50,16 +54,24 @@ bench: $(STAMP)
 calibrate: $(STAMP)
 	@$(BIN)/python -W ignore tests/bench/calibrate.py
 
+search: $(STAMP)
+	nice -n 10 $(BIN)/python -W ignore tests/bench/generated.py correct --count 100 --pieces 105 \
+		--out reports/latest/generated.jsonl
+	$(BIN)/python tests/bench/generated.py table reports/latest/generated.jsonl
+
 detection: $(STAMP)
 	$(BIN)/python -m pytest tests/detection -m "slow or not slow"
 
 LAYERS_0_1 := errors.py case.py causes/* result.py split.py differences.py attribution.py noise.py
-LAYER_3 := experiment.py fit.py verdict.py view.py diagnose.py detectors/* shared.py precision.py \
+LAYER_3 := experiment.py fit.py company.py verdict.py view.py diagnose.py detectors/* shared.py precision.py \
 	decide.py deadline.py describe.py doubts.py
 
 comma := ,
 empty :=
 modules = $(subst $(empty) ,$(comma),$(1:%=equivcheck/%))
+
+traffic: $(STAMP)
+	@$(BIN)/python -W ignore tests/bench/traffic.py reports/traffic.json reports/traffic.md
 
 coverage: $(STAMP)
 	$(BIN)/python -m coverage run -m pytest tests/unit tests/cli tests/detection -q
@@ -67,11 +79,10 @@ coverage: $(STAMP)
 	@set -f; $(BIN)/python -m coverage report -m --include='$(call modules,$(LAYER_3))' --fail-under=97
 
 examples: $(STAMP)
-	@for code in $$(ls fixtures/mutants | grep -oE '^eq[0-9]{3}' | sort -u); do \
-		$(BIN)/equivcheck run $$(ls fixtures/mutants/$${code}_*.py | head -1) -q \
-			--accumulation-steps 4 --json reports/examples/$${code^^}.json \
-			--html reports/examples/$${code^^}.html > /dev/null || test $$? -le 4 || exit; \
-	done
+	$(BIN)/python -W ignore tests/examples.py
+
+examples-check: $(STAMP)
+	$(BIN)/python -W ignore tests/examples.py --check
 
 readme: $(STAMP)
 	$(BIN)/python -m equivcheck.causes README.md

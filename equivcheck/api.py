@@ -117,7 +117,7 @@ def load_result(path: str) -> Result:
 Functions = Callable[..., Any]
 Batches = Callable[[], Any] | list[Any] | tuple[Any, ...]
 # What may be given several values, each of which makes cases of its own.
-AXES = ("split", "world_size", "strategy", "precision")
+AXES = ("split", "strategy", "precision")
 
 
 def measure(
@@ -135,6 +135,8 @@ def measure(
     precision: Iterable[str] | str = "native",
     device: str = "cpu",
     optimizer_steps: int = 8,
+    rows: str | None = None,
+    rng: str = "off",
     seed: int = 0,
     timeout: float | None = None,
 ) -> Result:
@@ -154,6 +156,8 @@ def measure(
         precision: Handed to a `train` that asks for it.
         device: "cpu" or "cuda".
         optimizer_steps: Upper bound on full batches.
+        rows: Which rows of which batches alone are used, as in `0:0-4,1:2`; by default all.
+        rng: What becomes of dropout: "off", or masks keyed "per-sample".
         seed: Seed of every run.
         timeout: Longest time for one case in seconds.
 
@@ -172,6 +176,8 @@ def measure(
         precision=precision,
         device=device,
         optimizer_steps=optimizer_steps,
+        rows=rows,
+        rng=rng,
         seed=seed,
         timeout=timeout,
     )
@@ -194,6 +200,8 @@ def check(
     precision: Iterable[str] | str = "native",
     device: str = "cpu",
     optimizer_steps: int = 8,
+    rows: str | None = None,
+    rng: str = "off",
     seed: int = 0,
     timeout: float | None = None,
 ) -> Result:
@@ -220,6 +228,8 @@ def check(
         precision=precision,
         device=device,
         optimizer_steps=optimizer_steps,
+        rows=rows,
+        rng=rng,
         seed=seed,
         timeout=timeout,
     )
@@ -351,7 +361,10 @@ def plan(
     from equivcheck.subject import load_subject  # noqa: PLC0415
     from equivcheck.suite import cases_of, expanded, is_suite  # noqa: PLC0415
 
-    fields = ("split", "strategy", "precision", "device", "optimizer_steps", "seed")
+    fields = (
+        *("split", "strategy", "precision", "device", "optimizer_steps", "rows", "seed"),
+        *("train", "rng"),
+    )
     jobs: list[Job] = []
     notes: list[str] = []
     for target in [
@@ -484,7 +497,8 @@ def checked(name: str, value: Any) -> Any:
     Raises:
         UsageError: It is not allowed; the message says what is.
     """
-    if name == "accumulation_steps" and isinstance(value, Iterable) and not isinstance(value, str):
+    several = name in ("accumulation_steps", "world_size")
+    if several and isinstance(value, Iterable) and not isinstance(value, str):
         value = tuple(value)
     if name == "expect" and not isinstance(value, str):
         value = tuple(value or ())

@@ -38,6 +38,7 @@ class Case:
         device: Where the subject is to compute.
         optimizer_steps: Upper bound on full batches, >= 1.
         workload: Name of a suite's workload, when the target is a suite.
+        rows: Which rows of which batches alone are used, as in `0:0-4,1:2`; None for all.
         train: `FILE:ATTR` of a training loop that takes the place of the target's.
         rng: What becomes of randomness, one of `RNGS`: dropout off, or masks keyed by sample.
     """
@@ -52,6 +53,7 @@ class Case:
     device: str = "cpu"
     optimizer_steps: int = 8
     workload: str | None = None
+    rows: str | None = None
     train: str | None = None
     rng: str = "off"
 

@@ -18,6 +18,8 @@ from typing import Any
 from equivcheck.case import DEVICES, RNGS, SPLITS, STRATEGIES
 from equivcheck.causes import CAUSES
 from equivcheck.errors import UsageError
+from equivcheck.rows import parse as parse_rows
+from equivcheck.rows import written
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -116,6 +118,13 @@ def _text(value: Any) -> str:
     return value
 
 
+def _rows(value: Any) -> str:
+    try:
+        return written(parse_rows(_text(value)))
+    except UsageError as error:
+        raise ValueError(error.expected) from None
+
+
 OPTIONS: dict[str, Option] = {
     option.name: option
     for option in (
@@ -127,9 +136,11 @@ OPTIONS: dict[str, Option] = {
         Option("precision", "native", _text, "NAME", "handed to a train that asks for it"),
         Option("train", None, _text, "FILE:ATTR", "put this training loop under the targets"),
         Option("expect", (), _codes, "CODE", "a cause that theory predicts; may be repeated"),
+        Option("rows", None, _rows, "ROWS", "these rows of the batches alone, as in 0:0-4,1:2"),
         Option("optimizer_steps", 8, _whole(1), "N", "at most this many full batches"),
         Option("rng", "off", _choice(*RNGS), "HOW", "dropout: off, or masks keyed per-sample"),
         Option("seed", 0, _whole(0), "N", "seed of every run"),
+        Option("jobs", 1, _whole(1), "N", "cases that run side by side, each in its own process"),
         Option("timeout", None, _seconds, "SECONDS", "longest time for one case"),
         Option("json", None, _text, "PATH", "write the result; - for stdout"),
         Option("html", None, _text, "PATH", "write a page that opens from disk"),

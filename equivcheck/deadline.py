@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import signal
 import sys
 import threading
@@ -33,12 +34,19 @@ def deadline(seconds: float | None, until: str) -> Iterator[None]:
     """Raise Expired in the block once the time has passed, in whatever the user's code does.
 
     Args:
-        seconds: None for no deadline. There is none outside of the main thread either: signals
-            reach that one only.
+        seconds: None for no deadline.
         until: The file that calls: frames above it are not the code under test.
+
+    Notes:
+        Outside of the main thread, which signals do not reach, a call into C (a long sleep) is not cut short: the
+        exception waits for the next line of Python.
     """
-    if not seconds or threading.current_thread() is not threading.main_thread():
+    if not seconds:
         yield
+        return
+    if threading.current_thread() is not threading.main_thread():
+        with _from_another_thread(seconds, until):
+            yield
         return
 
     fired = 0
@@ -75,3 +83,32 @@ def deadline(seconds: float | None, until: str) -> Iterator[None]:
             left = max(left - (time.monotonic() - began), 1e-6)
             signal.setitimer(signal.ITIMER_REAL, left, interval)
         sys.settrace(tracer)
+
+
+@contextmanager
+def _from_another_thread(seconds: float, until: str) -> Iterator[None]:
+    """Raise Expired in this thread, from one that waits; again each second for a loop that swallows it."""
+    watched, over, lock = threading.get_ident(), threading.Event(), threading.Lock()
+
+    def send(exception: object) -> None:
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(watched), exception)
+
+    def wait() -> None:
+        again = False
+        while not over.wait(1.0 if again else seconds):
+            with lock:
+                frame = sys._current_frames().get(watched)  # noqa: SLF001 - the only way to a thread's frames
+                # Once it has left the user's code, nothing may disturb the clearing up.
+                if not over.is_set() and (not again or any(_user_frames(frame, until))):
+                    send(ctypes.py_object(Expired))
+            again = True
+
+    watcher = threading.Thread(target=wait, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        with lock:
+            over.set()
+            send(None)  # what was sent and has not arrived
+        watcher.join()

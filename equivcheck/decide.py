@@ -21,6 +21,7 @@ from equivcheck.doubts import (
     draws,
     inconclusive,
     invalid,
+    stochastic,
     too_coarse,
     usable,
 )
@@ -67,7 +68,7 @@ def plan_cases(
     seed_all(seed)  # modules may draw while they are imported
     code = subject.fresh()
     seed_all(seed)
-    data = read_batches(code.batches, fields.get("optimizer_steps", 8))
+    data = read_batches(code.batches, fields.get("optimizer_steps", 8), fields.get("rows"))
     cases, notes = [], []
     for r, k in itertools.product(world_sizes, accumulation_steps):
         case = Case(target=subject.target, accumulation_steps=k, world_size=r, **fields)
@@ -230,15 +231,21 @@ def _decide(
             raise
     if differs_from_itself(experiment, entry, judgement):
         return
-    if draws(experiment, entry, judgement):
-        return
+    drawn = draws(experiment, judgement)
+    diagnosis: Diagnosis | None = None
+    if drawn is not None:
+        # What interventions bring back within noise is not the fault of random draws.
+        diagnosis = diagnose(experiment)
+        if not all("intervention" in each["evidence"] for each in diagnosis.causes):
+            stochastic(experiment, entry, judgement, drawn)
+            return
     if precision is not None and _promotion_changed(experiment, judgement, precision):
         _natively(experiment, entry, expect, progress, "float64 and the native runs disagree")
         return
     if judgement.same and not judgement.power < BLIND:
         too_coarse(experiment, entry, judgement)
         return
-    conclude(experiment, entry, judgement, precision, expect, progress)
+    conclude(experiment, entry, judgement, precision, expect, progress, diagnosis)
 
 
 def conclude(
@@ -248,17 +255,19 @@ def conclude(
     precision: Precision | None,
     expect: tuple[str, ...],
     progress: Progress,
+    diagnosis: Diagnosis | None = None,
 ) -> None:
     """Write verdict, causes and numbers of a case whose runs can be judged."""
     causes: list[dict[str, Any]] = []
     shared = shared_faults(experiment)
     if experiment.is_promoted:
         shared += [each for each in skipped_steps(experiment) if each.shared or judgement.same]
-    diagnosis = Diagnosis()
-    if not judgement.same:
+    if judgement.same:
+        diagnosis = Diagnosis()
+    elif diagnosis is None:
         progress("diagnosis")
         diagnosis = diagnose(experiment)
-        causes += diagnosis.causes
+    causes += diagnosis.causes
     causes += [cause(each, "proved", each.evidence) for each in shared]
     verdict = "divergent" if causes else "equivalent"
     if precision is not None:

@@ -13,6 +13,8 @@ from equivcheck.recording import Recording
 from equivcheck.verdict import Judgement, Noise, logged_difference, overall, rate_difference
 from equivcheck.view import View
 
+# A factor closer to 1 than this would be printed as 1.
+SHOWN: Final = 1e-3
 # Parameters whose row is written; a report says how many more there are.
 MOST_ROWS: Final = 2000
 
@@ -216,7 +218,7 @@ def headline(entry: dict[str, Any], judgement: Judgement) -> str:
             else "in the full batch too"
         )
     if "gradients" in kinds or "applied" in kinds:
-        if scale and cosine is not None and cosine > 1 - 1e-9 and abs(scale - 1) > 1e-9:
+        if scale and cosine is not None and cosine > 1 - 1e-9 and abs(scale - 1) > SHOWN:
             return f"{label}{scale:.4g}x the full_batch gradient (accumulation_steps={k})"
         return f"{label}gradients differ by {relative:.1e} (accumulation_steps={k})"
     if "samples" in kinds:

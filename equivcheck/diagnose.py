@@ -148,7 +148,7 @@ class Search:
         """Run the loop with a node's interventions and judge it; None if the loop does not survive them."""
         key = node.interventions
         if key not in self._tried:
-            if len(self._tried) > TRIALS:
+            if len(self._tried) > min(TRIALS, self._experiment.trials):
                 return None
             try:
                 judgement = self._experiment.judgement(node.interventions)

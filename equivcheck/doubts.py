@@ -215,26 +215,34 @@ def too_coarse(experiment: Experiment, entry: dict[str, Any], judgement: Judgeme
     entry["fix"] = "let train run in float64: no asserted dtype, no dtype taken for granted"
 
 
-def draws(experiment: Experiment, entry: dict[str, Any], judgement: Judgement) -> bool:
-    """EQ602 that a permutation does not show: one draw for all rows of a forward, more draws when accumulated.
+def draws(experiment: Experiment, judgement: Judgement) -> float | None:
+    """Return how far the full batch differs with other seeds, if that may be all that was found.
+
+    EQ602 that a permutation does not show: one draw for all rows of a forward, more draws when accumulated.
 
     The full batch is repeated with other seeds, those that the loop sets itself included. What a loop draws before its
     first step (weights, say) is no random step: from the second step on every role starts from the reference's state.
     """
     if not judgement.kinds() & {"gradients", "applied"}:
-        return False
+        return None
     try:
         reseeded = experiment.control(permuted=False, seed_offset=1)
     except StepError:
-        return False
+        return None
     steps = [step for step in reseeded.steps if step.matched is not None]
     if len(experiment.reference().steps) > 1 and not experiment.reseeds_forwards:
         steps = [step for step in steps if step.matched]
     worst = max((overall(step.gradients).relative for step in steps), default=0.0)
-    if not worst > max(
+    allowed = max(
         each.allowed for each in judgement.findings if each.kind in {"gradients", "applied"}
-    ):
-        return False
+    )
+    return worst if worst > allowed else None
+
+
+def stochastic(
+    experiment: Experiment, entry: dict[str, Any], judgement: Judgement, worst: float
+) -> None:
+    """Write a case whose full batch differs with other seeds, by `worst`."""
     suspicion = Suspicion(
         "EQ602", evidence={"relative": worst, "repeat": "the full batch differs with another seed"}
     )
@@ -244,4 +252,3 @@ def draws(experiment: Experiment, entry: dict[str, Any], judgement: Judgement) -
         f"EQ602 stochastic-step: with another seed two full_batch runs differ by {worst:.1e}"
     )
     measure(experiment, entry, judgement)
-    return True

@@ -168,7 +168,12 @@ def _execute(
         stack.enter_context(functional_dropout_off(seen if run.is_promoted else None))
         recorder = stack.enter_context(
             Recorder(
-                model, recording, observer, interventions=run.interventions, schedule=run.schedule
+                model,
+                recording,
+                observer,
+                interventions=run.interventions,
+                schedule=run.schedule,
+                world_size=run.world_size,
             )
         )
         recorder.usage.prefetches = run.prefetches
@@ -180,8 +185,7 @@ def _execute(
             # A hook on modules would break the graph of a compiled one; promoted runs do not compile.
             feed.on_served = recorder.usage.served
             stack.enter_context(recorder.usage.watching_use())
-        recorder.rank, recorder.world_size = run.rank, run.world_size
-        recorder.part, recorder.share = run.part, run.share
+        recorder.rank, recorder.part, recorder.share = run.rank, run.part, run.share
         recorder.watch = watch
         recorder.code = code
         recorder.data = run.data
@@ -295,7 +299,16 @@ def _tell_horizon(offers: Mapping[str, object]) -> None:
 # What calls back into torch's or the user's code shows their frame last, so a last frame here is a fault of ours.
 _HERE = Path(__file__).parent
 _HOOKS = tuple(
-    str(_HERE / name) for name in ("recorder.py", "observe.py", "states.py", "shadow.py", "hooks/")
+    str(_HERE / name)
+    for name in (
+        "recorder.py",
+        "observe.py",
+        "states.py",
+        "shadow.py",
+        "parts.py",
+        "differences.py",
+        "hooks/",
+    )
 )
 
 

@@ -57,10 +57,14 @@ class Experiment:
     Attributes:
         reseeds_forwards: Another seed changes what forwards draw, and nothing before them.
         intervenes: Runs can be made with something put right.
+        trials: As many of them are worth making.
+        other_steps: The code can be run at another K.
     """
 
     reseeds_forwards = False
     intervenes = True
+    trials = 60
+    other_steps = True
 
     crew: Crew | None = None
 
@@ -84,7 +88,7 @@ class Experiment:
         seed_all(case.seed)  # modules may draw while they are imported
         code = subject.fresh()
         seed_all(case.seed)
-        self.data = read_batches(code.batches, case.optimizer_steps)
+        self.data = read_batches(code.batches, case.optimizer_steps, case.rows)
         self._promoted = (
             Data([promote_tree(batch) for batch in self.data.batches], self.data.rows)
             if promoted
@@ -348,6 +352,41 @@ class Experiment:
 
         return self._once(("at", accumulation_steps), make)
 
+    def contributed(self, interventions: Interventions = ()) -> Recording:
+        """Return the accumulated run in float64 once more, with what each backward added.
+
+        Raises:
+            UsageError: The run has several processes, whose backwards are not put together.
+        """
+
+        def make() -> Recording:
+            self._refuse_ranks()
+            comparer = Comparer(self.reference(interventions), contributions=True)
+            schedule = self.schedule() if interventions else []
+            data = self.data_for(interventions, promoted=True)
+            return self._accumulated("candidate", comparer, data, interventions, schedule)
+
+        return self._once(("contributed", interventions), make)
+
+    def left_by_backward(self) -> Recording:
+        """Return native_candidate once more, with the gradients as each cycle's last backward left them.
+
+        Raises:
+            UsageError: The run has several processes, whose backwards are not put together.
+        """
+
+        def make() -> Recording:
+            self._refuse_ranks()
+            comparer = Comparer(self.reference(), native=True, contributions=True, left=True)
+            role = "native_candidate"
+            return self._accumulated(role, comparer, self.data, (), [], promoted=False)
+
+        return self._once(("left",), make)
+
+    def _refuse_ranks(self) -> None:
+        if self.case.world_size > 1:
+            raise UsageError(f"backwards of {self.case.world_size} ranks are not put together")
+
     def native(self, role: str) -> Recording:
         """Return native_reference or native_candidate: as written, from the reference's states."""
 
@@ -387,6 +426,18 @@ class Experiment:
             return found
 
         return self._once(("pieces", interventions), make)
+
+    def alone_of_length(self, length: int) -> Recording:
+        """Return the run that steps after every micro-batch, told that the loader has another length."""
+
+        def make() -> Recording:
+            data = self.data_for((), promoted=True)
+            micro = self.micro_batches(data)
+            size = self.micro_batch_size
+            run = Run("pieces", data, micro, 1, size, length=length, optimizer_steps=length)
+            return self._execute(run, Pieces(self.reference(), self.cycles()))
+
+        return self._once(("alone", length), make)
 
     def pieces_recording(self, interventions: Interventions = ()) -> Recording:
         """Return the run that took the pieces."""

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils.fetch import _MapDatasetFetcher
 
 from equivcheck.errors import UsageError
+from equivcheck.rows import parse
 from equivcheck.split import rows_of, take, walk
 
 Key = tuple[int, int]
@@ -61,6 +62,11 @@ class Data:
         return Data(self.batches[:-1], self.rows[:-1])
 
     @property
+    def tail(self) -> set[int]:
+        """The samples of incomplete cycles: of the last full batch, if it is shorter than the others."""
+        return set(range(self.start(len(self.rows) - 1), self.total)) if self.has_tail else set()
+
+    @property
     def has_tail(self) -> bool:
         """Whether the last full batch is shorter than every other."""
         return len(self.rows) > 1 and self.rows[-1] < min(self.rows[:-1])
@@ -70,12 +76,47 @@ class Data:
 LOOK_AHEAD = 1000
 
 
-def read_batches(batches: Callable[[], Iterable[Any]], optimizer_steps: int) -> Data:
+def read_batches(
+    batches: Callable[[], Iterable[Any]], optimizer_steps: int, rows: str | None = None
+) -> Data:
     """Read the user's full batches once: the first `optimizer_steps`, and always a shorter last one.
 
+    Args:
+        batches: The user's function.
+        optimizer_steps: Upper bound on full batches.
+        rows: Which rows of those batches alone are used, see `rows.parse`.
+
     Raises:
-        UsageError: Nothing was returned, or a batch has no rows, or its tensors disagree about them.
+        UsageError: Nothing was returned, or a batch has no rows, or its tensors disagree about them, or has not the
+            rows asked for.
     """
+    data = _read(batches, optimizer_steps)
+    return data if rows is None else select(data, parse(rows))
+
+
+def select(data: Data, chosen: Sequence[tuple[int, Sequence[int]]]) -> Data:
+    """Return some rows of some batches as full batches of their own.
+
+    Args:
+        data: All there is.
+        chosen: For each full batch of the result, which one its rows come from, and which rows.
+
+    Raises:
+        UsageError: There is no such batch or row.
+    """
+    for batch, rows in chosen:
+        if batch >= len(data.rows) or max(rows) >= data.rows[batch]:
+            raise UsageError(
+                f"no-such-row: rows names row {max(rows)} of batch {batch}",
+                expected=f"batches of {', '.join(map(str, data.rows))} rows, counted from 0",
+            )
+    return Data(
+        [take(data.batches[batch], list(rows)) for batch, rows in chosen],
+        [len(rows) for _, rows in chosen],
+    )
+
+
+def _read(batches: Callable[[], Iterable[Any]], optimizer_steps: int) -> Data:
     source = batches()
     if source is None or not hasattr(source, "__iter__"):
         raise UsageError(

@@ -34,6 +34,7 @@ class Attribution:
         names: Parameters in the order of the coordinates, with their length.
         weights_piece: [n] float64, the parameters themselves, where the reference needs them as a
             piece more: a penalty that is put into the gradients; else None.
+        ordinals: Which backwards of every micro-step made the gradients, if not all did.
         ranks: R, if the ranks share the batch: the pieces are those of rank 0, then those of rank 1 ...
     """
 
@@ -46,6 +47,7 @@ class Attribution:
     w: Weights
     names: list[tuple[str, int]]
     weights_piece: torch.Tensor | None = None
+    ordinals: frozenset[int] | None = None
     ranks: int = 1
 
     @property
@@ -114,8 +116,8 @@ def attribute(
         ranks: How many ranks share the batch; their pieces come one rank after the other.
     """
     names = [(name, len(s)) for name, s in target.sample.items() if s is not None]
-    matrix = torch.stack([_flat(piece, names) for piece in pieces])
-    reference, candidate = _flat(target, names), _flat(step, names)
+    matrix = torch.stack([flat(piece, names) for piece in pieces])
+    reference, candidate = flat(target, names), flat(step, names)
     assert step.matched is not None
     v, w, extra = solve(matrix, reference), solve(matrix, candidate), None
     if v.residual is not None and v.residual > BEYOND_ROUNDING:
@@ -128,7 +130,16 @@ def attribute(
             v = replace(with_theta, values=with_theta.values[:k], solution=with_theta.solution[:k])
     parts = ranks if len(pieces) % ranks == 0 else 1
     return Attribution(
-        step.index, step.matched, matrix, reference, candidate, v, w, names, extra, parts
+        step.index,
+        step.matched,
+        matrix,
+        reference,
+        candidate,
+        v,
+        w,
+        names,
+        weights_piece=extra,
+        ranks=parts,
     )
 
 
@@ -136,7 +147,8 @@ def _or_zeros(tensor: torch.Tensor | None, length: int) -> torch.Tensor:
     return torch.zeros(length, dtype=torch.float64) if tensor is None else tensor
 
 
-def _flat(step: Step, names: Sequence[tuple[str, int]]) -> torch.Tensor:
+def flat(step: Step, names: Sequence[tuple[str, int]]) -> torch.Tensor:
+    """Return [n] the gradients of a step at the sampled coordinates, zero where there is none."""
     parts = []
     for name, length in names:
         sample = step.sample.get(name)

@@ -8,7 +8,7 @@ state.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from equivcheck.differences import Sums, dense, far_apart, sums, sums_many
 from equivcheck.noise import coordinates
+from equivcheck.parts import Holdings, positions
 from equivcheck.recording import Kept, Recording, Step
 from equivcheck.shadow import shadow_weights
 from equivcheck.shelf import Shelf
@@ -76,12 +77,15 @@ class Sampler(Observer):
 
     def __init__(self) -> None:
         self._chosen: dict[str, torch.Tensor | None] = {}
+        self._places: dict[str, tuple[torch.Tensor, torch.Tensor, int]] = {}
 
     def sample(self, recorder: Recorder, step: Step, gradients: Gradients) -> None:
         """Keep the sampled coordinates of each gradient, float64."""
-        shapes = {name: p.numel() for name, p in recorder.parameters().items()}
+        shapes = recorder.sizes()
         if not self._chosen or set(self._chosen) != set(shapes):
             self._chosen = coordinates(shapes)
+        if recorder.holdings is not None:
+            self._find_places(recorder.holdings)
         for name, gradient in gradients.items():
             step.sample[name] = None if gradient is None else self.take(name, gradient)
         present = [g for g in gradients.values() if g is not None]
@@ -92,8 +96,19 @@ class Sampler(Observer):
             bool(torch.isfinite(g).all()) for g in present
         )
 
+    def _find_places(self, holdings: Holdings) -> None:
+        for part in holdings.held():
+            if not part.is_whole and part.name not in self._places:
+                chosen = self._chosen.get(part.name)
+                self._places[part.name] = positions(part, chosen, holdings.shape(part.name))
+
     def take(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the sampled coordinates of one parameter's tensor, float64."""
+        """Return the sampled coordinates of one parameter's tensor, float64; nan where another rank holds them."""
+        if name in self._places:
+            sampled, mine, count = self._places[name]
+            found = torch.full((count,), math.nan, dtype=torch.float64)
+            found[sampled] = dense(tensor.detach()).flatten()[mine].to(torch.float64)
+            return found
         chosen = self._chosen.get(name)
         flat = dense(tensor.detach()).flatten()
         return (flat if chosen is None else flat[chosen]).to(torch.float64, copy=True)
@@ -178,21 +193,31 @@ class Comparer(Sampler):
         reference: The recording that was kept.
         native: The run computes as written: gradients are sampled and compared, parameters and state are set only.
         contributions: Keep what each backward adds, at the sampled coordinates.
+        left: Keep what the last backward leaves, too.
     """
 
     def __init__(
-        self, reference: Recording, *, native: bool = False, contributions: bool = False
+        self,
+        reference: Recording,
+        *,
+        native: bool = False,
+        contributions: bool = False,
+        left: bool = False,
     ) -> None:
         super().__init__()
         self._reference = reference
         self._native = native
         self._want_contributions = contributions
+        self._want_left = left
         self._queues = {
             key: [s for s in reference.steps if s.optimizer == key] for key in reference.optimizers
         }
         self._collected: dict[str, set[Any]] = {}
         self._gradients: Gradients = {}
+        self._wanted: Gradients = {}
         self._arrived: list[dict[str, torch.Tensor]] = []
+        self._contributed: list[dict[str, torch.Tensor]] = []
+        self._left: dict[str, torch.Tensor | None] = {}
         self._share: frozenset[int] | None = None
         self._ranks = 1
 
@@ -200,19 +225,24 @@ class Comparer(Sampler):
         self, recorder: Recorder, step: Step, gradients: Gradients, applied: Gradients
     ) -> None:
         self.sample(recorder, step, gradients)
-        step.contributions, self._arrived = self._arrived, []
+        if self._arrived:
+            self._contributed, self._arrived = self._arrived, []
+        # Of two optimizers that step on the same backwards, the second has the same.
+        step.contributions = self._contributed
+        step.left = {name: self._left.get(name) for name in gradients} if self._left else {}
         self._share, self._ranks = recorder.share, recorder.world_size
         self._match(step)
         if step.matched is None:
             return
         kept = self._reference.kept[step.matched]
         self._gradients = gradients
-        step.gradients = compare(kept.gradients, gradients, step)
+        self._wanted = mine_of(recorder, kept.gradients, gradients)
+        step.gradients = compare(self._wanted, gradients, step)
         step.applied = (
             step.gradients
             if all(applied[n] is gradients[n] for n in applied)
             and all(kept.applied[n] is kept.gradients[n] for n in kept.applied)
-            else compare(kept.applied, applied, None)
+            else compare(mine_of(recorder, kept.applied, gradients), applied, None)
         )
         step.shadows = _compare_shadows(kept.shadows, _shadows(recorder, torch.clone))
         kept.release()
@@ -222,7 +252,7 @@ class Comparer(Sampler):
 
         Of several ranks each sees its own share of them.
         """
-        queue = self._queues.get(step.optimizer, [])
+        queue = self._queue_of(step)
         collected = self._collected.setdefault(step.optimizer, set())
         collected |= step.samples
         for skipped, other in enumerate(queue):
@@ -241,6 +271,24 @@ class Comparer(Sampler):
                 step.missing = skipped + 1
                 collected.clear()
                 return
+
+    def _queue_of(self, step: Step) -> list[Step]:
+        """Return the reference's steps that an optimizer has not made yet.
+
+        An optimizer of a rank may be of another class, or hold some of the parameters only.
+        """
+        if step.optimizer not in self._queues:
+            mine = set(step.sample)
+            shared = {
+                key: len(mine & set(names)) for key, names in self._reference.optimizers.items()
+            }
+            key = max(shared, key=lambda k: shared[k], default="")
+            self._queues[step.optimizer] = (
+                [s for s in self._reference.steps if s.optimizer == key]
+                if self._ranks > 1 and shared.get(key)
+                else []
+            )
+        return self._queues[step.optimizer]
 
     def _in_share(self, samples: Collection[Key]) -> set[Key]:
         """Return those of a full batch's samples that this rank is given; all of them where that is not known."""
@@ -264,24 +312,25 @@ class Comparer(Sampler):
             self._compare_state(recorder, step, optimizer, kept)
         set_state(recorder, optimizer, kept)
         kept.release()
-        self._gradients = {}
+        self._gradients, self._wanted = {}, {}
 
     def _compare_state(
         self, recorder: Recorder, step: Step, optimizer: Optimizer, kept: Kept
     ) -> None:
         self._different = DIFFERENT if recorder.is_promoted else DIFFERENT_AS_WRITTEN
         mine = set(recorder.recording.optimizers[step.optimizer])
-        masks = {name: self._mask(name, kept, step) for name in mine | set(kept.state)}
+        masks = {name: self._mask(name, step) for name in mine | set(kept.state)}
         updates = []
-        for name, parameter in recorder.parameters().items():
-            if name in kept.after and kept.after[name].shape == parameter.shape:
-                mask = masks.get(name) if name in mine else None
-                updates.append((name, kept.after[name], parameter.detach(), mask))
+        for name, wanted, parameter in _updated(recorder, kept):
+            mask = masks.get(name) if name in mine else None
+            updates.append((name, wanted, parameter, mask))
         state = state_of(recorder, optimizer, lambda tensor: tensor)
         moments = []
         for name, entries in kept.state.items():
+            if recorder.holdings is not None and name not in state:
+                continue  # Another rank has it, or none: that is seen when they are put together.
             others = dict(numbers(state.get(name, {})))
-            for key, value in numbers(entries):
+            for key, value in numbers(mine_of(recorder, entries, entries, name)):
                 other = others.get(key)
                 if other is None or other.shape != value.shape:
                     step.none_mismatch.append(f"{name}.{key}")
@@ -295,9 +344,9 @@ class Comparer(Sampler):
         step.parameters, step.state = _measured(updates), _measured(moments)
         step.buffers = _measured(buffers)
 
-    def _mask(self, name: str, kept: Kept, step: Step) -> torch.Tensor | None:
+    def _mask(self, name: str, step: Step) -> torch.Tensor | None:
         """Return which elements of a parameter have a gradient that says something; None for all."""
-        reference, candidate = kept.gradients.get(name), self._gradients.get(name)
+        reference, candidate = self._wanted.get(name), self._gradients.get(name)
         if reference is None or candidate is None:
             return None
         difference = step.gradients.get(name)
@@ -331,9 +380,7 @@ class Comparer(Sampler):
             return
         arrived: dict[str, torch.Tensor] = {}
         if not self._chosen:
-            self._chosen = coordinates(
-                {name: p.numel() for name, p in recorder.parameters().items()}
-            )
+            self._chosen = coordinates(recorder.sizes())
 
         def note(name: str) -> Callable[[torch.Tensor], None]:
             def hook(gradient: torch.Tensor) -> None:
@@ -352,6 +399,12 @@ class Comparer(Sampler):
             for handle in handles:
                 handle.remove()
             self._arrived.append(arrived)
+        if self._want_left:
+            with torch.no_grad():
+                self._left = {
+                    name: None if p.grad is None else self.take(name, p.grad)
+                    for name, p in recorder.parameters().items()
+                }
 
     def returned(self, recorder: Recorder, inputs: Any, result: Any) -> None:
         if self._want_contributions:
@@ -436,6 +489,41 @@ class Pieces(Comparer):
         if kept is not None:
             with torch.no_grad():
                 set_state(recorder, None, kept)
+
+
+def mine_of(
+    recorder: Recorder, tensors: Mapping[str, Any], names: Collection[str], of: str | None = None
+) -> dict[str, Any]:
+    """Return the reference's tensors as this process holds them: of a rank, the parts of those that it has.
+
+    Args:
+        recorder: Whose holdings count.
+        tensors: By parameter; or the entries of one parameter's state.
+        names: Those that are wanted.
+        of: The parameter whose entries they are.
+    """
+    holdings = recorder.holdings
+    if holdings is None:
+        return dict(tensors)
+    found: dict[str, Any] = {}
+    for name in names:
+        tensor, part = tensors.get(name), holdings.of(of or name)
+        if part is not None and isinstance(tensor, torch.Tensor) and tensor.dim():
+            tensor = part.cut(tensor)
+        found[name] = tensor
+    return found
+
+
+def _updated(recorder: Recorder, kept: Kept) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Yield every parameter that is held: its name, what it ought to be, and what it is."""
+    if recorder.holdings is None:
+        for name, parameter in recorder.parameters().items():
+            if name in kept.after:
+                yield name, kept.after[name], parameter.detach()
+        return
+    for part in recorder.holdings.held():
+        if part.name in kept.after:
+            yield part.name, part.cut(kept.after[part.name]), part.local(part.holder.detach())
 
 
 def compare(reference: Gradients, candidate: Gradients, step: Step | None) -> dict[str, Sums]:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 
 from equivcheck.attribution import solve
+from equivcheck.errors import EquivcheckError
 from equivcheck.experiment import Experiment
 from equivcheck.noise import UNIT_ROUNDOFF, UNITS, floor, growth
 from equivcheck.recording import Recording, Step
@@ -54,9 +56,11 @@ def judge_precision(experiment: Experiment) -> Precision:
     full, accumulated = experiment.native("native_reference"), experiment.native("native_candidate")
     unit = roundoff_of([full.dtype])
     k = experiment.case.accumulation_steps
-    residuals = [
-        r for step in accumulated.steps if (r := _rounding(step)) is not None and math.isfinite(r)
-    ]
+    residuals = _residuals([(step, step.sample) for step in accumulated.steps])
+    if max(residuals, default=0.0) / unit / growth(k) > UNITS and _transformed(experiment):
+        # What is done to gradients between the last backward and the step is no rounding.
+        steps = experiment.left_by_backward().steps
+        residuals = _residuals([(step, step.left) for step in steps])
     own = _errors(full)
     accumulation = statistics.median(residuals) if residuals else 0.0
     full_error = statistics.median(own) if own else 0.0
@@ -98,20 +102,40 @@ def _errors(recording: Recording) -> list[float]:
     return found
 
 
-def _rounding(step: Step) -> float | None:
+def _residuals(steps: Sequence[tuple[Step, Mapping[str, torch.Tensor | None]]]) -> list[float]:
+    found = [_rounding(step, gradients) for step, gradients in steps]
+    return [each for each in found if each is not None and math.isfinite(each)]
+
+
+def _transformed(experiment: Experiment) -> bool:
+    """Return whether the loop makes something else of its gradients, in float64 too: adds noise, centralises them."""
+    if experiment.candidate().lowered:
+        return False
+    unit = UNIT_ROUNDOFF[torch.float64]
+    k = experiment.case.accumulation_steps
+    try:
+        steps = [(step, step.sample) for step in experiment.contributed().steps]
+    except EquivcheckError:
+        return False
+    limit = max(UNITS * unit * growth(k), floor(experiment.terms(), unit))
+    return max(_residuals(steps), default=0.0) > limit
+
+
+def _rounding(step: Step, gradients: Mapping[str, torch.Tensor | None]) -> float | None:
     """Return what is left of a gradient after the best combination of the contributions that arrived."""
     if step.matched is None or step.skipped or not step.contributions:
         return None
-    names = [name for name, sample in step.sample.items() if sample is not None]
+    names = [name for name, sample in gradients.items() if sample is not None]
     names = [name for name in names if any(name in each for each in step.contributions)]
     if not names:
         return None
-    target = torch.cat([t for name in names if (t := step.sample[name]) is not None])
+    target = torch.cat([t for name in names if (t := gradients[name]) is not None])
     rows = [
         torch.cat(
             [
-                each.get(name, torch.zeros(_length(step, name), dtype=torch.float64))
+                each.get(name, torch.zeros_like(t))
                 for name in names
+                if (t := gradients[name]) is not None
             ]
         )
         for each in step.contributions
@@ -120,11 +144,6 @@ def _rounding(step: Step) -> float | None:
     if matrix.shape[0] * 4 > matrix.shape[1] or not bool(torch.isfinite(matrix).all()):
         return None
     return solve(matrix, target).residual
-
-
-def _length(step: Step, name: str) -> int:
-    sample = step.sample[name]
-    return 0 if sample is None else len(sample)
 
 
 def native_gap(full: Recording, accumulated: Recording) -> float:

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from equivcheck.hooks import Backwards, Clips, Edits, Scaling, Schedulers, Steps, Usage
 from equivcheck.hooks.base import Hooks
+from equivcheck.parts import Holdings, Part, itself
 from equivcheck.recording import Event, Place, Recording
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class Recorder:
         *,
         interventions: Iterable[Intervention] = (),
         schedule: list[Place] | None = None,
+        world_size: int = 1,
     ) -> None:
         self.model = model
         self.recording = recording
@@ -65,7 +67,8 @@ class Recorder:
         self.code: Code | None = None
         self.data: Data | None = None
         self.is_promoted = True
-        self.rank, self.world_size, self.part = 0, 1, 0
+        self.rank, self.world_size, self.part = 0, world_size, 0
+        self.holdings = Holdings(model) if world_size > 1 else None
         self.share: frozenset[int] | None = None
         self.watch: Callable[[Recording], None] | None = None
         self.is_paused = False
@@ -99,6 +102,8 @@ class Recorder:
 
     def __enter__(self) -> Self:
         try:
+            if self.holdings is not None:
+                self.holdings.install(self._stack)
             for hooks in self._hooks:
                 hooks.install(self._stack)
             for each in self.interventions:
@@ -117,6 +122,8 @@ class Recorder:
         self.model = nn.Module()
         self._foreign.clear()
         self.shadow_holders.clear()
+        if self.holdings is not None:
+            self.holdings.close()
 
     # ---- what interventions and hooks ask ------------------------------------------------------
 
@@ -183,14 +190,44 @@ class Recorder:
         self.note("fetch", samples=len(keys))
 
     def parameters(self) -> dict[str, torch.Tensor]:
-        """Return the model's parameters and those that only an optimizer knows, by name."""
+        """Return the model's parameters and those that only an optimizer knows, by name.
+
+        Of a rank, those that its optimizers hold whole.
+        """
+        if self.holdings is not None and (held := self.holdings.held()):
+            return {part.name: part.holder for part in held if part.is_whole}
         found: dict[str, torch.Tensor] = dict(self.model.named_parameters())
         found.update((self.names[id(each)], each) for each in self._foreign)
         return found
 
     def gradient_holders(self) -> list[torch.Tensor]:
-        """Return the model's parameters and those that only an optimizer knows."""
+        """Return the model's parameters and those that only an optimizer knows; of a rank, what its optimizers hold."""
+        if self.holdings is not None and (held := self.holdings.held()):
+            return list({id(part.holder): part.holder for part in held}.values())
         return [p for p in self.model.parameters() if p.requires_grad] + self._foreign
+
+    def sizes(self) -> dict[str, int]:
+        """Return the number of elements of every parameter, whole."""
+        if self.holdings is not None:
+            return dict(self.holdings.sizes)
+        return {name: p.numel() for name, p in self.parameters().items()}
+
+    def look_again(self) -> None:
+        """Learn the names of parameters that a wrapper has put in the place of others."""
+        if self.holdings is None:
+            return
+        kept = {id(each): self.names[id(each)] for each in self._foreign}
+        found = ((id(p), self.holdings.name_in(n)) for n, p in self.model.named_parameters())
+        self.names = {key: name for key, name in found if name is not None} | kept
+
+    def parts_of(self, parameter: torch.Tensor, optimizer: Optimizer) -> list[Part]:
+        """Return what this process holds of the model in one parameter of an optimizer."""
+        if self.holdings is None:
+            return [Part(self.name_of(parameter, optimizer), parameter, itself, itself)]
+        found = self.holdings.parts(parameter, self.names.get(id(parameter)))
+        if found is None:
+            found = self.holdings.parts(parameter, self.name_of(parameter, optimizer))
+        return found or []
 
     def name_of(self, parameter: torch.Tensor, optimizer: Optimizer) -> str:
         """Return a parameter's name in the model, or one of our own if only an optimizer knows it."""
@@ -206,9 +243,10 @@ class Recorder:
         key = self.optimizers.get(id(optimizer))
         if key is None:
             names = [
-                self.name_of(p, optimizer)
+                part.name
                 for group in optimizer.param_groups
                 for p in group["params"]
+                for part in self.parts_of(p, optimizer)
             ]
             key = f"{type(optimizer).__name__}({names[0] if names else ''}..{len(names)})"
             while key in self.recording.optimizers:

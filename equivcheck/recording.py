@@ -89,6 +89,7 @@ class Step:
         masked: Per parameter, how many elements were left out because their gradient is noise.
         objective: Sums of this step's gradient against the stated objective's, per parameter.
         contributions: Per backward, what it added at the sampled coordinates, float64.
+        left: The gradients as the last backward left them, at the sampled coordinates, float64.
         parts: With ranks, which part of a tensor this rank holds, for those that it does not hold whole.
         at: When the step ended, as of `time.time_ns`.
     """
@@ -116,6 +117,7 @@ class Step:
     masked: dict[str, int] = field(default_factory=dict)
     objective: dict[str, Sums] | None = None
     contributions: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    left: dict[str, torch.Tensor | None] = field(default_factory=dict)
     parts: dict[str, Hashable] = field(default_factory=dict)
     at: int = 0
 
@@ -244,13 +246,34 @@ class Recording:
             fetched_last = {owner[i][1] for i in members}
             if members and len(fetched_last) == 1 and count > 1 and len(members) % count == 0:
                 share = len(members) // count
+                sweeps = self._sweeps(members, count)
                 for rank, i in enumerate(members):
-                    owner[i] = (cycle, rank // share)
+                    owner[i] = (cycle, rank % count if sweeps else rank // share)
         places = []
         for i, (cycle, micro_step) in enumerate(owner):
-            last = i + 1 == len(owner) or owner[i + 1][0] != cycle
+            # The last of a sweep: the next backward is another cycle's, or begins this one anew.
+            last = i + 1 == len(owner) or owner[i + 1][0] != cycle or owner[i + 1][1] < micro_step
             places.append(Place(cycle, micro_step, len(by_cycle.get(cycle, [0])), last))
         return places
+
+    def _sweeps(self, members: list[int], count: int) -> bool:
+        """Return whether a cycle's backwards go through its micro-batches several times, not several at each.
+
+        Another root begins a new sweep, or something was done with the gradients of the one before.
+        """
+        if len(members) == count:
+            return False
+        roots = [self.backwards[i].root for i in members]
+        if len(set(roots[:count])) == 1 and roots[count] != roots[0]:
+            return True
+        ends = {members[j] for j in range(count, len(members), count)}
+        kinds = {"step", "skipped", "zero_grad", "cleared", "parameters_changed"}
+        between = {
+            event.backwards
+            for event in self.timeline
+            if event.kind in kinds and members[0] < event.backwards <= members[-1]
+        }
+        return bool(ends & between) and between <= ends
 
 
 def _owner(backward: Backward) -> int:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from equivcheck.parts import is_distributed
 from equivcheck.subject import is_library
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def _like_weights(tensors: dict[str, torch.Tensor], recorder: Recorder) -> bool:
             match = next((p for name, p in pool if key.endswith(f".{name}")), None)
         if match is None and key.isdigit() and int(key) < len(pool):
             match = pool[int(key)][1]
-        if match is None or match.shape != tensor.shape:
+        if match is None or match.shape != tensor.shape or is_distributed(match):
             continue
         a, b = tensor.detach().double().flatten(), match.detach().double().flatten()
         dot += float(a @ b)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim import Optimizer
 
+from equivcheck.parts import Part, is_distributed, plain
 from equivcheck.recording import Kept
 
 if TYPE_CHECKING:
@@ -17,19 +18,49 @@ if TYPE_CHECKING:
 
 def set_state(recorder: Recorder, optimizer: Optimizer | None, kept: Kept) -> None:
     """Set parameters, buffers and one optimizer's state to what the reference had; dtypes stay as they are."""
-    for name, parameter in recorder.parameters().items():
-        if name in kept.after and kept.after[name].shape == parameter.shape:
-            parameter.detach().copy_(kept.after[name])
+    if recorder.holdings is not None:
+        for part in recorder.holdings.held():
+            if part.name in kept.after:
+                part.local(part.holder.detach()).copy_(part.cut(kept.after[part.name]))
+    else:
+        for name, parameter in recorder.parameters().items():
+            if name in kept.after and kept.after[name].shape == parameter.shape:
+                parameter.detach().copy_(kept.after[name])
     for name, buffer in recorder.model.named_buffers():
         if name in kept.buffers and kept.buffers[name].shape == buffer.shape:
             buffer.detach().copy_(kept.buffers[name])
     if optimizer is None:
         return
+    optimizer = owner_of_state(optimizer)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            name = recorder.names.get(id(parameter), "")
-            if name in kept.state:
-                _set_entries(optimizer.state[parameter], kept.state[name], parameter)
+            for part in recorder.parts_of(parameter, optimizer):
+                if part.name not in kept.state:
+                    continue
+                entries = optimizer.state[parameter]
+                if part.is_whole and not is_distributed(parameter):
+                    _set_entries(entries, kept.state[part.name], parameter)
+                else:
+                    _set_part(entries, kept.state[part.name], part)
+
+
+def owner_of_state(optimizer: Optimizer) -> Optimizer:
+    """Return the optimizer that holds the state: of one that shares it out over ranks, the one inside."""
+    inner = getattr(optimizer, "optim", None)
+    return inner if isinstance(inner, Optimizer) else optimizer
+
+
+def _set_part(mine: dict[str, Any], theirs: dict[str, Any], part: Part) -> None:
+    """Set the entries of a sharded parameter that this rank has; what lies like it is cut like it."""
+    for key, value in theirs.items():
+        old = mine.get(key)
+        if isinstance(value, torch.Tensor) and isinstance(old, torch.Tensor):
+            if value.dim():
+                part.local(old.detach()).copy_(part.cut(value))
+            else:
+                plain(old.detach()).copy_(value)
+        elif not isinstance(value, torch.Tensor):
+            mine[key] = copy.copy(value)
 
 
 def _set_entries(mine: dict[str, Any], theirs: dict[str, Any], parameter: torch.Tensor) -> None:
@@ -66,12 +97,24 @@ def state_of(
 ) -> dict[str, dict[str, Any]]:
     """Return an optimizer's state by name of the parameter; `keep` is given every tensor in it."""
     found: dict[str, dict[str, Any]] = {}
+    optimizer = owner_of_state(optimizer)
     for parameter, entries in optimizer.state.items():
-        name = recorder.names.get(id(parameter))
-        if name is None or not isinstance(entries, dict):
+        if not isinstance(entries, dict):
             continue
-        found[name] = {key: _copied(value, keep) for key, value in entries.items()}
+        if recorder.holdings is not None:
+            for part in recorder.parts_of(parameter, optimizer):
+                found[part.name] = {k: _local(v, part) for k, v in entries.items()}
+            continue
+        name = recorder.names.get(id(parameter))
+        if name is not None:
+            found[name] = {key: _copied(value, keep) for key, value in entries.items()}
     return found
+
+
+def _local(value: Any, part: Part) -> Any:
+    if isinstance(value, torch.Tensor):
+        return part.local(value.detach()) if value.dim() else plain(value.detach())
+    return value
 
 
 def _copied(value: Any, keep: Callable[[torch.Tensor], torch.Tensor]) -> Any:

@@ -378,7 +378,9 @@ def _file_module(place: str, *, alone: bool) -> Module:
             expected="a Python file with build, batches and train",
             fix=f"did you mean {Path(place).with_name(close[0])}?" if close else None,
         )
-    root, name = (path, f"_equivcheck_{path.stem}") if alone else _package_root(path)
+    root, name = (
+        (path.with_suffix(""), f"_equivcheck_{path.stem}") if alone else _package_root(path)
+    )
     if name in sys.modules and not _lies_in(sys.modules[name], root):
         # A file called random.py or train.py must not shadow, or be shadowed by, an installed module.
         name = f"{name}__subject"
@@ -477,9 +479,9 @@ def executed_again(modules: Sequence[Module]) -> list[ModuleType]:
         TargetError: One does not import; the traceback is its own.
     """
     _executed.update(each.root for each in modules)
-    roots = dict.fromkeys(each.root for each in modules)
+    roots = tuple(dict.fromkeys(f"{each.root}/" for each in modules))
     for name, module in list(sys.modules.items()):
-        if any(_lies_in(module, root) for root in roots):
+        if _user_path(module).startswith(roots):
             del sys.modules[name]
     importlib.invalidate_caches()
     found = []
@@ -503,12 +505,15 @@ def _importable(root: Path) -> Iterator[None]:
 
 
 def _lies_in(module: ModuleType, root: Path) -> bool:
+    return _user_path(module).startswith(f"{root}/")
+
+
+def _user_path(module: ModuleType) -> str:
+    """Return the file of a module of the user's; empty for any other, and for the script that runs."""
     filename = getattr(module, "__file__", None)
-    if not filename:
-        return False
-    if getattr(module, "__name__", "") == "__main__":
-        return False
-    return _real(filename).startswith(f"{root}/") and not is_library(filename)
+    if not filename or getattr(module, "__name__", "") == "__main__":
+        return ""
+    return "" if is_library(filename) else _real(filename)
 
 
 # Some thousand modules are asked about before every run: resolving a path once is enough.

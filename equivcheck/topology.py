@@ -34,9 +34,25 @@ def factor_of(view: View) -> tuple[int, int] | None:
         ]
         fitting.sort(key=lambda item: abs(item[0]) + abs(item[1]))
         if len(fitting) > 1:
-            fitting = _confirmed(view, fitting) or fitting
+            confirmed = _confirmed(view, fitting)
+            least = abs(fitting[0][0]) + abs(fitting[0][1])
+            simplest = [(a, b) for a, b in fitting if abs(a) + abs(b) == least]
+            view.experiment.remembered["undecided", view.chosen] = (
+                [] if confirmed or len(simplest) == 1 else simplest
+            )
+            fitting = confirmed or fitting
         view.experiment.remembered[key] = fitting[0] if fitting else None
     return view.experiment.remembered[key]  # type: ignore[no-any-return]
+
+
+def undecided(view: View) -> list[tuple[int, int]]:
+    """Return the factors that all fit where no run at another K can decide between them; empty if one is known.
+
+    A loop that is given another K tells; a command line that has but one K leaves them all suspected.
+    """
+    factor_of(view)
+    found: list[tuple[int, int]] = view.experiment.remembered.get(("undecided", view.chosen), [])
+    return [] if view.experiment.other_steps else found
 
 
 def _fits_all(view: View, factor: float) -> bool:
@@ -50,8 +66,10 @@ def _fits_all(view: View, factor: float) -> bool:
 def _confirmed(view: View, fitting: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """Return those that give the factor at another K too."""
     experiment, size = view.experiment, float(view.experiment.case.world_size)
-    other = 2 if view.steps != 2 else 3
-    if view.chosen or other * experiment.case.shares > min(experiment.data.rows):
+    if view.chosen:
+        return []
+    other = _another(view.steps, experiment.case.shares, experiment.data.rows)
+    if other is None:
         return []
     try:
         recording = experiment.at(other)
@@ -69,3 +87,9 @@ def _confirmed(view: View, fitting: list[tuple[int, int]]) -> list[tuple[int, in
         for a, b in fitting
         if measured and abs(measured[0] / (float(other) ** a * size**b) - 1.0) <= limit
     ]
+
+
+def _another(steps: int, shares: int, rows: list[int]) -> int | None:
+    """Return another K, one that cuts the batches evenly if there is one: a mean then stays a pure factor."""
+    possible = [k for k in (2, 3, 2 * steps) if k != steps and k * shares <= max(rows)]
+    return min(possible, key=lambda k: max(rows) % (k * shares) != 0, default=None)

@@ -8,6 +8,8 @@ from functools import cached_property
 from typing import Any
 
 from equivcheck.attribution import predict
+from equivcheck.company import attributions_in_company
+from equivcheck.errors import EquivcheckError
 from equivcheck.experiment import Experiment, Interventions
 from equivcheck.fit import Attribution
 from equivcheck.noise import SAFETY
@@ -84,8 +86,26 @@ class View:
 
     @cached_property
     def attributions(self) -> list[Attribution]:
-        """The weights of every matched step."""
-        return self.experiment.attributions(self.chosen)
+        """The weights of every matched step: of micro-batches alone, or else in company."""
+        key = ("attributions", self.chosen)
+        known = self.experiment.remembered
+        if key not in known:
+            known[key] = self._attributions()
+        return known[key]  # type: ignore[no-any-return]
+
+    def _attributions(self) -> list[Attribution]:
+        alone = self.experiment.attributions(self.chosen)
+        if alone and all(self.spans(each, reference=True) for each in alone):
+            return alone
+        try:
+            in_company = attributions_in_company(self.experiment, self.chosen)
+        except EquivcheckError:
+            return alone
+        if len(in_company) >= max(len(alone), 1) and all(
+            self.spans(each, reference=True) for each in in_company
+        ):
+            return in_company
+        return alone
 
     @cached_property
     def divergent(self) -> list[Attribution]:

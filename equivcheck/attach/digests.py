@@ -3,7 +3,8 @@
 A row's number does not depend on the dtype, on the batch it came in, or on trailing padding: integers are hashed
 exactly, with padding (0, -100, what the attention mask leaves out, and the value that a batch's shorter rows end with)
 counting for nothing; floating rows are projected on a few random directions and rounded to a part in ten thousand,
-so that what a kernel rounds differently for another batch size is the same row still.
+so that what a kernel rounds differently for another batch size is the same row still. A row of tokens has a second
+number, without its last token: `ids[:, :-1]` of a padded batch cuts that of the longest row, and padding of the others.
 
 N rows, L numbers in a row.
 """
@@ -20,6 +21,7 @@ import torch
 __all__ = ["Rule", "row_digests"]
 
 Array = Any
+Digest = tuple[int, int]
 
 # Directions that a floating row is projected on, and the share of its norm that is told apart: two different rows agree
 # by chance with probability 1e-12, and float64 noise of 1e-15 crosses a border with probability 1e-11.
@@ -55,8 +57,10 @@ class Rule:
         }
 
 
-def row_digests(named: list[tuple[str, torch.Tensor]], rule: Rule) -> list[int]:
-    """Return one number below 2**64 for each row that enters a model, [N]; empty if no tensor has rows.
+def row_digests(named: list[tuple[str, torch.Tensor]], rule: Rule) -> list[Digest]:
+    """Return two numbers below 2**64 for each row that enters a model, [N]; empty if no tensor has rows.
+
+    The first is the row's; the second is that of the row without its last token, the first again if there are none.
 
     Args:
         named: The tensors of the call, by where they stand in it; not under any dispatch mode.
@@ -74,19 +78,22 @@ def row_digests(named: list[tuple[str, torch.Tensor]], rule: Rule) -> list[int]:
     if not rule.paths:
         rule.paths = list(tensors)
     mask = next((t for path, t in tensors.items() if path.endswith("attention_mask")), None)
-    total = np.zeros(rows, dtype=np.uint64)
+    total, shorter = np.zeros(rows, dtype=np.uint64), np.zeros(rows, dtype=np.uint64)
     for path, tensor in tensors.items():
         if tensor.is_floating_point() or tensor.is_complex():
-            found = _floating(tensor)
+            found = cut = _floating(tensor)
         else:
-            found = _whole(path, tensor, mask, rule)
+            found, cut = _whole(path, tensor, mask, rule)
         salt = np.uint64(_mixed(np.array([_text(path)], dtype=np.uint64))[0] | np.uint64(1))
         total += _mixed(found) * salt
-    return [int(each) for each in total]
+        shorter += _mixed(cut) * salt
+    return [(int(a), int(b)) for a, b in zip(total, shorter, strict=True)]
 
 
-def _whole(path: str, tensor: torch.Tensor, mask: torch.Tensor | None, rule: Rule) -> Array:
-    """Return the hash of each row of an integer tensor; zeros count for nothing."""
+def _whole(
+    path: str, tensor: torch.Tensor, mask: torch.Tensor | None, rule: Rule
+) -> tuple[Array, Array]:
+    """Return the hash of each row of an integer tensor, zeros counting for nothing; and without its last token."""
     values = tensor.detach().to(torch.int64).cpu().reshape(len(tensor), -1).numpy().copy()
     if tensor.dim() == 2:
         rule.row_length = max(rule.row_length, tensor.shape[1])
@@ -96,7 +103,12 @@ def _whole(path: str, tensor: torch.Tensor, mask: torch.Tensor | None, rule: Rul
     elif tensor.dim() == 2 and tensor.shape[1] > 1:
         _strip(path, values, rule)
     places = _mixed(np.arange(1, values.shape[1] + 1, dtype=np.uint64)) | np.uint64(1)
-    return (_mixed(values.view(np.uint64)) * places).sum(axis=1, dtype=np.uint64)
+    terms = _mixed(values.view(np.uint64)) * places
+    whole = terms.sum(axis=1, dtype=np.uint64)
+    if tensor.dim() != 2 or not values.shape[1]:
+        return whole, whole
+    last = values.shape[1] - 1 - np.argmax((values != 0)[:, ::-1], axis=1)
+    return whole, whole - terms[np.arange(len(terms)), last]
 
 
 def _strip(path: str, values: Array, rule: Rule) -> None:

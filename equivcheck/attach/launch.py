@@ -10,11 +10,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from equivcheck.attach.server import Server, serves
 from equivcheck.attach.spec import Spec
 from equivcheck.errors import UsageError
 
@@ -81,6 +84,7 @@ def launch(
     *,
     variables: dict[str, str] | None = None,
     inherit: bool = False,
+    server: Server | None = None,
     timeout: float | None = None,
 ) -> Ended:
     """Run a command to its end with every Python process in it watched.
@@ -91,6 +95,7 @@ def launch(
         folder: Where the specification and the output go; made here.
         variables: Set in the environment besides ours.
         inherit: Let the command use our stdin, stdout and stderr.
+        server: Starts what it can start faster.
         timeout: Seconds after which it is ended.
 
     Raises:
@@ -106,6 +111,43 @@ def launch(
     given |= {"EQUIVCHECK_SPEC": str(path), "EQUIVCHECK_HOME": str(HOME), "EQUIVCHECK_RUN": token}
     log = folder / "output.txt"
     started = time.perf_counter()
+    with _terminable():
+        if server is not None and not inherit and serves(words, variables or {}):
+            code = server.run(words, given, log, timeout)
+        else:
+            code = _run(words, given, log, token, inherit=inherit, timeout=timeout)
+    failures = [each.read_text(encoding="utf-8") for each in sorted(folder.glob("failed-*.txt"))]
+    return Ended(code, _tail(log), failures, time.perf_counter() - started)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Let a polite signal to us end what we started too: without a handler Python would be gone at once."""
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def leave(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _run(
+    words: list[str],
+    given: dict[str, str],
+    log: Path,
+    token: str,
+    *,
+    inherit: bool,
+    timeout: float | None,
+) -> int:
+    """Run a command as a process of its own and return its exit code."""
     with log.open("wb") as output:
         stream = None if inherit else output
         try:
@@ -120,13 +162,11 @@ def launch(
         except OSError as error:
             raise UsageError(f"cannot-start: {words[0]}: {error.strerror}") from None
         try:
-            code = process.wait(timeout)
+            return process.wait(timeout)
         except subprocess.TimeoutExpired:
             raise TimeoutError from None
         finally:
             _end(process, token)
-    failures = [each.read_text(encoding="utf-8") for each in sorted(folder.glob("failed-*.txt"))]
-    return Ended(code, _tail(log), failures, time.perf_counter() - started)
 
 
 def _tail(log: Path) -> str:

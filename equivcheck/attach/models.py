@@ -38,26 +38,29 @@ def unwrapped(module: nn.Module) -> nn.Module:
         module = inner
 
 
-def owner(called: nn.Module, optimizers: list[Optimizer]) -> nn.Module:
-    """Return the smallest module that holds what the optimizers train.
+def owner(called: nn.Module | None, optimizers: list[Optimizer]) -> nn.Module | None:
+    """Return the module that holds what the optimizers train: with the fewest parameters, and the outermost of those.
+
+    It is looked for among all modules, so that it is the same one whichever is called first, and whether that is before
+    the first optimizer step or in its closure.
 
     Args:
-        called: The module that was called outermost.
+        called: The module that was called outermost; None if none has been.
         optimizers: Those alive; none if the script has not made any yet.
     """
     wanted = {id(p) for each in optimizers for group in each.param_groups for p in group["params"]}
-    if wanted <= {id(p) for p in called.parameters()}:
-        return unwrapped(called)
+    if not wanted:
+        return None if called is None else unwrapped(called)
     holding = []
     for each in gc.get_objects():
         # isinstance would wake lazy and deprecated objects.
         if issubclass(type(each), nn.Module):
             held = {id(p) for p in each.parameters()}
             if wanted <= held:
-                holding.append((len(held), each))
+                holding.append((len(held), -sum(1 for _ in each.modules()), each))
     if holding:
-        return unwrapped(min(holding, key=lambda item: item[0])[1])
-    return unwrapped(called)
+        return unwrapped(min(holding, key=lambda item: item[:2])[2])
+    return None if called is None else unwrapped(called)
 
 
 class Parts(nn.Module):

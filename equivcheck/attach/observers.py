@@ -13,6 +13,7 @@ from equivcheck.attach.store import step_name, write_kept
 from equivcheck.noise import coordinates
 from equivcheck.observe import Comparer, Gradients, Keeper, Perturbed, Sampler
 from equivcheck.recording import Recording, Step
+from equivcheck.states import set_state
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -61,10 +62,9 @@ class Writer(Keeper):
 
 
 class Follower(Comparer):
-    """Compares one of several processes with the full batch, of which it sees a share.
+    """Compares a process with the full batch, by its samples or as an earlier run of it has shown.
 
     Attributes:
-        world_size: Processes that share every full batch.
         match_by: Per optimizer step, the full batch's; None where samples tell.
     """
 
@@ -72,34 +72,18 @@ class Follower(Comparer):
         self, reference: Recording, *, native: bool = False, contributions: bool = False
     ) -> None:
         super().__init__(reference, native=native, contributions=contributions)
-        self.world_size = 1
         self.match_by: list[int | None] | None = None
 
     def _match(self, step: Step) -> None:
         if self.match_by is not None:
             known = step.index < len(self.match_by)
             step.matched = self.match_by[step.index] if known else None
-        elif self.world_size == 1:
-            super()._match(step)
         else:
-            self._match_share(step)
-
-    def _match_share(self, step: Step) -> None:
-        """Match a step that consumed its share of a full batch's samples, and none of another's."""
-        queue = self._queues.get(step.optimizer, [])
-        collected = self._collected.setdefault(step.optimizer, set())
-        collected |= step.samples
-        for skipped, other in enumerate(queue):
-            if collected <= other.samples:
-                if len(collected) * self.world_size >= len(other.samples):
-                    step.matched, step.missing = other.index, skipped
-                    del queue[: skipped + 1]
-                    collected.clear()
-                return
+            super()._match(step)
 
 
 class Shaken(Perturbed, Follower):
-    """A control of a full batch that several processes may share.
+    """A control whose signs may be chosen.
 
     Args:
         reference: The recording that was kept.
@@ -124,6 +108,15 @@ class Contributor(Follower):
     ) -> None:
         super().__init__(reference, native=native, contributions=True)
         self._taken = contributions
+        self._is_native = native
+
+    def enter(self, recorder: Recorder, cycle: int) -> None:
+        """Set the model to the state that a cycle starts from, before each of its micro-batches."""
+        if self._is_native or cycle < 0:
+            return
+        kept = self._reference.kept[cycle - 1] if cycle > 0 else self._reference.initial
+        if kept is not None:
+            set_state(recorder, None, kept)
 
     @contextmanager
     def contributions(self, recorder: Recorder) -> Iterator[None]:

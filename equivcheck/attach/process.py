@@ -129,15 +129,14 @@ class Attachment:
     def _samples(self, rank: int, world_size: int) -> Samples:
         if self.spec.digests is None:
             return Samples(None, rank=rank, world_size=world_size)
-        known: dict[int, list[int]] = {}
-        for digest, number in zip(self.spec.digests, self.spec.numbers, strict=True):
-            known.setdefault(digest, []).append(number)
+        known = list(zip(self.spec.digests, self.spec.numbers, strict=True))
         return Samples(known, rank=rank, world_size=world_size)
 
     def adopt(self) -> Observer:
         """Return the observer, now that the rank is known."""
         rank, world_size = rank_of()
         self.facts.rank, self.facts.world_size = rank, world_size
+        self.recorder.rank, self.recorder.part, self.recorder.world_size = rank, rank, world_size
         self.recorder.samples = self._samples(rank, world_size)
         self._folder = _own_folder(Path(self.spec.output), rank)
         kind = self.spec.observer
@@ -159,7 +158,6 @@ class Attachment:
         else:
             comparer = Follower(reference, native=self.spec.native)
         comparer.match_by = self.spec.boundaries
-        comparer.world_size = world_size
         return comparer
 
     # ---- while it runs -------------------------------------------------------------------------
@@ -172,17 +170,24 @@ class Attachment:
             self._over()
             return False
         self._passed += len(keys)
+        if isinstance(self.recorder.observer, Contributor):
+            self.recorder.observer.enter(
+                self.recorder, -1 if keys[0][0] else self._cycle_of.get(keys[0][1], -1)
+            )
         cycles = [self._cycle_of.get(number, -1) for is_other, number in keys if not is_other]
         self._reached_last |= max(cycles, default=-1) == len(self.spec.step_samples) - 1
         return True
 
     def _is_over(self, keys: list[Key]) -> bool:
-        steps, spec = self.recording.steps, self.spec
+        spec = self.spec
+        # A step that is open runs its forward in a closure: it is not over before that.
+        steps = self.recording.steps[: len(self.recording.steps) - self.recorder.steps.open_count]
         if spec.digests is None:
             taken = sum(step.optimizer == steps[0].optimizer for step in steps)
             return taken >= spec.optimizer_steps
         if spec.stop_cycle is not None and any(
-            not is_other and self._cycle_of[number] >= spec.stop_cycle for is_other, number in keys
+            not is_other and self._cycle_of.get(number, spec.stop_cycle) >= spec.stop_cycle
+            for is_other, number in keys
         ):
             return True
         if spec.boundaries is not None:

@@ -60,7 +60,7 @@ class Spec:
     neutral: bool = True
     ends: bool = True
     optimizer_steps: int = 8
-    digests: list[int] | None = None
+    digests: list[tuple[int, int]] | None = None
     numbers: list[int] = field(default_factory=list)
     step_samples: list[list[int]] = field(default_factory=list)
     stop_cycle: int | None = None

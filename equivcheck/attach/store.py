@@ -44,7 +44,7 @@ class Facts:
         rank, world_size: As in torch.distributed; 0 and 1 without it.
         ended: How watching ended: "running" until then, "exit", "limit" (all asked for was seen), "exception".
         traceback, error: Of the exception that ended the script.
-        digests: The number of every sample, in order.
+        digests: The numbers that every sample is recognised by, in order.
         rule: How samples were recognised.
         counts: Per forward, what its rows hold that may be counted, by label.
         reduction: What the loss of the first backward did to its terms: mean, sum, or "" where that is not seen.
@@ -63,7 +63,7 @@ class Facts:
     ended: str = "running"
     error: str = ""
     traceback: str = ""
-    digests: list[int] = field(default_factory=list)
+    digests: list[tuple[int, int]] = field(default_factory=list)
     rule: dict[str, Any] = field(default_factory=dict)
     counts: list[dict[str, int]] = field(default_factory=list)
     reduction: str = ""

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from equivcheck.attach.digests import Rule, row_digests
-from equivcheck.attach.models import Parts, owner
+from equivcheck.attach.digests import Digest, Rule, row_digests
+from equivcheck.attach.models import Parts, owner, unwrapped
 from equivcheck.attach.seeds import drawing_otherwise
 from equivcheck.casting import promote_module
 from equivcheck.hooks.base import quiet, replace
@@ -33,33 +33,47 @@ __all__ = ["ProcessRecorder", "Samples"]
 class Samples:
     """Numbers every sample in the order in which the full-batch run used it.
 
+    Args:
+        known: The digests of the full batch's samples with their numbers; None in the full-batch run itself.
+
     Attributes:
-        known: By digest, the numbers of the samples that have it; None in the full-batch run itself.
         total: Samples that the full-batch run used; 0 where that is not known yet.
         digests: Of this process's samples, in order.
     """
 
-    def __init__(self, known: dict[int, list[int]] | None, *, rank: int, world_size: int) -> None:
-        self.known = known
-        self.total = sum(map(len, known.values())) if known is not None else 0
-        self.digests: list[int] = []
-        self._seen: dict[int, int] = {}
+    def __init__(
+        self, known: list[tuple[Digest, int]] | None, *, rank: int, world_size: int
+    ) -> None:
+        self.is_first = known is None
+        self.total = len(known or ())
+        self.digests: list[Digest] = []
+        self._whole: dict[int, list[int]] = {}
+        self._cut: dict[int, list[int]] = {}
+        for (whole, cut), number in known or ():
+            self._whole.setdefault(whole, []).append(number)
+            if cut != whole:
+                self._cut.setdefault(cut, []).append(number)
+        self._used: set[int] = set()
         self._rank = rank
         self._ranks = world_size
 
-    def keys(self, digests: list[int]) -> list[Key]:
+    def keys(self, digests: list[Digest]) -> list[Key]:
         """Return the keys of some samples: (0, number), or (1, number) for one that the full batch never used."""
         return [self._key(each) for each in digests]
 
-    def _key(self, digest: int) -> Key:
+    def _key(self, digest: Digest) -> Key:
         place = len(self.digests) * self._ranks + self._rank
         self.digests.append(digest)
-        if self.known is None:
+        if self.is_first:
             return 0, place
-        times = self._seen.get(digest, 0)
-        self._seen[digest] = times + 1
-        numbers = self.known.get(digest, [])
-        return (0, numbers[times]) if times < len(numbers) else (1, place)
+        # The n-th use of a sample is the n-th use there; either run may have cut the last token off.
+        whole, cut = digest
+        for numbers in (self._whole.get(whole), self._cut.get(whole), self._whole.get(cut)):
+            for number in numbers or ():
+                if number not in self._used:
+                    self._used.add(number)
+                    return 0, number
+        return 1, place
 
 
 class ProcessRecorder(Recorder):
@@ -189,7 +203,7 @@ class ProcessRecorder(Recorder):
         if not timeline or timeline[-1].kind != "fetch":
             return False
         # A loop may run all forwards of a cycle before its backwards: what the full batch does counts.
-        return self.samples.known is None or self._forwards < self.rule.forwards
+        return self.samples.is_first or self._forwards < self.rule.forwards
 
     # ---- the model -----------------------------------------------------------------------------
 
@@ -197,10 +211,11 @@ class ProcessRecorder(Recorder):
         """Take the model that is trained as the one under test."""
         optimizers = [each for ref in self._made if (each := ref()) is not None]
         self.is_adopted = True
-        if called is None:
+        model = owner(called, optimizers)
+        if model is None:
             self.observer.start(self)
             return
-        self._take(owner(called, optimizers))
+        self._take(model)
         recording = self.recording
         first = next((p for p in self.model.parameters()), None)
         recording.dtype = (
@@ -229,7 +244,7 @@ class ProcessRecorder(Recorder):
 
     def _add(self, module: nn.Module) -> None:
         """Take a further model that is trained beside the first."""
-        part = owner(module, [])
+        part = unwrapped(module)
         if self.is_promoted:
             promote_module(part)
         parts = self.model if isinstance(self.model, Parts) else Parts(self.model, {})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+import webbrowser
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -40,6 +41,17 @@ def refuse_unwritable(flag: str, path: str) -> None:
         ) from None
 
 
+def open_page(path: str) -> None:
+    """Show a page in the user's browser; where there is none, say where the page is."""
+    page = Path(path).resolve()
+    try:
+        shown = webbrowser.open(page.as_uri())
+    except (OSError, webbrowser.Error):
+        shown = False
+    if not shown:
+        print(f"note: no browser to open; the page is {page}", file=sys.stderr)
+
+
 class Outputs:
     """Everything that a run writes besides its text."""
 
@@ -55,6 +67,13 @@ class Outputs:
     def json_on_stdout(self) -> bool:
         """Whether stdout belongs to the result JSON."""
         return bool(self._settings["json"] == "-")
+
+    @property
+    def result_path(self) -> Path | None:
+        """Where the result JSON goes, the default place if it is not named; None if nowhere."""
+        if self._settings["json"] not in (None, "-"):
+            return Path(self._settings["json"])
+        return LATEST / "result.json" if self._latest else None
 
     def save(self, result: Mapping[str, Any]) -> None:
         """Write the result so far, so that nothing finished is lost to what comes next."""

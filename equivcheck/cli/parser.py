@@ -12,12 +12,14 @@ from equivcheck.result import environment
 
 COMMANDS = (
     "run",
+    "search",
     "record",
     "compare",
     "list",
     "replay",
     "report",
     "diff",
+    "merge",
     "explain",
     "doctor",
     "init",
@@ -124,7 +126,8 @@ def add_options(parser: argparse.ArgumentParser, *names: str) -> None:
             shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
             text += f" (default {shown})"
         action = "append" if name == "expect" else "store"
-        parser.add_argument(option.flag, metavar=option.metavar, help=text, action=action)
+        short = ("-j",) if name == "jobs" else ()
+        parser.add_argument(*short, option.flag, metavar=option.metavar, help=text, action=action)
 
 
 def flags(options: argparse.Namespace) -> dict[str, Any]:

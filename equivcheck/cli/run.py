@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Generator, Mapping
+from contextlib import closing, nullcontext
 from typing import Any, TextIO
 
 from equivcheck import result as results
 from equivcheck.api import Job, outcomes, plan
 from equivcheck.cli import selection
-from equivcheck.cli.outputs import Outputs
+from equivcheck.cli.journal import Journal
+from equivcheck.cli.outputs import LATEST, Outputs, open_page
 from equivcheck.cli.parser import add_options, flags
 from equivcheck.cli.screen import Progress, colored, own_stdout, say
 from equivcheck.config import OPTIONS, Settings, resolve
 from equivcheck.errors import EquivcheckError, UsageError
-from equivcheck.report import text, words
+from equivcheck.report import matrix, text, words
+from equivcheck.workers import one_thread, side_by_side
 
 HELP = "check training loops"
 
@@ -32,6 +36,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-x", action="store_true", dest="stop", help="stop at the first failure")
     parser.add_argument("-q", action="store_true", dest="quiet", help="failures and summary only")
     parser.add_argument("-v", action="store_true", dest="verbose", help="a block for every case")
+    parser.add_argument("--resume", action="store_true", help="go on where a run was ended")
+    parser.add_argument("--shard", metavar="I/N", help="only the I-th of N parts of the cases")
+    parser.add_argument("--open", action="store_true", help="show the page in a browser")
     parser.add_argument("--show-config", action="store_true", help="print every option's origin")
     parser.add_argument("--full", metavar="CMD", help="an unmodified script on the full batch")
     parser.add_argument(
@@ -48,6 +55,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> int:
     """Run the cases and return the exit code of the whole."""
     settings = resolve(flags(options))
+    if options.open and not settings["html"]:
+        options.html = str(LATEST / "report.html")
+        settings = resolve(flags(options))
     if options.show_config:
         print("\n".join(settings.lines()))
         return 0
@@ -66,6 +76,8 @@ def execute(options: argparse.Namespace) -> int:
         result = run.result()
         run.tell(result)
         outputs.finish(result, stdout)
+        if options.open and settings["html"] != "-":
+            open_page(settings["html"])
     if failure is not None:
         raise failure
     return int(result["exit_code"])
@@ -126,6 +138,14 @@ class _Run:
         self._notes: list[str] = []
         self._interrupted = False
         self._shown_target: str | None = None
+        self._order: dict[str, int] = {}
+        self._ran = 0
+        self._seconds = self._saved = self._cost = 0.0
+        self._journal = Journal(
+            outputs.result_path,
+            [*map(str, options.targets), settings["train"] or ""],
+            {name: settings[name] for name in ("train", "seed", "rng", "device")},
+        )
 
     def cases_of(self, match: selection.Match | None) -> EquivcheckError | None:
         """Run what is selected; return the usage error that ended it, if one did."""
@@ -143,7 +163,7 @@ class _Run:
             if planned and not jobs:
                 known = ", ".join(job.case.label for job in planned[:8])
                 self._notes.append(f"-k {self._options.select} matches none of: {known}")
-            self._run(jobs)
+            self._run(selection.shard_of(jobs, self._options.shard))
         except KeyboardInterrupt:
             self._interrupted = True
         except EquivcheckError as error:
@@ -157,43 +177,90 @@ class _Run:
 
     def result(self) -> dict[str, Any]:
         """Return the result so far."""
-        return results.assemble(
-            self._cases,
+        whole = results.assemble(
+            sorted(self._cases, key=lambda case: self._order[case["id"]]),
             target=" ".join(map(str, self._options.targets)),
             notes=self._notes,
             interrupted=self._interrupted,
         )
+        whole["shard"] = self._options.shard
+        whole["counts"] = matrix.counts(self._cases)
+        whole["matrix"] = matrix.table(whole["cases"])
+        return whole
 
     def tell(self, result: Mapping[str, Any]) -> None:
         """Print the blocks of what failed, the notes and the summary."""
         for case in result["cases"]:
             if words.failed(case) or self._options.verbose:
                 say(self._out, "\n" + text.block(case, self._paint))
+        if shown := matrix.render(result, self._paint):
+            say(self._out, shown)
         for remark in text.remarks(result):
             say(self._out, remark)
         say(self._out, "\n" + text.summary(result))
+        if shown and self._ran:
+            rate = f"{self._ran / self._seconds:.2g} cases per second, -j {self._settings['jobs']}"
+            say(self._out, f"{self._ran} cases ran in {self._seconds:.1f} s: {rate}")
 
     def _run(self, jobs: list[Job]) -> None:
-        progress = Progress(len(jobs), quiet=self._options.quiet)
-        with progress.shown():
-            for job in jobs:
-                progress.begin(job.case.label)
-                [case] = outcomes(
-                    [job],
-                    timeout=self._settings["timeout"],
-                    progress=progress,
-                )
+        self._order = {job.case.id: position for position, job in enumerate(jobs)}
+        done = self._journal.resume() if self._options.resume else {}
+        if not self._options.resume:
+            self._journal.begin()
+        self._cases += [done[identity] for identity in self._order if identity in done]
+        left = [job for job in jobs if job.case.id not in done]
+        if self._options.resume:
+            self._notes.append(f"resumed: {len(self._cases)} cases were finished before")
+        progress = Progress(len(jobs), len(self._cases), quiet=self._options.quiet)
+        began = time.monotonic()
+        with progress.shown(), closing(self._finished(left, progress)) as finished:
+            for case in finished:
+                self._ran += 1
+                self._seconds = time.monotonic() - began
                 self._cases.append(case)
+                self._journal.append(case)
+                progress.end(failed=words.failed(case))
                 with progress.paused():
                     self._line(case)
-                self._outputs.save(self.result())
+                self._save()
                 if self._options.stop and words.failed(case):
                     self._notes.append("stopped at the first failure (-x)")
                     break
 
-    def _line(self, case: Mapping[str, Any]) -> None:
-        if self._options.quiet and not words.failed(case):
+    def _finished(self, jobs: list[Job], progress: Progress) -> Generator[dict[str, Any]]:
+        """Run the jobs, in this process or side by side, and yield the cases as they finish."""
+        timeout = self._settings["timeout"]
+        # Command lines are run in processes of their own already.
+        named = all(isinstance(target, str) for target in self._options.targets)
+        if self._settings["jobs"] > 1 and len(jobs) > 1 and named:
+            yield from side_by_side(
+                jobs,
+                self._settings["jobs"],
+                timeout=timeout,
+                begun=lambda job: progress.begin(job.case.label),
+            )
             return
+        for job in jobs:
+            progress.begin(job.case.label)
+            with one_thread() if job.theory is not None else nullcontext():
+                yield from outcomes([job], timeout=timeout, progress=progress)
+
+    def _save(self) -> None:
+        """Write the result so far, but spend no more than a small part of the run on it.
+
+        Each writing costs as much as there are cases; what it leaves out is in the journal.
+        """
+        began = time.monotonic()
+        if began - self._saved < 50 * self._cost:
+            return
+        self._outputs.save(self.result())
+        self._saved = time.monotonic()
+        self._cost = self._saved - began
+
+    def _line(self, case: Mapping[str, Any]) -> None:
+        is_quiet = self._options.quiet or (case["workload"] and not self._options.verbose)
+        if is_quiet and not words.failed(case):
+            return  # What a suite finds is shown as a matrix.
         if case["target"] != self._shown_target:
             self._shown_target = case["target"]
             say(self._out, f"\n{text.printable(case['target'])}")

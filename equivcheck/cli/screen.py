@@ -65,12 +65,21 @@ def say(out: TextIO, message: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
 
 
-class Progress:
-    """One live line on a terminal's stderr, as in `[2/4] K=4 candidate`; silent elsewhere."""
+_BAR = 20
 
-    def __init__(self, total: int, *, quiet: bool) -> None:
-        self._total = total
-        self._done = 0
+
+class Progress:
+    """One live line on a terminal's stderr, a bar and what runs; silent elsewhere.
+
+    Args:
+        total: Cases.
+        done: Cases that were finished before.
+        quiet: Show nothing.
+    """
+
+    def __init__(self, total: int, done: int = 0, *, quiet: bool) -> None:
+        self._total, self._done = total, done
+        self._failed = 0
         self._label = ""
         self._status: Any = None
         if sys.stderr.isatty() and not quiet and os.environ.get("TERM") != "dumb":
@@ -92,15 +101,25 @@ class Progress:
             self._status.start()
 
     def begin(self, label: str) -> None:
-        """Move on to the next case."""
-        self._done += 1
+        """Show the case that begins."""
         self._label = label
         self("")
+
+    def end(self, *, failed: bool) -> None:
+        """Count a finished case."""
+        self._done += 1
+        self._failed += failed
 
     def __call__(self, message: str) -> None:
         """Show what the current case is doing."""
         if self._status is not None:
             from rich.text import Text  # noqa: PLC0415 - as above
 
-            line = f"[{self._done}/{self._total}] {self._label} {message}"
-            self._status.update(Text(text.printable(line)))
+            self._status.update(Text(text.printable(self.line(message))))
+
+    def line(self, message: str) -> str:
+        """Return the line: bar, counts, case and role."""
+        filled = _BAR * self._done // max(self._total, 1)
+        failed = f"  {self._failed} failed" if self._failed else ""
+        bar = "#" * filled + "-" * (_BAR - filled)
+        return f"[{bar}] {self._done}/{self._total}{failed}  {self._label} {message}"[:78]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import TypeVar
 
 from equivcheck.case import Case
 from equivcheck.errors import UsageError
 
 Match = Callable[[str], bool]
+T = TypeVar("T")
 
 
 def description(case: Case) -> str:
@@ -20,6 +22,20 @@ def description(case: Case) -> str:
 def selected(case: Case, match: Match | None) -> bool:
     """Return whether the expression takes this case."""
     return match is None or match(description(case).lower())
+
+
+def shard_of(jobs: list[T], shard: str | None) -> list[T]:
+    """Return the I-th of N parts of the jobs, every N-th of them, so that each part has its share of every suite.
+
+    Raises:
+        UsageError: The shard is not of the form I/N with 1 <= I <= N.
+    """
+    if shard is None:
+        return jobs
+    number, _, count = shard.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise UsageError(f"--shard is {shard!r}", expected="I/N with 1 <= I <= N, as in 2/5")
+    return jobs[int(number) - 1 :: int(count)]
 
 
 def compiled(expression: str | None) -> Match | None:

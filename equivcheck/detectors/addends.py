@@ -14,7 +14,11 @@ from equivcheck.interventions import Addend, Addends, Intervention, ordinal_of
 from equivcheck.view import Suspicion, View
 
 Component = tuple[int, tuple[int, ...]]
-ByPlace = dict[tuple[int, int], dict[Component, torch.Tensor]]
+Gradient = dict[str, torch.Tensor]
+ByPlace = dict[tuple[int, int], dict[Component, Gradient]]
+
+# One addend with another factor than the rest is the side term, however large its gradient is.
+_FACTORS = ("EQ101", "EQ102")
 
 
 @dataclass
@@ -29,6 +33,33 @@ class Parts:
     def components(self) -> list[Component]:
         """Every addend that any micro-batch has."""
         return sorted({component for by_place in self.alone.values() for component in by_place})
+
+    def pieces(
+        self, attribution: Attribution, cycle: int, component: Component, *, accumulated: bool
+    ) -> torch.Tensor | None:
+        """Return [K, n] an addend's gradients, over the parameters of one attribution; None if one lacks it."""
+        by_place = self.accumulated if accumulated else self.alone
+        found = [
+            by_place.get((cycle, i), {}).get(component) for i in range(attribution.pieces.shape[0])
+        ]
+        if any(each is None for each in found):
+            return None
+        return torch.stack([_flat(each, attribution) for each in found if each is not None])
+
+    def target(
+        self, attribution: Attribution, cycle: int, component: Component
+    ) -> torch.Tensor | None:
+        """Return [n] an addend's gradient of the full batch."""
+        found = self.whole.get((cycle, 0), {}).get(component)
+        return None if found is None else _flat(found, attribution)
+
+
+def _flat(gradient: Gradient, attribution: Attribution) -> torch.Tensor:
+    parts = [
+        gradient.get(name, torch.zeros(length, dtype=torch.float64))
+        for name, length in attribution.names
+    ]
+    return torch.cat(parts)
 
 
 def suspect(view: View) -> list[Suspicion]:
@@ -45,6 +76,8 @@ def suspect(view: View) -> list[Suspicion]:
     if not found or (len(found) == len(wrong) and len({each.rule for each in found.values()}) == 1):
         return []  # Nothing is wrong; or the whole loss is, in one way.
     main = max(parts.components, key=lambda c: _size(view, c, parts))
+    if len(found) == 1 and len(wrong) > 1 and main in found and found[main].rule in _FACTORS:
+        main = next(component for component in parts.components if component != main)
     by_code: dict[str, list[Component]] = {}
     for component, each in found.items():
         code = "EQ107" if each.same else each.rule if component == main else "EQ106"
@@ -69,7 +102,7 @@ def _size(view: View, component: Component, parts: Parts) -> float:
     if _same(view, component, parts):
         return 0.0
     mine = [by_place[component] for by_place in parts.alone.values() if component in by_place]
-    return max((float(each.norm()) for each in mine), default=0.0)
+    return max((float(torch.cat([*each.values()]).norm()) for each in mine if each), default=0.0)
 
 
 def addend_parts(view: View) -> Parts | None:
@@ -85,12 +118,11 @@ def _parts(view: View) -> Parts | None:
     attributions = view.attributions
     if not attributions:
         return None
-    names = attributions[0].names
     try:
-        alone = _taken(view, "pieces", names)
+        alone = _taken(view, "pieces")
         if max((len(each) for each in alone.values()), default=0) < 2:
             return None
-        return Parts(alone, _taken(view, "candidate", names), _taken(view, "reference", names))
+        return Parts(alone, _taken(view, "candidate"), _taken(view, "reference"))
     except (EquivcheckError, RuntimeError):
         # A graph that cannot be walked twice has no addends to tell apart.
         return None
@@ -105,13 +137,11 @@ def spanned(view: View) -> bool:
         cycle = view.cycle_of(each.matched)
         matrix = []
         for component in parts.components:
-            pieces = [
-                parts.alone.get((cycle, i), {}).get(component) for i in range(each.pieces.shape[0])
-            ]
-            if any(x is None for x in pieces):
+            pieces = parts.pieces(each, cycle, component, accumulated=False)
+            if pieces is None:
                 return False
-            matrix += [x for x in pieces if x is not None]
-        fit = solve(torch.stack(matrix), each.reference)
+            matrix.append(pieces)
+        fit = solve(torch.cat(matrix), each.reference)
         if fit.residual is None or fit.residual > view.tolerance(each):
             return False
     return True
@@ -127,16 +157,15 @@ def coupled_addends(view: View, shares: Callable[[View, Attribution], list[list[
         return False
     coupled = False
     for each in view.attributions:
-        cycle, k = view.cycle_of(each.matched), each.pieces.shape[0]
+        cycle = view.cycle_of(each.matched)
         limit = view.tolerance(each)
         for component in parts.components:
-            alone = [parts.alone.get((cycle, i), {}).get(component) for i in range(k)]
-            mine = [parts.accumulated.get((cycle, i), {}).get(component) for i in range(k)]
-            target = parts.whole.get((cycle, 0), {}).get(component)
-            if target is None or any(x is None for x in (*alone, *mine)):
+            matrix = parts.pieces(each, cycle, component, accumulated=False)
+            mine = parts.pieces(each, cycle, component, accumulated=True)
+            target = parts.target(each, cycle, component)
+            if matrix is None or mine is None or target is None:
                 return False
-            matrix = torch.stack([x for x in alone if x is not None])
-            total = torch.stack([x for x in mine if x is not None]).sum(0)
+            total = mine.sum(0)
             size = max(float(target.norm()), float(matrix.norm()))
             if float((total - target).norm()) <= limit * size:
                 continue
@@ -151,7 +180,7 @@ def coupled_addends(view: View, shares: Callable[[View, Attribution], list[list[
     return coupled
 
 
-def _taken(view: View, role: str, names: list[tuple[str, int]]) -> ByPlace:
+def _taken(view: View, role: str) -> ByPlace:
     """Return, by cycle and micro-step, the gradient of every addend."""
     experiment = view.experiment
     taker = Addends()
@@ -168,11 +197,7 @@ def _taken(view: View, role: str, names: list[tuple[str, int]]) -> ByPlace:
     for index, (place, by_path) in enumerate(zip(places, taker.taken.get(role, []), strict=False)):
         here = found.setdefault((place.cycle, place.micro_step), {})
         for path, gradients in by_path.items():
-            parts = [
-                gradients.get(name, torch.zeros(length, dtype=torch.float64))
-                for name, length in names
-            ]
-            here[ordinal_of(places, index), path] = torch.cat(parts)
+            here[ordinal_of(places, index), path] = gradients
     return found
 
 
@@ -180,14 +205,8 @@ def _same(view: View, component: Component, parts: Parts) -> bool:
     """Return whether an addend has the same gradient in every micro-batch of a cycle."""
     several = False
     for each in view.attributions:
-        cycle, k = view.cycle_of(each.matched), each.pieces.shape[0]
-        pieces = [parts.alone.get((cycle, i), {}).get(component) for i in range(k)]
-        matrix = (
-            torch.stack([x for x in pieces if x is not None])
-            if any(x is not None for x in pieces)
-            else None
-        )
-        if matrix is None or matrix.shape[0] < 2:
+        matrix = parts.pieces(each, view.cycle_of(each.matched), component, accumulated=False)
+        if matrix is None or matrix.shape[0] < 2 or not bool(matrix.any()):
             continue
         several = True
         if float((matrix - matrix[0]).norm()) > view.tolerance(each) * float(matrix.norm()):
@@ -216,16 +235,15 @@ def _wrong(view: View, component: Component, parts: Parts) -> _Wrong | bool | No
     """Return how one addend is wrong; None if it is right, False if no factor explains it."""
     found: _Wrong | None = None
     same = _same(view, component, parts)
-    for each in view.attributions:
+    for each in view.divergent:
         cycle = view.cycle_of(each.matched)
         k = each.pieces.shape[0]
-        pieces = [parts.alone.get((cycle, i), {}).get(component) for i in range(k)]
-        mine = [parts.accumulated.get((cycle, i), {}).get(component) for i in range(k)]
-        target = parts.whole.get((cycle, 0), {}).get(component)
-        if target is None or any(x is None for x in pieces) or any(x is None for x in mine):
+        matrix = parts.pieces(each, cycle, component, accumulated=False)
+        mine = parts.pieces(each, cycle, component, accumulated=True)
+        target = parts.target(each, cycle, component)
+        if matrix is None or mine is None or target is None:
             return False
-        matrix = torch.stack([x for x in pieces if x is not None])
-        total = torch.stack([x for x in mine if x is not None]).sum(0)
+        total = mine.sum(0)
         size = max(float(target.norm()), float(matrix.norm()))
         limit = view.tolerance(each)
         if float((total - target).norm()) <= limit * size:

@@ -148,19 +148,19 @@ def _steps(view: View) -> list[Suspicion]:
     }
     found: list[Suspicion] = []
     consumed = {key for step in candidate.steps for key in step.samples}
-    data = view.experiment.data
-    tail = set(range(data.start(len(data.rows) - 1), data.total)) if data.has_tail else set()
-    if missing and tail and all({sample for _, sample in step.samples} <= tail for step in missing):
-        kept = all(step.samples & consumed for step in missing) and _straddles(view, tail)
-        left = {
-            "samples": sum(len(step.samples) for step in missing),
-            "optimizer_steps": len(candidate.steps),
-        }
-        code = "EQ310" if kept else "EQ304"
-        found.append(Suspicion(code, [(Shorten(),)], left, missing[0].index, 18))
-    elif missing and tail and _straddles(view, tail):
-        left = {"optimizer_steps": len(candidate.steps), "expected": len(reference.steps)}
-        found.append(Suspicion("EQ310", [(Shorten(),)], left, missing[0].index, 18))
+    tail = view.experiment.data.tail
+    if missing and tail:
+        only_tail = all({sample for _, sample in step.samples} <= tail for step in missing)
+        leaves, straddles = _zeroed_away(view, tail), _straddles(view, tail)
+        kept = all(step.samples & consumed for step in missing) and straddles and not leaves
+        if only_tail or straddles:
+            left = {
+                "samples": sum(len(step.samples) for step in missing),
+                "optimizer_steps": len(candidate.steps),
+                "expected": len(reference.steps),
+            }
+            code = "EQ310" if kept or not (only_tail or leaves) else "EQ304"
+            found.append(Suspicion(code, [(Shorten(),)], left, missing[0].index, 18))
     if not inside and not (missing and not found):
         return found
     every = len({event.backwards for event, _ in inside}) == sum(
@@ -205,6 +205,18 @@ def _every_at_another(view: View) -> bool:
     except EquivcheckError:
         return True
     return len(recording.steps) >= len(recording.backwards)
+
+
+def _zeroed_away(view: View, tail: set[int]) -> bool:
+    """Return whether gradients are zeroed, without a step, behind the last micro-batch of an incomplete cycle."""
+    tails = {cycle for (_, sample), cycle in view.cycles.items() if sample in tail}
+    ends = {
+        index + 1 for index, place in enumerate(view.places) if place.last and place.cycle in tails
+    }
+    calls = [each for each in view.candidate.timeline if each.backwards in ends]
+    stepped = {each.backwards for each in calls if each.kind in {"step", "skipped"}}
+    zeroed = {each.backwards for each in calls if each.kind in {"zero_grad", "cleared"}}
+    return bool(zeroed - stepped)
 
 
 def _straddles(view: View, tail: set[int]) -> bool:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from equivcheck.attribution import solve
-from equivcheck.detectors.weights import hypotheses, scaled
-from equivcheck.fit import Attribution
+from equivcheck.detectors.weights import hypotheses, mean_of_ranks, scaled, unproved
+from equivcheck.differences import Sums
 from equivcheck.interventions import Broadcast, Synchronise
 from equivcheck.noise import SAFETY
 from equivcheck.recording import Recording, Step
-from equivcheck.topology import factor_of
+from equivcheck.topology import factor_of, undecided
 from equivcheck.view import Suspicion, View
 
 
@@ -30,19 +30,13 @@ def _mean_of_ranks(view: View) -> list[Suspicion]:
     """EQ501: within a rank the weights are right, between ranks every one counts the same."""
     if not view.divergent or view.experiment.case.shares == 1:
         return []
-    return hypotheses(view, "EQ501", [_equal_ranks], rank=13)
-
-
-def _equal_ranks(attribution: Attribution, right: Sequence[float]) -> list[float]:
-    found: list[float] = []
-    for weights in attribution.by_rank(right):
-        total = sum(weights)
-        found += [x / total / attribution.ranks if total else 0.0 for x in weights]
-    return found
+    return hypotheses(view, "EQ501", [mean_of_ranks], rank=13)
 
 
 def _rank_scale(view: View) -> list[Suspicion]:
     """EQ504: a factor of the number of ranks, whatever K is."""
+    if undecided(view):
+        return [unproved(view, "EQ504", rank=13)] if any(b for _, b in undecided(view)) else []
     factor = factor_of(view)
     if factor is None or not factor[1]:
         return []
@@ -108,28 +102,34 @@ def _weights_of_ranks(view: View, index: int) -> list[list[float | None]]:
 
 
 def _parted(view: View) -> list[Suspicion]:
-    """EQ505: the ranks hold different parameters, although no gradient differs between them."""
+    """EQ505: the ranks hold different parameters or buffers, although no gradient differs between them."""
     limit = SAFETY * view.experiment.noise().floor()
     for index in range(len(view.candidate.steps)):
         steps = _steps_of(view.candidate, index)
         if len(steps) < 2 or gradient_spread(steps) > limit:
             continue
-        apart = _parameters_apart(steps)
-        if apart > limit:
-            evidence = {"spread_between_ranks": apart}
+        kinds = ("parameters", "buffers")
+        apart = {kind: _apart(steps, [getattr(each, kind) for each in steps]) for kind in kinds}
+        if max(apart.values()) > limit:
+            what = max(kinds, key=lambda kind: apart[kind])
+            evidence: dict[str, object] = {"spread_between_ranks": apart[what], "of": what}
             variants = [(Broadcast(source),) for source in range(len(steps))]
             return [Suspicion("EQ505", variants, evidence, index, 19)]
     return []
 
 
-def _parameters_apart(steps: Sequence[Step]) -> float:
-    """Return how differently far the parameters of the ranks are from the reference's, relative to their size."""
+def _apart(steps: Sequence[Step], sums: Sequence[Mapping[str, Sums]]) -> float:
+    """Return how differently far the tensors of the ranks are from the reference's, relative to their size.
+
+    A reference of zeros leaves nothing to relate to: what is apart from it then counts as wholly apart.
+    """
     worst = 0.0
-    for name in steps[0].parameters:
-        found = [each.parameters[name] for each in steps if name in each.parameters]
+    for name in sums[0]:
+        found = [each[name] for each in sums if name in each]
         if any(name in each.parts for each in steps) or len(found) < len(steps):
             continue
         sizes = [each.difference_norm for each in found]
-        if found[0].reference_norm:
-            worst = max(worst, (max(sizes) - min(sizes)) / found[0].reference_norm)
+        spread = max(sizes) - min(sizes)
+        if spread:
+            worst = max(worst, spread / (found[0].reference_norm or spread))
     return worst

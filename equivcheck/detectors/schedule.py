@@ -74,14 +74,32 @@ def _counted(view: View) -> list[Suspicion]:
     """
     if any(event.kind == "scheduler" for event in view.candidate.timeline):
         return []
-    try:
-        alone = [
-            step.learning_rates for step in view.experiment.pieces_recording(view.chosen).steps
-        ]
-    except EquivcheckError:
-        return []
+    experiment = view.experiment
+    # Told the full batch's length: a horizon that is read from the loader is then the same.
+    for length in (None, len(experiment.data.rows)):
+        try:
+            alone = (
+                experiment.pieces_recording(view.chosen)
+                if length is None
+                else experiment.alone_of_length(length)
+            )
+        except EquivcheckError:
+            continue
+        rates = [step.learning_rates for step in alone.steps]
+        found = _at_counts(view, rates)
+        if found is not None:
+            return [found]
+    return []
+
+
+def _at_counts(view: View, alone: list[list[float]]) -> Suspicion | None:
+    """Return EQ307 if the accumulated rates are those after a count of micro-batches, each a step."""
     places = view.places
-    for shift in (0, -1, 1):
+    reference = [step.learning_rates for step in view.reference.steps]
+    if alone[: len(reference)] != reference:
+        return None
+    # The count before or after the micro-batch, or that of the cycle's first: optimizer steps times K.
+    for shift in (0, -1, 1, 1 - view.steps, -view.steps):
         taken = []
         for step in view.candidate.steps:
             micro = len(places[: step.backwards]) - 1 + shift
@@ -89,18 +107,14 @@ def _counted(view: View) -> list[Suspicion]:
                 break
             taken.append(alone[micro])
         else:
-            reference = [step.learning_rates for step in view.reference.steps]
-            if (
-                taken == [step.learning_rates for step in view.candidate.steps]
-                and alone[: len(reference)] == reference
-            ):
+            if taken == [step.learning_rates for step in view.candidate.steps]:
                 evidence = {
                     "rule": "the rate follows a count of micro-batches",
                     "rates": taken[:8],
                     "full_batch": reference[:8],
                 }
-                return [Suspicion("EQ307", [], evidence, 0, 25, proved=True, explains=UPDATES)]
-    return []
+                return Suspicion("EQ307", [], evidence, 0, 25, proved=True, explains=UPDATES)
+    return None
 
 
 def _other_length(view: View, step: int) -> list[Suspicion]:

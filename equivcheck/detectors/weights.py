@@ -9,8 +9,8 @@ from fractions import Fraction
 from equivcheck.attribution import ratio
 from equivcheck.errors import EquivcheckError
 from equivcheck.fit import Attribution
-from equivcheck.interventions import Reweight
-from equivcheck.topology import factor_of
+from equivcheck.interventions import Addend, Intervention, Rescale, Reweight
+from equivcheck.topology import factor_of, undecided
 from equivcheck.verdict import overall
 from equivcheck.view import Part, Suspicion, View
 
@@ -40,6 +40,24 @@ def _in_some(view: View) -> list[Suspicion]:
     return found
 
 
+def _all_alike(_: Attribution, right: Sequence[float]) -> list[float]:
+    return [1.0 / len(right)] * len(right)
+
+
+def _alike_in_rank(attribution: Attribution, right: Sequence[float]) -> list[float]:
+    """Every rank counts as it should, its micro-batches one like the other."""
+    return [sum(weights) / len(weights) for weights in attribution.by_rank(right) for _ in weights]
+
+
+def mean_of_ranks(attribution: Attribution, right: Sequence[float]) -> list[float]:
+    """Every rank counts the same, its micro-batches as they should."""
+    found: list[float] = []
+    for weights in attribution.by_rank(right):
+        total = sum(weights)
+        found += [x / total / attribution.ranks if total else 0.0 for x in weights]
+    return found
+
+
 def _in_all(view: View) -> list[Suspicion]:
     found: list[Suspicion] = []
     tails_only = all(not view.full_size(each) for each in view.divergent) and any(
@@ -57,9 +75,14 @@ def _in_all(view: View) -> list[Suspicion]:
         lambda a, v: [x * a.micro_steps for x in v],
     ]
     found += hypotheses(view, "EQ101", ones, rank=12)
-    sums: list[Predict] = [lambda _, v: [1.0 / len(v)] * len(v)]
+    sums: list[Predict] = [_all_alike]
     if _all_ones(view):
         found += hypotheses(view, "EQ108", sums, rank=11)
+    elif view.experiment.case.shares > 1:
+        # Between ranks is another cause, EQ501: what is put right here is within each of them.
+        found += hypotheses(view, "EQ103", [_alike_in_rank], rank=15)
+        found += hypotheses(view, "EQ103", sums, rank=15, meant=mean_of_ranks)
+        found += hypotheses(view, "EQ103", _shares(view), rank=15)
     else:
         found += hypotheses(view, "EQ103", [*sums, *_shares(view)], rank=15)
     twice: list[Predict] = [
@@ -68,6 +91,10 @@ def _in_all(view: View) -> list[Suspicion]:
     ]
     found += hypotheses(view, "EQ102", twice, rank=14)
     factor = factor_of(view)
+    if undecided(view):
+        return [each for each in found if each.code not in {"EQ101", "EQ102"}] + [
+            unproved(view, "EQ101" if a > 0 else "EQ102", rank=12) for a, _ in undecided(view) if a
+        ]
     if factor is not None:
         # A pure factor of K, of the number of ranks, or of both: that decides between these codes.
         named = {1: "EQ101", -1: "EQ102"}.get(factor[0])
@@ -76,6 +103,15 @@ def _in_all(view: View) -> list[Suspicion]:
             found += scaled(view, named, float(view.steps) ** factor[0], rank=12)
     elif not found:
         found += _denominator(view)
+    return found
+
+
+def unproved(view: View, code: str, rank: int) -> Suspicion:
+    """Return a suspicion of a factor that may be one of K or of the number of ranks: no other K can tell."""
+    found = scaled(view, code, 1.0, rank)[0]
+    found.variants = []
+    found.evidence["factor"] = f"{overall(view.candidate.steps[found.step].gradients).scale:.6g}"
+    found.evidence["undecided"] = "a factor of K and one of the number of ranks are the same here"
     return found
 
 
@@ -116,8 +152,22 @@ def _all_ones(view: View) -> bool:
     ) and any(each.v.unique for each in view.divergent)
 
 
-def hypotheses(view: View, code: str, predictions: Sequence[Predict], rank: int) -> list[Suspicion]:
-    """Return a suspicion if the weights that one of the predictions gives make all gradients that differ."""
+def hypotheses(
+    view: View,
+    code: str,
+    predictions: Sequence[Predict],
+    rank: int,
+    meant: Predict | None = None,
+) -> list[Suspicion]:
+    """Return a suspicion if the weights that one of the predictions gives make all gradients that differ.
+
+    Args:
+        view: The run.
+        code: The cause.
+        predictions: Weights that the cause would give.
+        rank: Order of trial.
+        meant: The weights that putting it right gives; None for the true ones.
+    """
     for predict in predictions:
         factors: dict[int, list[float]] = {}
         shown: list[Attribution] = []
@@ -129,17 +179,53 @@ def hypotheses(view: View, code: str, predictions: Sequence[Predict], rank: int)
             if view.fits(each, wrong):
                 if each in view.divergent:
                     shown.append(each)
-                if all(x != 0 for x in wrong):
-                    factors[each.matched] = [v / w for v, w in zip(right, wrong, strict=True)]
+                factor = _factors(right, meant(each, right) if meant else right, wrong)
+                if factor is not None:
+                    factors[each.matched] = factor
         if shown and len(shown) == len(view.divergent):
             first = shown[0]
             evidence: dict[str, object] = {
                 "weights": first.shaped(first.w.values),
                 "true_weights": first.shaped(first.v.values),
             }
-            reweight = Reweight(_by_cycle(view, factors), view.names)
-            return [Suspicion(code, [(reweight,)], evidence, shown[0].step, rank)]
+            return [Suspicion(code, _reweighted(view, factors), evidence, first.step, rank)]
     return []
+
+
+def _factors(
+    right: Sequence[float], meant: Sequence[float], wrong: Sequence[float]
+) -> list[float] | None:
+    """Return what turns wrong weights into those that are meant; None where a weight is lost.
+
+    A piece without a gradient (a micro-batch without a valid token) has no weight in either run.
+    """
+    if any(w == 0 and v != 0 for v, w in zip(right, wrong, strict=True)):
+        return None
+    return [m / w if w else 1.0 for m, w in zip(meant, wrong, strict=True)]
+
+
+def _reweighted(view: View, factors: dict[int, list[float]]) -> list[tuple[Intervention, ...]]:
+    """Return the ways to give the true weights: at the root, or only where an optimizer or a sweep needs it."""
+    if not view.candidate.backwards:
+        # Gradients that torch.func made: there is no root, but a factor of the whole cycle can be given at its step.
+        found = [(each, factors.get(each.matched, [])) for each in view.attributions]
+        uniform = {
+            each.step: sum(f) / len(f)
+            for each, f in found
+            if f and max(f) - min(f) <= view.tolerance(each) * max(f)
+        }
+        return [(Rescale(uniform),)] if len(uniform) == len(found) else []
+    by_cycle = _by_cycle(view, factors)
+    names = view.names
+    owners = {view.candidate.steps[each.step].optimizer for each in view.divergent}
+    if names is None and owners < set(view.candidate.optimizers):
+        # One of several optimizers: backwards for the others are right as they are.
+        names = frozenset(n for key in owners for n in view.candidate.optimizers[key])
+    ordinals = {each.ordinals for each in view.divergent} - {None}
+    if names is None and ordinals:
+        sweep = frozenset[int]().union(*(each for each in ordinals if each is not None))
+        return [tuple(Addend(ordinal, (), by_cycle) for ordinal in sorted(sweep))]
+    return [(Reweight(by_cycle, names),)]
 
 
 def _by_cycle(view: View, factors: dict[int, list[float]]) -> dict[int, list[float]]:
@@ -174,7 +260,7 @@ def _denominator(view: View) -> list[Suspicion]:
     evidence["rule"] = (
         confirmed or "none of the rules tried holds at a second number of accumulation steps"
     )
-    variants = [(Reweight(_by_cycle(view, factors), view.names),)] if confirmed else []
+    variants = _reweighted(view, factors) if confirmed else []
     return [Suspicion("EQ104", variants, evidence, first.step, rank=30)]
 
 
@@ -186,10 +272,9 @@ def _confirmed(view: View, shown: Attribution, scale: float) -> str | None:
         return None
     try:
         recording = view.experiment.at(other)
-    except (
-        EquivcheckError
-    ):  # The user's own loop may refuse another K; the rule is then unconfirmed.
-        return None
+    except EquivcheckError:
+        # The loop may refuse another K, the rule is then unconfirmed; a command line has but one.
+        return None if view.experiment.other_steps else _confirmed_by_steps(view, shown, scale)
     step = next(
         (each for each in recording.steps if each.matched == shown.matched and each.gradients), None
     )
@@ -197,17 +282,7 @@ def _confirmed(view: View, shown: Attribution, scale: float) -> str | None:
         return None
     measured = overall(step.gradients).scale
     limit = view.tolerance(shown)
-    # A denominator a + b K, that the full batch (K = 1) has too: b / a follows from one K.
-    slope = (1.0 / scale - 1.0) / (k - 1.0 / scale) if abs(k * scale - 1.0) > limit else math.inf
-    excess = 1.0 / scale - 1.0
-    rules = {
-        "the same at every K": scale,
-        "in proportion to K": scale * other / k,
-        "in inverse proportion to K": scale * k / other,
-        "the denominator's excess is in proportion to K": 1.0 / (1.0 + excess * other / k),
-        "the denominator grows with K, and has grown in the full batch": (1.0 + slope)
-        / ((1.0 + slope * other) or math.inf),
-    }
+    rules = _rules(k, other, scale, limit)
     here, there = view.counts(), view.counts(other)
     for label, values in here.items():
         cycle = shown.matched % len(values)
@@ -225,6 +300,62 @@ def _confirmed(view: View, shown: Attribution, scale: float) -> str | None:
         ),
         None,
     )
+
+
+def _rules(k: int, other: int, scale: float, limit: float) -> dict[str, float]:
+    """Return, by the rule that would explain a factor at K, what it is at another K."""
+    # A denominator a + b K, that the full batch (K = 1) has too: b / a follows from one K.
+    slope = (1.0 / scale - 1.0) / (k - 1.0 / scale) if abs(k * scale - 1.0) > limit else math.inf
+    excess = 1.0 / scale - 1.0
+    return {
+        "the same at every K": scale,
+        "in proportion to K": scale * other / k,
+        "in inverse proportion to K": scale * k / other,
+        "the denominator's excess is in proportion to K": 1.0 / (1.0 + excess * other / k),
+        "K is counted wrong by the same number at every K": other
+        / ((other + k * excess) or math.inf),
+        "the denominator grows with K, and has grown in the full batch": (1.0 + slope)
+        / ((1.0 + slope * other) or math.inf),
+    }
+
+
+def _confirmed_by_steps(view: View, shown: Attribution, scale: float) -> str | None:
+    """Return the rule, read from one optimizer step, that predicts the factor in every other one exactly.
+
+    An incomplete cycle has another K, and cycles hold other counts.
+    """
+    others = [each for each in view.divergent if each is not shown]
+    if not others:
+        return None
+    limit = view.tolerance(shown)
+    measured = [
+        float(each.candidate @ each.reference) / float(each.reference @ each.reference)
+        for each in others
+    ]
+    predicted: dict[str, list[float]] = {}
+    for each in others:
+        found = _rules(shown.micro_steps, each.micro_steps, scale, limit)
+        for label, values in view.counts().items():
+            mine, theirs = values[shown.matched % len(values)], values[each.matched % len(values)]
+            if sum(mine) and sum(theirs):
+                excess = sum(mine) / scale - sum(mine)
+                found[f"the count is off by the same number ({label})"] = sum(theirs) / (
+                    (sum(theirs) + excess) or math.inf
+                )
+            for name, rule in _denominators().items():
+                if not mine or not theirs or not rule(mine) or not rule(theirs):
+                    continue
+                if abs(sum(mine) / rule(mine) - scale) <= limit * max(scale, 1.0):
+                    found[f"{name} ({label})"] = sum(theirs) / rule(theirs)
+        for name, value in found.items():
+            predicted.setdefault(name, []).append(value)
+    for name, found_values in predicted.items():
+        if len(found_values) == len(measured) and all(
+            abs(a - b) <= limit * max(abs(a), 1.0)
+            for a, b in zip(found_values, measured, strict=True)
+        ):
+            return f"{name}: read from one optimizer step, it holds in {len(others)} others"
+    return None
 
 
 def _denominators() -> dict[str, Callable[[Sequence[int]], float]]:

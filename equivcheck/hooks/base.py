@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from equivcheck.parts import is_distributed
+
 if TYPE_CHECKING:
     from equivcheck.recorder import Recorder
     from equivcheck.recording import Recording
@@ -71,4 +73,7 @@ def each_of(parameters: Any) -> list[torch.Tensor]:
 
 def number(value: Any) -> float:
     """Return a number, or a tensor of one element, as a float."""
-    return float(value.item()) if isinstance(value, torch.Tensor) else float(value)
+    if isinstance(value, torch.Tensor):
+        # The norm of sharded gradients is itself still spread over the ranks.
+        return float((value.full_tensor() if is_distributed(value) else value).item())  # type: ignore[attr-defined]
+    return float(value)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from equivcheck.hooks.base import Hooks, quiet
+from equivcheck.parts import plain
 
 if TYPE_CHECKING:
     from equivcheck.recorder import Recorder
@@ -86,14 +87,14 @@ class Edits(Hooks):
         found = []
         for parameter in self.recorder.gradient_holders():
             if parameter.grad is not None and not parameter.grad.is_sparse:
-                found.append(parameter.grad.detach().flatten()[:PROBE_ELEMENTS].clone())
+                found.append(plain(parameter.grad.detach()).flatten()[:PROBE_ELEMENTS].clone())
                 if len(found) == PROBE_TENSORS:
                     break
         return found
 
     def _parameter_probe(self) -> list[torch.Tensor]:
         holders = self.recorder.gradient_holders()[:PROBE_TENSORS]
-        return [p.detach().flatten()[:PROBE_ELEMENTS].clone() for p in holders]
+        return [plain(p.detach()).flatten()[:PROBE_ELEMENTS].clone() for p in holders]
 
 
 def _same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:

@@ -30,6 +30,7 @@ class Steps(Hooks):
     def __init__(self, recorder: Recorder) -> None:
         super().__init__(recorder)
         self._open: dict[int, Step] = {}
+        self._stepping: dict[int, set[int]] = {}
         self._first_backward: dict[str, int] = {}
         self._controlled: set[type] = set()
 
@@ -53,6 +54,11 @@ class Steps(Hooks):
     def close(self) -> None:
         self._open.clear()
 
+    @property
+    def open_count(self) -> int:
+        """Steps that have begun and not ended: a closure is being evaluated."""
+        return len(self._open)
+
     def first_backward(self, key: str) -> int:
         """Return the count of backwards at an optimizer's previous step."""
         return self._first_backward.get(key, 0)
@@ -71,8 +77,9 @@ class Steps(Hooks):
         def add_param_group(optimizer: Optimizer, group: dict[str, Any]) -> None:
             original(optimizer, group)
             # Parameters that train makes are known from here on, before any gradient reaches them.
+            self.recorder.look_again()
             for parameter in optimizer.param_groups[-1]["params"]:
-                self.recorder.name_of(parameter, optimizer)
+                self.recorder.parts_of(parameter, optimizer)
 
         return add_param_group
 
@@ -102,6 +109,7 @@ class Steps(Hooks):
             self.recorder.is_paused
             or id(optimizer) in self._open
             or not self.recorder.allowed("step")
+            or self._is_inner(optimizer)
         ):
             return None
         for each in self.recorder.interventions:
@@ -109,6 +117,9 @@ class Steps(Hooks):
         step = self._open_step(optimizer)
         self.recorder.note("step", optimizer=step.optimizer, learning_rates=step.learning_rates)
         self._open[id(optimizer)] = step
+        self._stepping[id(optimizer)] = {
+            id(p) for group in optimizer.param_groups for p in group["params"]
+        }
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if not callable(closure):
             self._observe(optimizer, step)
@@ -149,6 +160,13 @@ class Steps(Hooks):
             return args, {**kwargs, "closure": first_seen}
         return (args[0], first_seen, *args[2:]), kwargs
 
+    def _is_inner(self, optimizer: Optimizer) -> bool:
+        """Tell the optimizer inside one that shares its parameters out over ranks, and steps with it."""
+        if self.recorder.holdings is None or not self._open:
+            return False
+        mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return any(mine <= outer for outer in self._stepping.values())
+
     def _observe(self, optimizer: Optimizer, step: Step, *, closure: bool = False) -> None:
         with quiet():
             if not closure:
@@ -159,18 +177,25 @@ class Steps(Hooks):
             gradients: dict[str, torch.Tensor | None] = {}
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
-                    name = self.recorder.names[id(parameter)]
                     now = None if parameter.grad is None else dense(parameter.grad.detach())
+                    before = now
                     if now is not None:
                         self.recorder.trained.add(parameter.dtype)
-                    now = now if now is None or factor == 1.0 else now * factor
-                    applied[name] = now
-                    if id(parameter) in self.recorder.clips.snapshots and now is not None:
-                        before, share = self.recorder.clips.snapshots[id(parameter)]
-                        step.clipped = True
-                        gradients[name] = dense(before) * share if share != 1.0 else dense(before)
-                    else:
-                        gradients[name] = now
+                        if id(parameter) in self.recorder.clips.snapshots:
+                            before, share = self.recorder.clips.snapshots[id(parameter)]
+                            step.clipped = True
+                            before = dense(before) * share if share != 1.0 else dense(before)
+                    for part in self.recorder.parts_of(parameter, optimizer):
+                        taken = None if now is None else part.local(now)
+                        if taken is not None and factor != 1.0:
+                            taken = taken * factor
+                        applied[part.name] = taken
+                        # The same object tells that no clip came between.
+                        gradients[part.name] = (
+                            taken if before is now or before is None else part.local(before)
+                        )
+                        if not part.is_whole:
+                            step.parts[part.name] = part.key
             found = getattr(optimizer, "found_inf", None)
             step.skipped = found is not None and number(found) > 0
             self.recorder.observer.gradients(self.recorder, step, gradients, applied)
@@ -179,6 +204,7 @@ class Steps(Hooks):
         if self.recorder.is_paused or id(optimizer) not in self._open:
             return
         step = self._open.pop(id(optimizer))
+        self._stepping.pop(id(optimizer), None)
         with quiet():
             if not step.sample:
                 self._observe(optimizer, step, closure=True)

@@ -24,6 +24,18 @@ def _replicas(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     return [each for each in tensors if not isinstance(each, DTensor) and each.numel()]
 
 
+def _number(value: object) -> float | None:
+    if isinstance(value, torch.Tensor):
+        return value.item() if value.numel() == 1 else None
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def _numbers(group: dict[str, Any]) -> dict[str, float]:
+    """Return the options of a group that are numbers."""
+    found = {name: _number(value) for name, value in group.items() if name != "params"}
+    return {name: value for name, value in found.items() if value is not None}
+
+
 class Synchronise(Intervention):
     """Take the mean of the gradients over all ranks, once, after the last backward of each cycle.
 
@@ -52,7 +64,9 @@ class Synchronise(Intervention):
 
 
 class Broadcast(Intervention):
-    """Give every rank the parameters and buffers of one of them, when a cycle begins and before it steps.
+    """Give every rank what one of them has, when a cycle begins and before it steps: parameters, buffers, options.
+
+    The options are the numbers in the optimizer's groups: learning rate, weight decay, momentum.
 
     Args:
         source: The rank that they are taken from.
@@ -80,8 +94,24 @@ class Broadcast(Intervention):
         finally:
             handle.remove()
 
-    def before_step(self, recorder: Recorder, _optimizer: Optimizer) -> None:
+    def before_step(self, recorder: Recorder, optimizer: Optimizer) -> None:
         self._send(recorder)
+        if recorder.world_size > 1:
+            with quiet():
+                self._send_options(optimizer)
+
+    def _send_options(self, optimizer: Optimizer) -> None:
+        mine = [_numbers(group) for group in optimizer.param_groups]
+        sent: list[Any] = [mine]
+        dist.broadcast_object_list(sent, self._source)
+        if [each.keys() for each in sent[0]] != [each.keys() for each in mine]:
+            return  # another kind of optimizer there: nothing can be made the same
+        for group, theirs in zip(optimizer.param_groups, sent[0], strict=True):
+            for name, value in theirs.items():
+                if isinstance(group[name], torch.Tensor):
+                    group[name].fill_(value)
+                elif _number(group[name]) != value:
+                    group[name] = value
 
     def _send(self, recorder: Recorder) -> None:
         if recorder.world_size == 1:

@@ -93,12 +93,33 @@ class Restitute(Intervention):
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     extra = missing.get(recorder.name_of(parameter, optimizer))
-                    if extra is None:
+                    if extra is None or extra.numel() != parameter.numel():
                         continue
                     extra = extra.view(parameter.shape).to(parameter.dtype)
                     parameter.grad = (
                         extra.clone() if parameter.grad is None else parameter.grad + extra
                     )
+
+
+class Rescale(Intervention):
+    """Multiply the gradients of a step by a factor, just before it: where no backward is seen to be reweighted.
+
+    Args:
+        factors: By number of the optimizer step.
+    """
+
+    name = "rescale at the step"
+
+    def __init__(self, factors: Mapping[int, float]) -> None:
+        self._factors = factors
+
+    def before_step(self, recorder: Recorder, optimizer: Optimizer) -> None:
+        factor = self._factors.get(len(recorder.recording.steps), 1.0)
+        with torch.no_grad():
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        parameter.grad = parameter.grad * factor
 
 
 class ZerosToNone(Intervention):

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 GRACE: Final = 0.3
 # Without a deadline, ranks that all wait are given up after so many seconds in which none of them computed anything.
 STALLED: Final = 60.0
-# Of the time allowed for a case, so much is left to say which rank was waited for.
-TO_TELL: Final = 0.9
+# Of the time that is left for a case, this share (and no more seconds) is kept to say which rank was waited for.
+TO_TELL: Final = (0.3, 1.5)
 _START: Final = 120.0
 # What a rank's own collective raises when another rank has gone.
 _OF_A_PEER: Final = (
@@ -152,7 +152,8 @@ class Crew:
     def _wait(self, role: str) -> None:
         limit = None
         if self.ends_at is not None:
-            limit = time.monotonic() + TO_TELL * max(self.ends_at - time.monotonic(), 0.1)
+            left = max(self.ends_at - time.monotonic(), 0.1)
+            limit = time.monotonic() + left - min(TO_TELL[0] * left, TO_TELL[1])
         quiet_since, last = time.monotonic(), self._activity()
         while any(each.done is None for each in self._ranks):
             left = 1.0 if limit is None else min(1.0, limit - time.monotonic())
@@ -305,7 +306,7 @@ class Crew:
             if each.done is None and each.died is None:
                 with suppress(BrokenPipeError, OSError):
                     each.connection.send_bytes(b"where")
-        until = time.monotonic() + 1.0
+        until = time.monotonic() + TO_TELL[1] / 3
         while (left := until - time.monotonic()) > 0 and any(
             each.answer is None and each.done is None and each.died is None for each in self._ranks
         ):

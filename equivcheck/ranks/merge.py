@@ -13,9 +13,9 @@ from dataclasses import replace
 import torch
 
 from equivcheck.differences import Sums
+from equivcheck.parts import WHOLE
 from equivcheck.recording import Recording, Step
-
-WHOLE = ("whole",)
+from equivcheck.states import numbers
 
 
 def merged(ranks: Sequence[Recording], reference: Recording) -> Recording:
@@ -52,6 +52,7 @@ def _step(index: int, taken: Sequence[Step], world_size: int, reference: Recordi
     if target is not None:
         held = {name for each in taken for name in each.sample}
         absent += [n for n, s in target.sample.items() if s is not None and n not in held]
+        absent += _absent_state(taken, reference, target.index)
     rates = [each.learning_rates for each in taken]
     other = [r for r in rates if target is not None and r != target.learning_rates]
     return replace(
@@ -77,6 +78,16 @@ def _step(index: int, taken: Sequence[Step], world_size: int, reference: Recordi
         contributions=[each for step in taken for each in step.contributions],
         parts={},
     )
+
+
+def _absent_state(taken: Sequence[Step], reference: Recording, matched: int) -> list[str]:
+    """Return the entries of the reference's optimizer state that no rank has; none where it was not compared."""
+    found = {name for each in taken for name in each.state}
+    if not found:
+        return []
+    kept = reference.kept[matched].state
+    wanted = [f"{name}.{key}" for name, entries in kept.items() for key, _ in numbers(entries)]
+    return [name for name in wanted if name not in found]
 
 
 def part_of(step: Step, name: str) -> Hashable:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
+import os
 import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
 from typing import Any
 
 
@@ -27,16 +29,28 @@ def _context() -> ForkServerContext:
 def start_server() -> None:
     """Start the server, if it does not run; it loads torch while this process goes on."""
     _context()
-    with _without_main():
+    with _without_main(), _elsewhere():
         forkserver.ensure_running()
 
 
 def start(target: Callable[..., None], *args: Any) -> ForkServerProcess:
     """Return a started process that calls a function of ours."""
+    start_server()
     process = _context().Process(target=target, args=args, daemon=True)
     with _without_main():
         process.start()
     return process
+
+
+@contextmanager
+def _elsewhere() -> Iterator[None]:
+    """Keep a file of the user's (random.py, torch.py) from being imported by the server in place of a module."""
+    here = Path.cwd()
+    os.chdir(Path(here.anchor))
+    try:
+        yield
+    finally:
+        os.chdir(here)
 
 
 @contextmanager

@@ -12,17 +12,23 @@ from equivcheck.report import text, words
 LIMIT = 10  # per kind and step; GitHub drops the rest without a word
 
 
+def render(result: Mapping[str, Any]) -> str:
+    """Return the workflow commands as text, one a line."""
+    return "".join(command + "\n" for command in commands(result))
+
+
 def commands(result: Mapping[str, Any]) -> list[str]:
-    """Return workflow commands, the first case of each cause and target speaking for the rest."""
-    found: dict[tuple[str, str], str] = {}
+    """Return workflow commands, one per cause: its first case speaks for the others and counts them."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
     for case in filter(words.failed, result["cases"]):
-        kind = next(iter(words.codes(case)), case["verdict"])
-        target = str(case.get("target", ""))
-        if (kind, target) not in found:
-            title = words.headline(case)
-            properties = f"{_place(case)}title={_property(title)}"
-            found[kind, target] = f"::error {properties}::{_data(text.block(case))}"
-    shown = list(found.values())
+        found.setdefault(next(iter(words.codes(case)), case["verdict"]), []).append(case)
+    shown = []
+    for first, *others in found.values():
+        title = words.headline(first)
+        if others:
+            title += f" and {len(others)} more case{'s' if len(others) > 1 else ''}"
+        properties = f"{_place(first)}title={_property(title)}"
+        shown.append(f"::error {properties}::{_data(text.block(first))}")
     if len(shown) > LIMIT:
         left = len(shown) - LIMIT + 1
         shown = [*shown[: LIMIT - 1], f"::error title=equivcheck::{left} more causes in the log"]

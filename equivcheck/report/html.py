@@ -1,93 +1,317 @@
-"""One page that opens from disk, for ever: no script, no request, every word escaped."""
+"""One page that opens from disk, for ever: no request, complete without script, every word escaped.
+
+The body is written here, by templates that escape by default. A script adds what paper cannot do: filter, sort,
+zoom, copy. It is named by its hash in the page's own content policy, so that nothing else ever runs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from html import escape
-from typing import Any
+import base64
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from importlib import resources
+from typing import TYPE_CHECKING, Any
 
-from equivcheck.report import text, words
+from equivcheck.causes import CAUSES, LEGEND, name_of
+from equivcheck.report import curves, markdown, panels, text, words
+from equivcheck.report.budget import LEVELS, MOST, USUAL, Reduced, reduce, size
+from equivcheck.result import case_exit_code
 
-_STYLE = """\
-:root{color-scheme:light dark}
-body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}
-table{border-collapse:collapse;width:100%}th,td{text-align:left;padding:.25rem .75rem .25rem 0;
-border-bottom:1px solid #8886;vertical-align:top}pre{overflow-x:auto;padding:1rem;
-border:1px solid #8886;border-radius:4px}.verdict{font-weight:700}"""
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+MARKS = {
+    "equivalent": "✓",
+    "expected": "◐",
+    "divergent": "✕",
+    "precision-loss": "▼",
+    "inconclusive": "?",
+    "invalid": "∅",
+    "error": "!",
+}
+TITLES = {
+    "start": "Where it starts",
+    "weights": "The weights",
+    "walk": "Micro-batch walk",
+    "parameters": "Parameters",
+    "precision": "Precision",
+    "ranks": "Ranks",
+    "control": "Control and noise",
+}
+# What a template may ask of an error or of a trial; older results have fewer keys.
+_ERROR = dict.fromkeys(("type", "message", "where", "expected", "because", "fix", "traceback"))
+_TRIAL = {"codes": (), "put_right": (), "relative": None, "within_noise": False}
+_NUMBER = re.compile(r"\d[\d.]*e[+-]\d+")
+NAMED = 2  # causes in a title; more are counted
+ROWS = 100  # of a table, before the script adds more
 
 
 def render(result: Mapping[str, Any]) -> str:
-    """Return the result as one self-contained HTML page."""
-    title = f"equivcheck: {result['verdict']}"
-    parts = [
-        "<!doctype html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width,initial-scale=1">',
-        f"<title>{_safe(title)}</title><style>{_STYLE}</style></head><body><main>",
-        f"<h1>{_safe(title)}</h1><p>{_safe(result.get('target', ''))}</p>",
-        f"<p>{_safe(text.summary(result))}</p>",
-        *_overview(result),
-        *(part for case in result["cases"] for part in _case(case)),
-        "<h2>Environment</h2>",
-        *_table(("what", "value"), (result.get("environment") or {}).items()),
-        "</main></body></html>",
-    ]
-    return "\n".join(parts) + "\n"
+    """Return the result as one self-contained page of at most 5 MB.
+
+    The first level of detail that stays within 1.5 MB is taken, or else within 5 MB; the page says what it left
+    out.
+    """
+    fitting = ""
+    for level in LEVELS:
+        reduced = reduce(result, level)
+        data = embedded(_data(result, reduced))
+        guess = size(reduced, data)
+        if level is not LEVELS[-1] and guess > (2 * USUAL if not fitting else 1.2 * USUAL):
+            continue
+        page = _render(result, reduced, data)
+        found = len(page.encode())
+        if found <= USUAL:
+            return page
+        if found <= MOST and not fitting:
+            fitting = page
+    return fitting or page
 
 
-def _overview(result: Mapping[str, Any]) -> Iterator[str]:
-    yield "<h2>Cases</h2>"
-    rows = (
-        (
-            case["id"],
-            case.get("target", ""),
-            words.label(case),
-            case["verdict"],
-            ", ".join(words.codes(case)),
-            words.margin(case),
+def write(template: str, **values: Any) -> str:
+    """Return a page made from a template, with the assets and the content policy that all pages share."""
+    css, script = asset("page.css"), asset("page.js")
+    plot = asset("uPlot.iife.min.js")
+    scripts = [_early(), plot, script]
+    policy = " ".join(f"'sha256-{_sha(each)}'" for each in scripts)
+    return str(
+        _templates()
+        .get_template(template)
+        .render(
+            css=css + asset("uPlot.min.css"),
+            early=_early(),
+            plot=plot,
+            script=script,
+            policy=f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src {policy}",
+            **values,
         )
-        for case in result["cases"]
     )
-    yield from _table(("id", "target", "case", "verdict", "causes", "measured"), rows)
 
 
-def _case(case: Mapping[str, Any]) -> Iterator[str]:
-    yield f'<section id="{_safe(case["id"])}">'
-    yield f"<h2>{_safe(case['id'])} {_safe(words.label(case))}</h2>"
-    if words.failed(case) or case.get("causes"):
-        yield f"<pre>{_safe(text.block(case))}</pre>"
-    else:
-        yield f"<p>{_safe(words.headline(case))}</p>"
-    compared = [
-        (name.replace("_", " "), *(words.number(d.get(key)) for key in ("relative", "control")))
-        for name, d in words.compared(case)
-    ]
-    if compared:
-        yield from _table(("compared", "relative", "control"), compared)
-    rows = words.worst_parameters(case, 100)
-    if rows:
-        names = ("name", "relative", "scale", "cosine")
-        values = (
-            (r["name"], words.number(r.get("relative")), *map(words.factor, _pair(r))) for r in rows
+def asset(name: str) -> str:
+    """Return a file that stands beside the templates."""
+    return resources.files(__package__).joinpath("assets", name).read_text(encoding="utf-8")
+
+
+def embedded(value: Any) -> str:
+    """Return JSON that can stand inside a script element: no `<`, so that nothing can end it."""
+    plain = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return plain.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def prose(value: str) -> Any:
+    """Return text for a page whose numbers stay on one line: a browser would break 1e-16 at its hyphen."""
+    from markupsafe import Markup, escape  # noqa: PLC0415 - comes with the templates
+
+    safe = str(escape(text.printable(value)))
+    return Markup(_NUMBER.sub(r'<span class="nb">\g<0></span>', safe))  # noqa: S704 - escaped just above
+
+
+def _early() -> str:
+    """Return the script that sets the theme before the first paint."""
+    return asset("theme.js")
+
+
+def _sha(source: str) -> str:
+    return base64.b64encode(hashlib.sha256(source.encode()).digest()).decode("ascii")
+
+
+def _render(result: Mapping[str, Any], reduced: Reduced, data: str) -> str:
+    cases = reduced.result["cases"]
+    detailed = set(reduced.detailed)
+    sections = [_section(case) for case in cases if case["id"] in detailed]
+    sections.sort(key=lambda section: not section["failed"])
+    failing = [case for case in result["cases"] if words.failed(case)]
+    first = next(
+        (s for s in sections if words.failed(s["case"])), sections[0] if sections else None
+    )
+    return write(
+        "page.html",
+        result=reduced.result,
+        title=_title(result, failing),
+        mark=MARKS.get(result["verdict"], ""),
+        counts=Counter(case["verdict"] for case in result["cases"]).most_common(),
+        summary=text.summary(result),
+        groups=_groups(result["cases"], detailed),
+        matrix=_matrix(result["cases"][: len(cases)], detailed),
+        sections=sections,
+        first=first,
+        single=len(result["cases"]) == 1,
+        reduced=reduced.notes,
+        remarks=_remarks(result),
+        environment=list((result.get("environment") or {}).items()),
+        data=data,
+    )
+
+
+def _data(result: Mapping[str, Any], reduced: Reduced) -> dict[str, Any]:
+    """Return what the script needs: the numbers behind the charts, and the texts to copy."""
+    detailed = set(reduced.detailed)
+    return {
+        "result": reduced.result,
+        "reduced": bool(reduced.notes),
+        "markdown": {
+            case["id"]: markdown.render({**result, "cases": [case]})
+            for case in result["cases"]
+            if case["id"] in detailed
+        },
+        "summary": markdown.render({**result, "cases": _for_summary(result)}),
+    }
+
+
+def _for_summary(result: Mapping[str, Any]) -> list[Any]:
+    """Return the cases of the summary to copy: the failing ones first, as many as an issue holds."""
+    return sorted(result["cases"], key=lambda case: not words.failed(case))[:50]
+
+
+def _title(result: Mapping[str, Any], failing: Sequence[Mapping[str, Any]]) -> str:
+    """Return the headline of the page: the case's own if one speaks for all."""
+    cases = result["cases"]
+    if len(cases) == 1:
+        return words.headline(cases[0])
+    if not cases:
+        return "Nothing ran"
+    if not failing:
+        return f"All {len(cases)} cases agree with the full batch"
+    codes = list(dict.fromkeys(code for case in failing for code in words.codes(case)[:1]))
+    if len(codes) == 1:
+        return f"{codes[0]} {name_of(codes[0])} in {len(failing)} of {len(cases)} cases"
+    if 1 < len(codes) <= NAMED:
+        named = " and ".join(f"{code} {name_of(code)}" for code in codes)
+        return f"{named} in {len(failing)} of {len(cases)} cases"
+    if codes:
+        return f"{len(codes)} causes in {len(failing)} of {len(cases)} cases"
+    return f"{len(failing)} of {len(cases)} cases: {failing[0]['verdict']}"
+
+
+def _remarks(result: Mapping[str, Any]) -> list[str]:
+    return [
+        remark.removeprefix("\nnote  ").replace("\n      ", " ") for remark in text.remarks(result)
+    ][:50]
+
+
+def _section(case: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "case": case,
+        "label": words.label(case),
+        "mark": MARKS.get(case["verdict"], ""),
+        "failed": words.failed(case),
+        "headline": words.headline(case),
+        "ruler": panels.ruler(case),
+        "causes": panels.causes(case),
+        "panels": {
+            name: curves.drawn(panel) if name == "start" else panel
+            for name, panel in panels.of(case).items()
+            if panel
+        },
+        "replay": f"equivcheck replay {case['id']}",
+        "told": words.margin(case),
+        "error": _ERROR | case["error"] if case.get("error") else None,
+        "notes": list(case.get("notes") or ()),
+        "because": case.get("because"),
+        "fix": case.get("fix"),
+        "trials": [_TRIAL | dict(each) for each in (case.get("interventions") or ())[:30]],
+    }
+
+
+def _groups(cases: Sequence[Mapping[str, Any]], detailed: set[str]) -> list[dict[str, Any]]:
+    """Return the causes of all cases, each once, with the cases that have it; proved ones first."""
+    found: dict[str, dict[str, Any]] = {}
+    for case in filter(words.codes, cases):
+        for cause in panels.causes(case):
+            group = found.setdefault(cause["code"], {**cause, "cases": [], "of": case})
+            if case["id"] in detailed and group["of"]["id"] not in detailed:
+                group.update(cause, of=case)
+            group["cases"].append(
+                {"id": case["id"], "label": words.label(case), "failed": words.failed(case)}
+            )
+    order = sorted(
+        found.values(), key=lambda g: (g["status"] != "proved", -len(g["cases"]), g["code"])
+    )
+    for group in order:
+        group["more"] = max(0, len(group["cases"]) - 40)
+        group["cases"] = group["cases"][:40]
+    return order
+
+
+def _matrix(cases: Sequence[Mapping[str, Any]], detailed: set[str]) -> dict[str, Any]:
+    """Return the cases as rows of workloads and columns of everything else."""
+    rows: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
+    columns: dict[str, tuple[Any, ...]] = {}
+    for case in cases:
+        label = words.label(case)
+        workload = str(case.get("workload") or "")
+        column = label.removeprefix(workload).strip() if workload else label
+        columns.setdefault(
+            column,
+            (
+                case.get("world_size") or 1,
+                str(case.get("strategy")),
+                str(case.get("precision")),
+                str(case.get("split")),
+                case.get("accumulation_steps") or 0,
+            ),
         )
-        yield "<details><summary>Parameters, worst first</summary>"
-        yield from _table(names, values)
-        yield "</details>"
-    yield "</section>"
+        row = rows.setdefault((str(case.get("target", "")), workload), {})
+        row.setdefault(column, []).append(_cell(case, detailed))
+    ordered = sorted(columns, key=lambda name: (columns[name], name))
+    return {
+        "columns": ordered,
+        "rows": [
+            {"target": target, "workload": workload, "cells": [row.get(c, []) for c in ordered]}
+            for (target, workload), row in rows.items()
+        ],
+        "count": len(cases),
+        "numbers": len(cases) <= 400,
+        "targets": len({target for target, _ in rows}) > 1,
+    }
 
 
-def _pair(row: Mapping[str, Any]) -> tuple[float | None, float | None]:
-    return row.get("scale"), row.get("cosine")
+def _cell(case: Mapping[str, Any], detailed: set[str]) -> dict[str, Any]:
+    codes = words.codes(case)
+    far = words.farthest(case)
+    return {
+        "id": case["id"],
+        "verdict": case["verdict"],
+        "mark": MARKS.get(case["verdict"], ""),
+        "code": ", ".join(codes[:2]) if case["verdict"] != "equivalent" else "",
+        "word": "ok"
+        if case["verdict"] == "equivalent" and case_exit_code(case) == 0
+        else case["verdict"],
+        "number": words.number(far[1]) if far is not None else "",
+        "detailed": case["id"] in detailed,
+        "failed": words.failed(case),
+    }
 
 
-def _table(head: tuple[str, ...], rows: Any) -> Iterator[str]:
-    yield "<table><thead><tr>"
-    yield "".join(f'<th scope="col">{_safe(name)}</th>' for name in head)
-    yield "</tr></thead><tbody>"
-    for row in rows:
-        yield "<tr>" + "".join(f"<td>{_safe(cell)}</td>" for cell in row) + "</tr>"
-    yield "</tbody></table>"
+@lru_cache(maxsize=1)
+def _templates() -> Environment:
+    # Loaded when a page is written, not when a command starts: it takes 40 ms.
+    from jinja2 import ChainableUndefined, Environment, FileSystemLoader  # noqa: PLC0415
 
-
-def _safe(value: object) -> str:
-    return escape(text.printable(value), quote=True)
+    folder = resources.files(__package__).joinpath("templates")
+    found = Environment(
+        autoescape=True,
+        loader=FileSystemLoader(str(folder)),
+        undefined=ChainableUndefined,  # what an older result does not have is left empty
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: (
+            text.printable(value) if isinstance(value, str) and type(value) is str else value
+        ),
+    )
+    found.filters.update(
+        number=words.number,
+        factor=words.factor,
+        times=words.times,
+        short=panels.short,
+        event_words=panels.event_in_words,
+        weights_line=words.weights_line,
+        prose=prose,
+    )
+    found.globals.update(MARKS=MARKS, TITLES=TITLES, ROWS=ROWS, CAUSES=CAUSES, LEGEND=LEGEND)
+    return found

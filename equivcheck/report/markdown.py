@@ -7,7 +7,7 @@ from typing import Any
 
 from equivcheck.report import text, words
 
-LIMIT = 60_000  # characters; GitHub cuts comments at 64 kB and drops summaries above 1 MiB
+LIMIT = 60_000  # bytes; GitHub cuts comments at 64 kB and drops summaries above 1 MiB
 
 
 def render(result: Mapping[str, Any]) -> str:
@@ -22,13 +22,24 @@ def render(result: Mapping[str, Any]) -> str:
         place = f"{case.get('target', '')} {words.label(case)}"
         cells = (place, case["id"], case["verdict"], ", ".join(words.codes(case)))
         lines.append("| " + " | ".join(map(_cell, (*cells, words.margin(case)))) + " |")
-    page = "\n".join(lines) + "\n"
+    page = _whole_lines("\n".join(lines) + "\n", LIMIT)
+    if len(page.splitlines()) < len(lines):
+        left = len(lines) - len(page.splitlines())
+        page += f"\n{left} more cases in the result.\n"
     for number, case in enumerate(filter(words.failed, result["cases"])):
         more = f"\n```text\n{text.block(case).replace('```', '` ` `')}\n```\n"
-        if len(page) + len(more) > LIMIT:
-            return f"{page[:LIMIT]}\nShortened after {number} failing cases.\n"
+        if len((page + more).encode()) > LIMIT:
+            return f"{page}\nShortened after {number} failing cases.\n"
         page += more
     return f"{page}\n{text.summary(result)}\n"
+
+
+def _whole_lines(page: str, most: int) -> str:
+    """Return as many whole lines as fit into so many bytes."""
+    if len(page.encode()) <= most:
+        return page
+    cut = page.encode()[:most].decode(errors="ignore")
+    return cut[: cut.rindex("\n") + 1]
 
 
 def _cell(value: object) -> str:

@@ -31,7 +31,10 @@ def ansi(text: str, style: str) -> str:
 
 def printable(text: object) -> str:
     """Return text without control characters, so that no name can drive the terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in str(text))
+    said = str(text)
+    if said.isprintable():
+        return said
+    return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in said)
 
 
 def header(result_environment: Mapping[str, Any], seed: int) -> str:

@@ -12,7 +12,29 @@ from equivcheck.result import case_exit_code, missing_causes
 
 COMPARED = ("gradients", "learning_rates", "losses", "parameters", "buffers")
 MOST_ITEMS = 8
-SHOWN_ELSEWHERE = ("because", "finite", "weights", "true_weights")
+SHOWN_ELSEWHERE = ("because", "finite", "weights", "true_weights", "intervention", "shared")
+# What each intervention does, to be read after "with".
+PUT_RIGHT = {
+    "reweight": "each backward multiplied by the weight it should have",
+    "reweight an addend": "one addend of the loss multiplied by the weight it should have",
+    "defer": "the calls inside the cycle left out",
+    "postpone": "the calls inside the cycle made once, at its end",
+    "ration": "one call per cycle",
+    "retime": "one optimizer step at the end of every cycle",
+    "unscale before the clip": "the loss scale removed before the clip",
+    "recount": "the schedule counted in optimizer steps",
+    "without the tail": "the incomplete last cycle left out of both runs",
+    "hold": "the gradients kept as they are between the backwards of a cycle",
+    "fresh": "old gradients dropped before each cycle",
+    "restitute": "what is missing added to the gradients",
+    "none for zeros": "no gradient, instead of zeros, for parameters that took no part",
+    "state before the step": "every optimizer step started from the full batch's state",
+    "buffers held still": "buffers held still in both runs",
+    "rewind": "the state set back to the start of its cycle before each micro-batch",
+    "freeze": "the statistics of the full batch in both runs",
+    "widen": "the gradients accumulated in float64",
+    "synchronise": "one reduction over the ranks at the end of the cycle",
+}
 # Kinds of findings, as the quantity that a reader knows them by.
 SHOWN_AS = {
     "gradients": "gradients",
@@ -139,6 +161,14 @@ def headline(case: Mapping[str, Any]) -> str:
     return f"{code} {name}: {size} ({label(case)})"
 
 
+def sentence(text: str) -> str:
+    """Return text as a sentence; a name of code at its start keeps its case."""
+    first = text.split(" ", 1)[0]
+    plain = first.replace("'", "").replace("-", "").isalpha()
+    start = text[:1].upper() + text[1:] if plain else text
+    return start if not start or start[-1] in ".!?" else start + "."
+
+
 def because(cause: Mapping[str, Any]) -> str:
     """Return the mechanism: the cause's own sentence, or the catalogue's."""
     stated = (cause.get("evidence") or {}).get("because")
@@ -150,30 +180,47 @@ def fix(cause: Mapping[str, Any]) -> str:
     return str(cause.get("fix") or (CAUSES[cause["code"]].fix if _known(cause) else ""))
 
 
+def put_right(names: Sequence[Any]) -> str:
+    """Return in words what an intervention, or several, did to the loop."""
+    return " and ".join(PUT_RIGHT.get(str(name), f"“{name}”") for name in dict.fromkeys(names))
+
+
 def evidence(case: Mapping[str, Any], cause: Mapping[str, Any]) -> list[str]:
     """Return what proves a cause or speaks for it, one statement per item."""
     lines = []
-    facts = dict(cause.get("evidence") or {})
-    done = facts.pop("intervention", None)
+    done = (cause.get("evidence") or {}).get("intervention")
     if isinstance(done, Mapping):
-        what = " + ".join(str(each) for each in done.get("put_right") or ())
+        what = " + ".join(dict.fromkeys(str(each) for each in done.get("put_right") or ()))
         before, after = (number(done.get(f"relative_{when}")) for when in ("before", "after"))
         lines.append(f"put right ({what}): {before} -> {after}, within noise")
-    elif cause.get("status") != "proved":
+    lines += arguments(case, cause)
+    plain = facts(cause)
+    if plain:
+        lines.append(", ".join(f"{key} {value}" for key, value in plain))
+    return lines
+
+
+def arguments(case: Mapping[str, Any], cause: Mapping[str, Any]) -> list[str]:
+    """Return what speaks for a cause besides its proof and its numbers."""
+    lines = []
+    stated = cause.get("evidence") or {}
+    if not isinstance(stated.get("intervention"), Mapping) and cause.get("status") != "proved":
         for trial in case.get("interventions") or ():
             if cause["code"] in (trial.get("codes") or ()):
                 left = number(trial.get("relative"))
                 lines.append(f"put right ({', '.join(trial['codes'])}): {left} is left")
-    if facts.pop("shared", False):
+    if stated.get("shared"):
         lines.append("the full batch has this fault too")
-    plain = {
-        key: value
-        for key, value in facts.items()
-        if key not in SHOWN_ELSEWHERE and _printable(value)
-    }
-    if plain:
-        lines.append(", ".join(f"{key.replace('_', ' ')} {_value(v)}" for key, v in plain.items()))
     return lines
+
+
+def facts(cause: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the numbers and places that a detector found, as pairs of text."""
+    return [
+        (key.replace("_", " "), _value(value))
+        for key, value in (cause.get("evidence") or {}).items()
+        if key not in SHOWN_ELSEWHERE and _printable(value)
+    ]
 
 
 def weights(case: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -183,7 +230,7 @@ def weights(case: Mapping[str, Any]) -> list[tuple[str, str]]:
     for role, title in (("reference", "full batch"), ("candidate", "accumulated")):
         values, residual = attribution.get(f"{role}_weights"), attribution.get(f"{role}_residual")
         if values:
-            rows.append((title, f"{_weights(values)}  residual {number(residual)}"))
+            rows.append((title, f"{weights_line(values)}  residual {number(residual)}"))
     return rows
 
 
@@ -200,9 +247,10 @@ def worst_parameters(case: Mapping[str, Any], limit: int) -> Sequence[Mapping[st
     return sorted(rows, key=lambda row: -(row.get("relative") or 0.0))[:limit]
 
 
-def _weights(values: Sequence[Any]) -> str:
+def weights_line(values: Sequence[Any]) -> str:
+    """Return weights in one line, those of several ranks with bars between them."""
     if values and isinstance(values[0], list):
-        return " | ".join(_weights(row) for row in values)
+        return " | ".join(weights_line(row) for row in values)
     shown = [factor(value) for value in values[:8]]
     return " ".join(shown) + (f" ... ({len(values)})" if len(values) > len(shown) else "")
 

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from equivcheck.attach.launch import Ended, launch
+from equivcheck.attach.server import SHARED
 from equivcheck.attach.spec import Spec
 from equivcheck.attach.store import Facts, load, with_kept
 from equivcheck.case import Case
@@ -34,9 +35,10 @@ from equivcheck.errors import InternalError, StepError, UsageError
 from equivcheck.experiment import Experiment, Interventions
 from equivcheck.feed import Data, Key
 from equivcheck.fit import Attribution
-from equivcheck.interventions import Addends, Intervention, Rewind
+from equivcheck.interventions import Addends, Intervention
+from equivcheck.ranks.merge import merged
 from equivcheck.recording import Place, Recording, Step
-from equivcheck.scripts.merge import merged
+from equivcheck.scripts.merge import together
 from equivcheck.scripts.pieces import attribution_of, pieces_of
 
 if TYPE_CHECKING:
@@ -44,6 +46,25 @@ if TYPE_CHECKING:
 
 # What a process that is torn down badly ends with, after everything was seen: an abort in a destructor.
 _TORN_DOWN = {-signal.SIGABRT, 128 + signal.SIGABRT}
+
+
+class ScriptData(Data):
+    """The full batches of a script: a number of rows each; epochs may end in incomplete ones all along.
+
+    Args:
+        cycles: The samples of each.
+    """
+
+    def __init__(self, cycles: Sequence[frozenset[Key]]) -> None:
+        super().__init__([None] * len(cycles), [len(each) for each in cycles])
+        object.__setattr__(self, "_cycles", cycles)
+
+    @property
+    def tail(self) -> set[int]:
+        """The samples of every full batch that is shorter than the longest."""
+        longest = max(self.rows, default=0)
+        cycles: Sequence[frozenset[Key]] = self._cycles  # type: ignore[attr-defined]
+        return {number for each in cycles if len(each) < longest for _, number in each}
 
 
 class ScriptExperiment(Experiment):
@@ -57,6 +78,9 @@ class ScriptExperiment(Experiment):
     """
 
     reseeds_forwards = True
+    # Each takes seconds: a new process, and the script from its first line.
+    trials = 20
+    other_steps = False
 
     def __init__(
         self,
@@ -131,11 +155,20 @@ class ScriptExperiment(Experiment):
         if against is not None:
             spec.reference = str(self._folders[id(against)])
         if any(each.shorter for each in interventions):
-            spec.stop_cycle = len(self.reference().steps) - 1
+            tail = self.data.tail
+            spec.stop_cycle = min(
+                step.index for step in self.reference().steps for _, n in step.samples if n in tail
+            )
         lengths = [each.length for each in interventions if each.length is not None]
         if lengths:
             spec.length = lengths[0]
-        ended = launch(list(command.words), spec, folder, variables=dict(command.variables))
+        ended = launch(
+            list(command.words),
+            spec,
+            folder,
+            variables=dict(command.variables),
+            server=SHARED,
+        )
         recording = self._read(folder / "ranks", role, ended, command, interventions)
         recording.seconds = ended.seconds
         self.runs.append({"role": role, "seconds": ended.seconds})
@@ -171,7 +204,13 @@ class ScriptExperiment(Experiment):
         self._refuse_failed(role, ended, command, ranks, facts)
         if not ranks:
             return Recording(role=role)
-        whole = merged(ranks, facts)
+        against = self._cache.get(("reference", ()))
+        if len(ranks) == 1:
+            whole = ranks[0]
+        elif against is None or role == "reference":
+            whole = together(ranks)
+        else:
+            whole = merged(ranks, against)
         self._facts[id(whole)] = facts
         self._folders[id(whole)] = folder
         return whole
@@ -282,7 +321,11 @@ class ScriptExperiment(Experiment):
         found = self._once(("candidate", interventions), make)
         if not interventions and ("measured",) not in self._cache:
             self._cache["measured",] = True
-            self.case = replace(self.case, accumulation_steps=self._accumulation_steps(found))
+            self.case = replace(
+                self.case,
+                accumulation_steps=self._accumulation_steps(found),
+                world_size=max(len(found.ranks), 1),
+            )
         return found
 
     def candidate_again(self) -> Recording:
@@ -296,6 +339,14 @@ class ScriptExperiment(Experiment):
             UsageError: Always.
         """
         raise UsageError(f"accumulation_steps {accumulation_steps} is not the command line's")
+
+    def contributed(self, interventions: Interventions = ()) -> Recording:
+        """Refuse a run that keeps what each backward adds.
+
+        Raises:
+            UsageError: Always.
+        """
+        raise UsageError(f"what each backward adds is not kept ({len(interventions)} put right)")
 
     def native(self, role: str) -> Recording:
         """Return native_reference or native_candidate: as written, from the reference's states."""
@@ -336,7 +387,7 @@ class ScriptExperiment(Experiment):
                 self.script.accumulated,
                 "contribute",
                 against=self.reference(interventions),
-                interventions=(*interventions, Rewind("parameters", "buffers", "state")),
+                interventions=interventions,
                 schedule=self.schedule(),
             ),
         )
@@ -345,9 +396,9 @@ class ScriptExperiment(Experiment):
 
     @property
     def data(self) -> Data:  # type: ignore[override]
-        """The full batches, as far as a script shows them: their rows."""
-        rows = [len(numbers) for numbers in self._cycle_samples()]
-        return Data([None] * len(rows), rows)
+        """The full batches, as far as a script shows them: their rows, and which are incomplete."""
+        cycles = self._cycle_samples()
+        return ScriptData(cycles)
 
     def _cycle_samples(self) -> list[frozenset[Key]]:
         return list(dict.fromkeys(step.samples for step in self.reference().steps))
@@ -356,18 +407,19 @@ class ScriptExperiment(Experiment):
         """Return the data of a run."""
         return self.data.shorter() if any(each.shorter for each in interventions) else self.data
 
-    def _by_cycle(self) -> dict[int, list[int]]:
-        """Return the micro-batches of the accumulated run by the full batch's step that has their samples."""
-        cycles = self.cycles()
-        found: dict[int, list[int]] = {}
-        for index, keys in enumerate(self.candidate().fetched):
-            cycle = cycles.get(keys[0], -1)
-            if cycle >= 0:
-                found.setdefault(cycle, []).append(index)
+    def _micro_batches(self) -> dict[int, list[list[Key]]]:
+        """Return the micro-batches of the accumulated run by the full batch's step: rank 0's, then rank 1's ..."""
+        cycles, candidate = self.cycles(), self.candidate()
+        found: dict[int, list[list[Key]]] = {}
+        for rank in candidate.ranks or [candidate]:
+            for keys in rank.fetched:
+                cycle = cycles.get(keys[0], -1)
+                if cycle >= 0:
+                    found.setdefault(cycle, []).append(keys)
         return found
 
     def _accumulation_steps(self, candidate: Recording) -> int:
-        """Return K: how many micro-batches most cycles of the accumulated run have, per one of the full batch."""
+        """Return K: how many micro-batches most cycles of a rank have, per one of the full batch."""
         cycles = self.cycles()
         counts = Counter(
             cycles[keys[0]] for keys in candidate.fetched if keys and keys[0] in cycles
@@ -386,50 +438,48 @@ class ScriptExperiment(Experiment):
         """
         if accumulation_steps not in {None, self.case.accumulation_steps}:
             raise UsageError(f"accumulation_steps {accumulation_steps} is not the command line's")
-        found = []
+        found, micro = [], self._micro_batches()
         for cycle in range(len(data.rows)):
             begin, spans = 0, []
-            for index in self._by_cycle().get(cycle, []):
-                rows = len(self.candidate().fetched[index])
-                spans.append((begin, begin + rows))
-                begin += rows
+            for keys in micro.get(cycle, []):
+                spans.append((begin, begin + len(keys)))
+                begin += len(keys)
             found.append(spans)
         return found
 
     def micro_batches(self, data: Data) -> list[list[int]]:
         """Return the samples of every micro-batch."""
+        micro = self._micro_batches()
         return [
-            [number for _, number in self.candidate().fetched[index]]
+            [number for _, number in keys]
             for cycle in range(len(data.rows))
-            for index in self._by_cycle().get(cycle, [])
+            for keys in micro.get(cycle, [])
         ]
 
     @property
     def micro_batch_size(self) -> int:
-        """The largest micro-batch, over all ranks."""
+        """The largest micro-batch of a rank."""
         return max((len(keys) for keys in self.candidate().fetched), default=0)
 
     def counts(self, accumulation_steps: int | None) -> dict[str, list[list[int]]]:
         """Return what each micro-batch holds of what may be counted, by label; per cycle."""
         if accumulation_steps not in {None, self.case.accumulation_steps}:
             return {}
-        [facts, *others] = self._facts.get(id(self.candidate()), []) or [Facts()]
-        counts = [
-            {
-                label: sum(each.counts[i].get(label, 0) for each in (facts, *others))
-                for label in facts.counts[i]
-            }
-            for i in range(min((len(each.counts) for each in (facts, *others)), default=0))
-        ]
-        by_cycle = self._by_cycle()
+        cycles, candidate = self.cycles(), self.candidate()
+        counted: dict[int, list[dict[str, int]]] = {}
+        ranks = candidate.ranks or [candidate]
+        for rank, facts in zip(ranks, self._facts.get(id(candidate), []), strict=False):
+            for keys, counts in zip(rank.fetched, facts.counts, strict=False):
+                cycle = cycles.get(keys[0], -1)
+                if cycle >= 0:
+                    counted.setdefault(cycle, []).append(counts)
+        every = [counts for each in counted.values() for counts in each]
         labels = [
-            label
-            for label in (counts[0] if counts else {})
-            if all(label in each for each in counts)
+            label for label in (every[0] if every else {}) if all(label in each for each in every)
         ]
         return {
             label: [
-                [counts[index][label] for index in by_cycle.get(cycle, []) if index < len(counts)]
+                [counts[label] for counts in counted.get(cycle, [])]
                 for cycle in range(len(self.data.rows))
             ]
             for label in labels
@@ -469,38 +519,49 @@ class ScriptExperiment(Experiment):
 
     def other_samples(self) -> dict[str, Any] | None:
         """Return how the samples differ, with the first optimizer step in which they do; empty if they do not."""
+        if any(step.matched is None for step in self.control().steps):
+            return {}  # The full batch does not take the same samples twice: no run is like another.
         cycles, wanted = self.cycles(), self._cycle_samples()
-        seen: list[set[Key]] = [set() for _ in wanted]
-        furthest = 0
         order = {step.index: place for place, step in enumerate(self._firsts())}
-        for index, keys in enumerate(self.candidate().fetched):
-            places = {order[cycles[key]] if key in cycles else -1 for key in keys}
-            here = max(places)
-            if here >= 0:
+        seen: list[set[Key]] = [set() for _ in wanted]
+        candidate = self.candidate()
+        found: list[dict[str, Any]] = []
+        for number, rank in enumerate(candidate.ranks or [candidate]):
+            furthest = 0
+            for index, keys in enumerate(rank.fetched):
+                places = {order[cycles[key]] if key in cycles else -1 for key in keys}
+                here = max(places)
+                if -1 in places or len(places) > 1 or here < furthest:
+                    step = min((each for each in places if each >= 0), default=furthest)
+                    found.append(
+                        {
+                            "optimizer_step": step,
+                            "micro_batch": index,
+                            "rank": number,
+                            "rows": len(keys),
+                            "never_used_by_the_full_batch": sum(k not in cycles for k in keys),
+                        }
+                    )
+                    break
                 furthest = max(furthest, here)
-            if -1 in places or len(places) > 1 or here < furthest:
-                unknown = sum(key not in cycles for key in keys)
-                return {
-                    "optimizer_step": min(
-                        (p for p in places if p >= 0), default=self._step_under_way(seen)
-                    ),
-                    "micro_batch": index,
-                    "samples_that_the_full_batch_never_used": unknown,
-                    "rows": len(keys),
-                    "recognised_by": self._recognised_by(),
-                }
-            for key in keys:
-                seen[here].add(key)
-        for place, (mine, samples) in enumerate(zip(seen, wanted, strict=True)):
-            tail = place == len(wanted) - 1 and self.data.has_tail
-            if mine != samples and not tail:
-                return {
-                    "optimizer_step": place,
-                    "samples_missing": len(samples - mine),
-                    "rows": len(samples),
-                    "recognised_by": self._recognised_by(),
-                }
-        return {}
+                seen[here].update(keys)
+        if not found:
+            tail = self.data.tail
+            for place, (mine, samples) in enumerate(zip(seen, wanted, strict=True)):
+                missing = {number for _, number in samples - mine}
+                if missing and not missing <= tail:
+                    found.append(
+                        {
+                            "optimizer_step": place,
+                            "rows": len(samples),
+                            "not_used_by_the_accumulated_run": len(missing),
+                        }
+                    )
+                    break
+        if not found:
+            return {}
+        first = min(found, key=lambda each: each["optimizer_step"])
+        return {**first, "recognised_by": self._recognised_by()}
 
     def _firsts(self) -> list[Step]:
         """Return the first step of the full batch for every set of samples."""
@@ -508,12 +569,6 @@ class ScriptExperiment(Experiment):
         for step in self.reference().steps:
             found.setdefault(step.samples, step)
         return list(found.values())
-
-    def _step_under_way(self, seen: list[set[Key]]) -> int:
-        wanted = self._cycle_samples()
-        return next(
-            (place for place, mine in enumerate(seen) if mine != wanted[place]), len(wanted) - 1
-        )
 
     def _recognised_by(self) -> list[str]:
         facts = self._facts.get(id(self.reference()), [])
@@ -538,7 +593,9 @@ class ScriptExperiment(Experiment):
                 rows = pieces.get(cycle)
                 if rows:
                     start = reference.kept[cycle - 1] if cycle > 0 else reference.initial
-                    found.append(attribution_of(step, target, rows, start, is_sum=is_sum))
+                    found.append(
+                        attribution_of(step, target, rows, start, is_sum=is_sum, ranks=len(facts))
+                    )
             return found
 
         return self._once(("attributions", interventions), make)

@@ -1,55 +1,23 @@
-"""Several rank processes as one recording: their samples together, and of each number the worst."""
+"""The full batch's own ranks as one recording: what they used together."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from equivcheck.attach.store import Facts
-from equivcheck.differences import Sums
 from equivcheck.recording import Recording
 
-__all__ = ["merged"]
-
-_SUMS = ("gradients", "applied", "parameters", "state", "buffers", "shadows")
+__all__ = ["together"]
 
 
-def merged(ranks: Sequence[Recording], facts: Sequence[Facts]) -> Recording:
-    """Return the recordings of the ranks of one run as one: rank 0's, with what the others saw.
-
-    Args:
-        ranks: One recording per rank, rank 0 first.
-        facts: Of the same processes.
-    """
-    whole = ranks[0]
+def together(ranks: Sequence[Recording]) -> Recording:
+    """Return the recordings of the ranks of a full-batch run as one: rank 0's, with the samples of all."""
     if len(ranks) == 1:
-        return whole
+        return ranks[0]
     count = min(len(each.fetched) for each in ranks)
-    whole.fetched = [
-        [key for each in ranks for key in each.fetched[index]] for index in range(count)
+    fetched = [[key for each in ranks for key in each.fetched[index]] for index in range(count)]
+    steps = [
+        replace(step, samples=step.samples.union(*(r.steps[i].samples for r in ranks[1:])))
+        for i, step in enumerate(ranks[0].steps[: min(len(each.steps) for each in ranks)])
     ]
-    for index, step in enumerate(whole.steps):
-        others = [each.steps[index] for each in ranks[1:] if index < len(each.steps)]
-        step.samples = step.samples.union(*(each.samples for each in others))
-        if any(each.matched != step.matched for each in others):
-            step.matched = None
-        for name in _SUMS:
-            mine: dict[str, Sums] = getattr(step, name)
-            for other in others:
-                theirs: dict[str, Sums] = getattr(other, name)
-                mine = {
-                    key: max((each[key] for each in (mine, theirs) if key in each), key=_difference)
-                    for key in mine | theirs
-                }
-            setattr(step, name, mine)
-        for other in others:
-            step.finite &= other.finite
-            step.none_mismatch += [n for n in other.none_mismatch if n not in step.none_mismatch]
-    whole.lowered = {name: dtype for each in ranks for name, dtype in each.lowered.items()}
-    whole.dropout = any(each.dropout for each in ranks)
-    whole.random_drawn = any(each.random_drawn for each in ranks)
-    whole.notes += [f"{len(facts)} ranks"]
-    return whole
-
-
-def _difference(sums: Sums) -> float:
-    return sums.dd if sums.finite else float("inf")
+    return replace(ranks[0], fetched=fetched, steps=steps, ranks=list(ranks))

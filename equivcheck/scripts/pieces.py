@@ -50,6 +50,7 @@ def attribution_of(
     start: Kept | None,
     *,
     is_sum: bool,
+    ranks: int = 1,
 ) -> Attribution:
     """Return the weights of one cycle, the pieces scaled so that the full batch's weights add up to 1.
 
@@ -62,8 +63,11 @@ def attribution_of(
         pieces: What each micro-batch adds.
         start: The state that the cycle starts from.
         is_sum: The full batch's loss is a sum over its samples.
+        ranks: How many ranks share the batch.
     """
-    raw = attribute(step, target, [_as_step(target, each) for each in pieces], sampled(start))
+    raw = attribute(
+        step, target, [_as_step(target, each) for each in pieces], sampled(start), ranks
+    )
     total = sum(raw.v.solution)
     wanted = float(len(pieces)) if is_sum else 1.0
     if not total or raw.v.residual is None:

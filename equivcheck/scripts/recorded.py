@@ -14,7 +14,9 @@ from typing import Any, Final
 
 import torch
 
+from equivcheck.attach.digests import Digest
 from equivcheck.attach.store import load
+from equivcheck.attach.watch import Samples
 from equivcheck.case import Case
 from equivcheck.decide import blank, conclude
 from equivcheck.differences import sums_many
@@ -25,7 +27,7 @@ from equivcheck.feed import Key
 from equivcheck.observe import compare
 from equivcheck.recording import Kept, Recording, Step
 from equivcheck.scripts.experiment import ScriptExperiment
-from equivcheck.scripts.merge import merged
+from equivcheck.scripts.merge import together
 from equivcheck.verdict import Judgement, Noise, judge, roundoff_of
 
 __all__ = ["RecordedExperiment", "compare_recordings"]
@@ -62,16 +64,17 @@ class Recorded:
                 where=str(folder),
                 fix="record again",
             )
-        self.recording = merged([recording for recording, _ in read], self.facts)
+        self.recording = together([recording for recording, _ in read])
 
     @property
-    def digests(self) -> dict[Key, int]:
-        """The number that each sample is recognised by, by its key in this recording."""
-        return {
-            (0, place * each.world_size + each.rank): digest
+    def digests(self) -> list[tuple[Digest, int]]:
+        """What each sample is recognised by, with its number in this recording, in order."""
+        found = [
+            (digest, place * each.world_size + each.rank)
             for each in self.facts
             for place, digest in enumerate(each.digests)
-        }
+        ]
+        return sorted(found, key=lambda pair: pair[1])
 
 
 class _Recordings:
@@ -85,20 +88,14 @@ class _Recordings:
 
 def rekeyed(recorded: Recorded, known: Recorded) -> None:
     """Name the samples of a recording as another one does: the n-th use of a sample is the n-th use there."""
-    by_digest: dict[int, list[Key]] = {}
-    for key, digest in sorted(known.digests.items()):
-        by_digest.setdefault(digest, []).append(key)
-    seen: dict[int, int] = {}
+    samples = Samples(known.digests, rank=0, world_size=1)
     names: dict[Key, Key] = {}
-    for key, digest in sorted(recorded.digests.items()):
-        times = seen.get(digest, 0)
-        seen[digest] = times + 1
-        same = by_digest.get(digest, [])
-        names[key] = same[times] if times < len(same) else (1, key[1])
-    recording = recorded.recording
-    recording.fetched = [[names[key] for key in keys] for keys in recording.fetched]
-    for step in recording.steps:
-        step.samples = frozenset(names[key] for key in step.samples)
+    for digest, number in recorded.digests:
+        [names[0, number]] = samples.keys([digest])
+    for recording in (recorded.recording, *recorded.recording.ranks):
+        recording.fetched = [[names.get(key, key) for key in keys] for keys in recording.fetched]
+        for step in recording.steps:
+            step.samples = frozenset(names.get(key, key) for key in step.samples)
 
 
 class RecordedExperiment(ScriptExperiment):
@@ -136,7 +133,9 @@ class RecordedExperiment(ScriptExperiment):
             return
         self._cache["measured",] = True
         self.case = replace(
-            case, accumulation_steps=self._accumulation_steps(accumulated.recording)
+            case,
+            accumulation_steps=self._accumulation_steps(accumulated.recording),
+            world_size=len(accumulated.facts),
         )
 
     def close(self) -> None:

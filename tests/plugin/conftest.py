@@ -80,11 +80,12 @@ def ran(monkeypatch):
     """Put a stub in the place of the engine and return the cases that it runs."""
     cases = []
 
-    def plan_cases(subject, accumulation_steps, *, explicit, **fields):
+    def plan_cases(subject, accumulation_steps, *, explicit, world_sizes=(1,), **fields):
         fitting = [k for k in accumulation_steps if k <= 16]
         if explicit and len(fitting) < len(accumulation_steps):
             raise UsageError("accumulation_steps is larger than the batch")
-        return [Case(subject.target, k, **fields) for k in fitting], []
+        points = [(r, k) for r in world_sizes for k in fitting]
+        return [Case(subject.target, k, world_size=r, **fields) for r, k in points], []
 
     def run_case(subject, case, *, expect, **_):
         cases.append(case)
@@ -112,6 +113,12 @@ def ran(monkeypatch):
     put("equivcheck.decide", plan_cases=plan_cases, run_case=run_case)
     put("equivcheck.execute", process_state=nullcontext)
     put("equivcheck.subject", load_subject=load_subject, Parts=Parts)
+    put(
+        "equivcheck.suite",
+        cases_of=None,
+        expanded=lambda target: [target],
+        is_suite=lambda _: False,
+    )
     return cases
 
 

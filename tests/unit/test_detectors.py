@@ -119,8 +119,8 @@ TOLD = {
             ),
         ),
     ),
-    "a rate by count, micro-batches refused": (
-        "EQ000 suspected",
+    "a rate by count, many micro-batches refused": (
+        "EQ307 proved",
         NO_LOG,
         only("accumulation_steps > 1 or len(loader) <= 2"),
         (

@@ -30,6 +30,7 @@ class World:
     """
 
     intervenes = True
+    trials = TRIALS
 
     def __init__(self, faults, suspicions):
         self.faults = faults

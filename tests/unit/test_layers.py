@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2] / "equivcheck"
 
 LAYERS = (
-    {"errors", "case", "causes", "result", "_bundled"},
+    {"errors", "case", "causes", "result", "rows", "_bundled"},
     {"split", "differences", "attribution", "noise", "counting", "tensorfile"},
     {
         *(
@@ -26,15 +26,15 @@ LAYERS = (
             "shadow",
         ),
         *("promotion", "casting", "interventions", "neutral", "entropy", "freeze", "addends"),
-        "ranks",
+        *("ranks", "parts"),
         *("execute", "memory", "deadline", "strategies", "suite", "attach"),
     },
     {
         "topology",
-        *("experiment", "fit", "verdict", "view", "diagnose", "detectors"),
+        *("experiment", "fit", "company", "verdict", "view", "diagnose", "detectors"),
         *("shared", "precision", "decide", "describe", "doubts", "series", "timelines", "scripts"),
     },
-    {"api", "config", "report"},
+    {"api", "workers", "config", "report", "search", "repro"},
     {"cli", "plugin", "__init__", "__main__"},
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}

@@ -30,16 +30,26 @@ def step(sample, contributions=(), *, matched=0, skipped=False, error=0.0):
 
 
 class Lab:
-    """An experiment of which the two native runs are known."""
+    """An experiment of which the two native runs are known, and what float64 leaves of the contributions."""
 
-    def __init__(self, full, accumulated, accumulation_steps=4, dtype="float32"):
+    def __init__(self, full, accumulated, accumulation_steps=4, dtype="float32", promoted=None):
         runs = (Recording("any", [full], dtype=dtype), Recording("any", [accumulated], dtype=dtype))
         self._native = dict(zip(("native_reference", "native_candidate"), runs, strict=True))
         self.case = self
         self.accumulation_steps = accumulation_steps
+        self._promoted = Recording("candidate", [promoted or step({"w": SUM}, PIECES)])
 
     def native(self, role):
         return self._native[role]
+
+    def left_by_backward(self):
+        return self._native["native_candidate"]
+
+    def candidate(self):
+        return self._promoted
+
+    def contributed(self):
+        return self._promoted
 
     def terms(self):
         return 16
@@ -62,6 +72,29 @@ def test_accumulating_may_lose_units_times_the_growth(factor, loses):
 
     assert found.accumulation == pytest.approx(lost)
     assert (found.loss is not None) is loses
+
+
+@pytest.mark.parametrize(("left", "loses"), [(0.5, False), (2.0, True)])
+def test_what_is_done_to_gradients_before_the_step_is_no_rounding(left, loses):
+    """Where float64 shows it too, what the last backward left is judged."""
+    lost = left * UNITS * growth(4) * UNIT
+    native = step({"w": rounded(0.1)}, PIECES)
+    native.left = {"w": rounded(lost)}
+    lab = Lab(step({"w": SUM}), native, promoted=step({"w": rounded(0.1)}, PIECES))
+
+    found = judge_precision(lab)
+
+    assert found.accumulation == pytest.approx(lost)
+    assert (found.loss is not None) is loses
+
+
+def test_a_buffer_that_promotion_could_not_raise_is_no_edit():
+    """Writes to it round in float64 as well."""
+    native = step({"w": rounded(0.1)}, PIECES)
+    lab = Lab(step({"w": SUM}), native, promoted=step({"w": rounded(0.1)}, PIECES))
+    lab.candidate().lowered["in-place write"] = "bfloat16"
+
+    assert judge_precision(lab).loss is not None
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ SIGNATURE = (
     "split: 'Iterable[str] | str' = 'even', world_size: 'Iterable[int] | int' = 1, "
     "strategy: 'Iterable[str] | str' = 'none', expect: 'Iterable[str] | str' = (), "
     "precision: 'Iterable[str] | str' = 'native', device: 'str' = 'cpu', "
-    "optimizer_steps: 'int' = 8, seed: 'int' = 0, timeout: 'float | None' = None) -> 'Result'"
+    "optimizer_steps: 'int' = 8, rows: 'str | None' = None, "
+    "rng: 'str' = 'off', seed: 'int' = 0, timeout: 'float | None' = None) -> 'Result'"
 )
 
 

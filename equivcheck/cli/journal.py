@@ -1,0 +1,116 @@
+"""Finished cases as they come, a line each beside the result: what a killed run has done is not lost, nor done twice.
+
+A case is one write to a file opened for appending. Of a line that was cut off by the end of the process, or of the
+machine, nothing is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from equivcheck import result as results
+from equivcheck.errors import UsageError
+
+SCHEMA = "equivcheck.journal/1"
+
+
+class Journal:
+    """The cases that a run has finished.
+
+    Args:
+        path: The result's own path, beside which the journal lies; None keeps none.
+        targets: What runs; its files are remembered, since cases of other code are other cases.
+        settings: What applies to all cases and is not part of one, as `timeout` is not.
+    """
+
+    def __init__(
+        self, path: Path | None, targets: Iterable[str], settings: Mapping[str, Any]
+    ) -> None:
+        self.path = None if path is None else path.with_name(f"{path.stem}.jsonl")
+        facts = results.environment()
+        self._header = {
+            "schema": SCHEMA,
+            "versions": {name: facts[name] for name in ("equivcheck", "torch", "numpy", "python")},
+            "code": _digests(targets),
+            "settings": results.finite(settings),
+        }
+
+    def begin(self) -> None:
+        """Start anew: what an earlier run has left is gone."""
+        if self.path is not None:
+            results.write_text(self.path, json.dumps(self._header) + "\n")
+
+    def resume(self) -> dict[str, dict[str, Any]]:
+        """Return the cases that are finished, by id, and make the journal ready for more.
+
+        Raises:
+            UsageError: There is nothing to resume, or it was a run of other code or settings.
+        """
+        if self.path is None or not self.path.exists():
+            raise UsageError(
+                f"nothing-to-resume: there is no {self.path or 'journal'}",
+                expected="what an earlier run of the same targets has left beside its result",
+                fix="the same command without --resume",
+            )
+        lines = list(_whole_lines(self.path))
+        header = lines[0] if lines else {}
+        for name, value in self._header.items():
+            if header.get(name) != value:
+                raise UsageError(
+                    f"other-run: {self.path} is of a run with other {name}",
+                    expected=_told(value),
+                    because=f"it has {_told(header.get(name))}: its cases are not those of this run",
+                    fix="the same command without --resume",
+                )
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        results.write_text(self.path, text)  # without the line that was cut off
+        return {str(case["id"]): case for case in lines[1:]}
+
+    def append(self, case: Mapping[str, Any]) -> None:
+        """Write down a finished case at once."""
+        if self.path is None:
+            return
+        line = json.dumps(results.finite(case), ensure_ascii=False, allow_nan=False) + "\n"
+        with suppress(
+            OSError
+        ):  # A full disk costs `--resume`; the result itself says what it costs.
+            file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                os.write(file, line.encode())
+                os.fsync(file)
+            finally:
+                os.close(file)
+
+
+def _whole_lines(path: Path) -> Iterable[dict[str, Any]]:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        if not line.endswith("\n"):
+            return
+        try:
+            found = json.loads(line)
+        except ValueError:
+            return
+        if isinstance(found, dict):
+            yield found
+
+
+def _digests(targets: Iterable[str]) -> dict[str, str]:
+    """Return a digest of each file that is named on the command line."""
+    found = {}
+    for target in targets:
+        path = Path(target.partition(":")[0])
+        if path.is_file():
+            found[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return found
+
+
+def _told(value: Any) -> str:
+    return (
+        ", ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+    )

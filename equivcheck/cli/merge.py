@@ -1,0 +1,116 @@
+"""Put the results of several runs, shards mostly, together into one. Needs no torch."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from equivcheck import result as results
+from equivcheck.cli.outputs import refuse_unwritable
+from equivcheck.errors import UsageError
+from equivcheck.report import matrix, text, words
+
+HELP = "put the results of shards together"
+
+# What a case may say otherwise when it is run twice: how long it took, and rounding.
+_DECIDING = ("verdict", "expect", "theory")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `merge`."""
+    parser.add_argument("results", metavar="RESULT", nargs="+")
+    parser.add_argument("--json", metavar="PATH", required=True, help="the whole; - for stdout")
+
+
+def execute(options: argparse.Namespace) -> int:
+    """Write the whole, print its matrix and summary, and return its exit code."""
+    if options.json != "-":
+        refuse_unwritable("--json", options.json)
+    whole = merged({path: results.load(path) for path in options.results})
+    out = sys.stdout
+    if options.json == "-":
+        sys.stdout.write(results.to_json(whole))
+        out = sys.stderr
+    else:
+        results.write(options.json, whole)
+    for case in whole["cases"]:
+        if words.failed(case):
+            print("\n" + text.block(case), file=out)
+    shown = matrix.render(whole)
+    for part in (shown, *text.remarks(whole), "\n" + text.summary(whole)):
+        if part:
+            print(part, file=out)
+    return int(whole["exit_code"])
+
+
+def merged(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return one result with the cases of all.
+
+    Args:
+        parts: Results by the path they were read from.
+
+    Raises:
+        UsageError: Two of them have the same case and disagree about it, or were made by other versions.
+    """
+    cases: dict[str, Mapping[str, Any]] = {}
+    origin: dict[str, str] = {}
+    for path, part in parts.items():
+        for case in part["cases"]:
+            identity = str(case["id"])
+            if identity in cases and _decided(cases[identity]) != _decided(case):
+                before, now = (
+                    " ".join([each["verdict"], *words.codes(each)])
+                    for each in (cases[identity], case)
+                )
+                raise UsageError(
+                    f"results disagree about case {identity}: {before}, and {now}",
+                    where=f"{origin[identity]} and {path}",
+                    expected="the same verdict and causes wherever a case was run",
+                    fix=f"equivcheck replay {identity} --result {path}",
+                )
+            origin.setdefault(identity, path)
+            cases.setdefault(identity, case)
+    _refuse_other_versions(parts)
+    absent = _absent_shards(list(parts.values()))
+    notes = list(dict.fromkeys(note for part in parts.values() for note in part.get("notes") or ()))
+    if absent:
+        notes.append(f"partial: there is no result of shard {', '.join(absent)}")
+    targets = dict.fromkeys(word for part in parts.values() for word in part["target"].split())
+    whole = results.assemble(
+        list(cases.values()),
+        target=" ".join(targets),
+        notes=notes,
+        interrupted=bool(absent) or any(part.get("interrupted") for part in parts.values()),
+    )
+    whole["environment"] = next(iter(parts.values()))["environment"]
+    return whole
+
+
+def _decided(case: Mapping[str, Any]) -> tuple[Any, ...]:
+    return (*(case.get(name) for name in _DECIDING), sorted(words.codes(case)))
+
+
+def _refuse_other_versions(parts: Mapping[str, Mapping[str, Any]]) -> None:
+    for name in ("equivcheck", "torch"):
+        found = {path: (part.get("environment") or {}).get(name) for path, part in parts.items()}
+        if len(set(found.values())) > 1:
+            raise UsageError(
+                f"results are of other versions of {name}: {', '.join(map(str, found.values()))}",
+                where=", ".join(found),
+                expected="shards of one run",
+                fix="equivcheck diff compares results of other versions",
+            )
+
+
+def _absent_shards(parts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the shards of which no result is there, as in `3/5`."""
+    given = {part["shard"] for part in parts if part.get("shard")}
+    counts = {shard.partition("/")[2] for shard in given}
+    return [
+        f"{number}/{count}"
+        for count in sorted(counts)
+        for number in range(1, int(count) + 1)
+        if f"{number}/{count}" not in given
+    ]

@@ -1,0 +1,44 @@
+"""A page of links to the pages of a folder: one card per result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from equivcheck.causes import CAUSES
+from equivcheck.report import html, words
+
+FAMILIES = {
+    "0": "Unexplained",
+    "1": "Weights of the loss",
+    "2": "Samples that act on one another",
+    "3": "The cycle",
+    "4": "Precision and loss scaling",
+    "5": "Ranks",
+    "6": "Code that does not repeat itself",
+    "7": "The log",
+}
+
+
+def page(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the index of some results.
+
+    Args:
+        results: Result by the name of its page; the name starts with the cause that it shows.
+    """
+    families: dict[str, list[dict[str, Any]]] = {}
+    for file, result in results.items():
+        code = file.split(".")[0]
+        cause = CAUSES.get(code)
+        case = next(iter(result["cases"]), None)
+        families.setdefault(FAMILIES.get(code[2:3], "Other"), []).append(
+            {
+                "file": file,
+                "code": code,
+                "name": cause.name if cause else "",
+                "summary": cause.summary if cause else "",
+                "verdict": result["verdict"],
+                "headline": words.headline(case) if case else "",
+            }
+        )
+    return html.write("index.html", families=list(families.items()))

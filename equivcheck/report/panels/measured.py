@@ -1,0 +1,142 @@
+"""Precision, ranks, control: how the comparison itself was made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from equivcheck.report import words
+from equivcheck.report.panels._panel import Panel, short
+from equivcheck.report.scales import Decades
+from equivcheck.result import missing_causes
+
+
+def precision(case: Mapping[str, Any]) -> Panel:
+    """Return the errors of both native runs against float64, as a whole and by module."""
+    whole, modules = case.get("precision_loss"), case.get("precision_by_module") or ()
+    if not whole and not modules:
+        return None
+    whole = whole or {}
+    values = [whole.get(key) for key in ("full_batch", "accumulated", "accumulation")]
+    values += [row.get(key) for row in modules for key in ("full_batch", "accumulated")]
+    return {
+        "whole": whole,
+        "rows": list(modules)[:32],
+        "axis": Decades.over(values, low=-9),
+        "dtype": case.get("dtype", ""),
+        "told": _precision_in_words(case, whole),
+    }
+
+
+def _precision_in_words(case: Mapping[str, Any], whole: Mapping[str, Any]) -> str:
+    if not whole:
+        return "Error of both runs as written, against float64."
+    dtype = case.get("dtype", "")
+    full, lost = words.number(whole.get("full_batch")), words.number(whole.get("accumulation"))
+    told = (
+        f"As written ({dtype}), the full batch errs by {full}; accumulating itself adds {lost}, "
+        f"{words.times(whole['units'])} the roundoff expected at this K."
+        if whole.get("units") is not None
+        else f"As written ({dtype}), the full batch errs by {full}; accumulating itself adds {lost}."
+    )
+    if case["verdict"] == "divergent" and (whole.get("accumulated") or 0) > 10 * (
+        whole.get("full_batch") or 0
+    ):
+        return (
+            told
+            + f" The accumulated run is off by {words.number(whole['accumulated'])}: by the fault, not by rounding."
+        )
+    if case["verdict"] == "precision-loss":
+        return told + " That is more than this precision should lose."
+    return told
+
+
+def ranks(case: Mapping[str, Any]) -> Panel:
+    """Return what is known of each rank; None with one process."""
+    given = case.get("ranks")
+    if not given and (case.get("world_size") or 1) < 2:
+        return None
+    rows = [dict(each) for each in given] if isinstance(given, list) else []
+    rows = [each for each in rows if isinstance(each, Mapping)]
+    titles = list(dict.fromkeys(key for row in rows for key in row if _flat(row[key])))
+    facts = given if isinstance(given, Mapping) else {}
+    return {
+        "world_size": case.get("world_size"),
+        "strategy": case.get("strategy"),
+        "titles": titles,
+        "rows": [[short(row.get(title, "")) for title in titles] for row in rows],
+        "facts": [(str(k).replace("_", " "), short(v)) for k, v in facts.items() if _flat(v)],
+        "told": f"{case.get('world_size')} ranks, strategy {case.get('strategy')}.",
+    }
+
+
+def _flat(value: Any) -> bool:
+    return not isinstance(value, Mapping) and not (
+        isinstance(value, list)
+        and (len(value) > 8 or any(isinstance(x, (list, Mapping)) for x in value))
+    )
+
+
+def control(case: Mapping[str, Any]) -> Panel:
+    """Return control, noise and measured difference of every quantity, and the detection power."""
+    rows: list[dict[str, Any]] = [
+        {
+            "name": name.replace("_", " "),
+            "measured": numbers.get("relative"),
+            "noise": numbers.get("control"),
+            "scale": numbers.get("scale"),
+            "cosine": numbers.get("cosine"),
+            "kind": _kind(case, name, numbers),
+        }
+        for name, numbers in words.compared(case)
+    ]
+    power = case.get("detection_power")
+    if not rows and power is None:
+        return None
+    values = [row[key] for row in rows for key in ("measured", "noise")]
+    return {
+        "rows": rows,
+        "power": power,
+        "margin": case.get("margin"),
+        "kinds": {kind: any(row["kind"] == kind for row in rows) for kind in ("bad", "follows")},
+        "axis": Decades.over([*values, power]),
+        "told": _control_in_words(case, rows, power),
+        "lowered": dict(case.get("lowered") or {}),
+        "judged": case.get("judged"),
+    }
+
+
+def _kind(case: Mapping[str, Any], name: str, numbers: Mapping[str, Any]) -> str:
+    """Return whether a quantity is within its limit (good), beyond it (bad), or off as a consequence (follows)."""
+    if not words.failed(case) and not case.get("causes"):
+        return "good"
+    if case.get("findings") is None:
+        return "bad" if case.get("causes") else "good"
+    if any(words.SHOWN_AS.get(f["kind"]) == name for f in case["findings"]):
+        return "bad"
+    relative, noise = numbers.get("relative"), numbers.get("control") or 0.0
+    beyond = relative is None or relative > max(100 * noise, case.get("detection_power") or 1e-9)
+    return "follows" if case["findings"] and beyond else "good"
+
+
+def _control_in_words(
+    case: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], power: float | None
+) -> str:
+    gradients = next((row for row in rows if row["name"] == "gradients"), None)
+    told = ""
+    if gradients is not None and gradients["noise"] is not None:
+        noise = gradients["noise"]
+        told = (
+            "The full batch with its blocks permuted gives bitwise the same gradients."
+            if noise == 0
+            else f"The full batch with its blocks permuted differs by {words.number(noise)}: "
+            "that is the noise of this code."
+        )
+    if power is not None:
+        told += f" A relative fault of {words.number(power)} would have been seen."
+    if case.get("judged") == "native":
+        told += " Judged as written, not in float64."
+    absent = missing_causes(case)
+    if absent:
+        told += f" Declared but not found: {', '.join(absent)}."
+    return told.strip()

@@ -1,0 +1,123 @@
+"""Scripts that know nothing of equivcheck: right ones are equivalent, every planted fault is named and proved."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.scripts.conftest import causes, command
+
+ACCUMULATED = ("--batch-size", 4, "--accum", 4)
+slow = pytest.mark.slow
+
+
+def told(entry):
+    return entry["headline"], causes(entry), entry["notes"]
+
+
+def test_a_right_script_is_equivalent(decide):
+    """A plain loop with a shuffling loader, AdamW, clipping, a schedule, dropout and a tail."""
+    entry = decide(command("classify"), command("classify", *ACCUMULATED))
+
+    assert entry["verdict"] == "equivalent", told(entry)
+    assert (entry["accumulation_steps"], entry["world_size"]) == (4, 1)
+    assert entry["detection_power"] < 1e-9
+    assert entry["optimizer_steps_seen"] == {"full_batch": 6, "accumulated": 6}
+    assert "dropout was switched off in every run" in entry["notes"]
+
+
+@pytest.mark.parametrize(
+    ("mistake", "code"),
+    [
+        ("missing-division", "EQ101"),
+        ("zero-in-cycle", "EQ301"),
+        pytest.param("double-division", "EQ102", marks=slow),
+        pytest.param("tail-divisor", "EQ105", marks=slow),
+        pytest.param("wrong-denominator", "EQ104", marks=slow),
+        pytest.param("never-zeroed", "EQ302", marks=slow),
+        pytest.param("step-in-cycle", "EQ303", marks=slow),
+        pytest.param("dropped-tail", "EQ304", marks=slow),
+        pytest.param("clip-in-cycle", "EQ306", marks=slow),
+        pytest.param("scheduler-in-cycle", "EQ307", marks=slow),
+        pytest.param("horizon", "EQ308", marks=slow),
+        pytest.param("batch-norm", "EQ201", marks=slow),
+    ],
+)
+def test_a_planted_fault_is_proved(decide, mistake, code):
+    fault = ("--mistake", mistake)
+    entry = decide(command("classify", *fault), command("classify", *ACCUMULATED, *fault))
+
+    assert entry["verdict"] == "divergent", told(entry)
+    assert causes(entry) == [(code, "proved")], told(entry)
+
+
+def test_other_samples_are_no_divergence(decide):
+    """A shuffle that depends on the batch size gives other samples to the same optimizer step."""
+    fault = ("--mistake", "shuffle-by-batch-size")
+    entry = decide(command("classify", *fault), command("classify", *ACCUMULATED, *fault))
+
+    assert entry["verdict"] == "invalid", told(entry)
+    assert causes(entry) == [("EQ601", "proved")]
+    assert entry["causes"][0]["optimizer_step"] == 0
+
+
+def test_an_unseeded_script_cannot_be_decided(decide):
+    fault = ("--mistake", "unseeded")
+    entry = decide(command("classify", *fault), command("classify", *ACCUMULATED, *fault))
+
+    assert entry["verdict"] == "inconclusive", told(entry)
+    assert causes(entry) == [("EQ602", "proved")]
+
+
+def test_a_script_that_raises_shows_its_own_traceback(decide):
+    fault = ("--mistake", "crash")
+    entry = decide(command("classify", *fault), command("classify", *ACCUMULATED, *fault))
+
+    assert entry["verdict"] == "error"
+    assert entry["error"]["exit_code"] == 3
+    assert entry["error"]["message"] == "script-raised: RuntimeError: the disk is full"
+    assert entry["error"]["traceback"].count("File ") == 2
+    assert 'in main\n    raise RuntimeError("the disk is full")' in entry["error"]["traceback"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
+def test_a_right_script_in_mixed_precision_is_equivalent(decide, amp):
+    """Sentences of unequal length, weighted by their tokens; with a loss scale under float16."""
+    entry = decide(
+        command("tokens", "--amp", amp),
+        command("tokens", "--amp", amp, "--batch-size", 2, "--accum", 4),
+    )
+
+    assert entry["verdict"] == "equivalent", told(entry)
+    assert entry["accumulation_steps"] == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mistake", "amp", "code"),
+    [
+        ("mean-of-means", "none", "EQ103"),
+        ("mean-of-means", "bf16", "EQ103"),
+        ("sum-of-means", "none", "EQ101"),
+        ("one-token-too-many", "none", "EQ104"),
+        ("scaler", "fp16", "EQ402"),
+    ],
+)
+def test_a_fault_in_the_weights_of_tokens_is_proved(decide, mistake, amp, code):
+    fault = ("--amp", amp, "--mistake", mistake)
+    entry = decide(
+        command("tokens", *fault), command("tokens", *fault, "--batch-size", 2, "--accum", 4)
+    )
+
+    assert entry["verdict"] == "divergent", told(entry)
+    assert causes(entry) == [(code, "proved")], told(entry)
+
+
+@pytest.mark.slow
+def test_a_coarse_buffer_is_a_loss_of_precision(decide):
+    fault = ("--mistake", "low-precision")
+    entry = decide(
+        command("tokens", *fault), command("tokens", *fault, "--batch-size", 2, "--accum", 4)
+    )
+
+    assert (entry["verdict"], causes(entry)) == ("precision-loss", [("EQ401", "proved")])

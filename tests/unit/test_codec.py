@@ -1,0 +1,109 @@
+"""What processes tell each other is JSON and tensors, and comes back as it was."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from equivcheck.attach.codec import Unencodable, decode, encode
+from equivcheck.attach.spec import Spec
+from equivcheck.differences import Sums
+from equivcheck.freeze import Freeze
+from equivcheck.interventions import Before, Defer, Restitute, Reweight
+from equivcheck.recording import Event, Place, Step
+
+
+def there_and_back(value, known=()):
+    tensors = {}
+    text = json.dumps(encode(value, tensors, known=known))
+    return decode(json.loads(text), tensors, known=known), tensors
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        True,
+        [1, 2.5, "x", float("inf")],
+        (1, (2, 3)),
+        {"a": {"b": [()]}},
+        {(0, 3): 1, (1, 4): 2},
+        {"$": 1},
+        {1, 2},
+        frozenset({(0, 1)}),
+        torch.float16,
+        Place(0, 1, 4, last=True),
+        Event("clip", 2, 3, {"max_norm": 1.0}),
+        Sums(1.0, 2.0, 3.0, 4, finite=False),
+        Step(0, "SGD", frozenset({(0, 1)}), 4, 0, [0.1], gradients={"w": Sums(1.0)}),
+    ],
+    ids=repr,
+)
+def test_a_value_comes_back(value):
+    assert there_and_back(value)[0] == value
+
+
+@pytest.mark.parametrize("count", [0, 1, 8, 9, 100])
+def test_a_tensor_comes_back_exactly(count):
+    value = torch.randn(count, generator=torch.Generator().manual_seed(count)).double() / 3
+
+    assert torch.equal(there_and_back({"x": value})[0]["x"], value)
+
+
+def test_one_tensor_in_two_places_is_written_once_and_stays_one():
+    shared = torch.ones(100)
+    found, tensors = there_and_back({"gradients": shared, "applied": [shared]})
+
+    assert found["applied"][0] is found["gradients"]
+    assert list(tensors) == ["gradients"]
+
+
+def test_a_module_has_no_place_in_a_recording():
+    with pytest.raises(Unencodable, match="Linear"):
+        encode({"model": torch.nn.Linear(1, 1)}, {})
+
+
+def test_an_intervention_is_named_by_its_place():
+    chosen = (Defer("clip"), Reweight({0: [1.0]}))
+    found, _ = there_and_back({(chosen, 2): "learned"}, known=chosen)
+
+    assert next(iter(found))[0] == chosen
+
+
+def test_interventions_of_another_process_know_what_they_were_told(tmp_path):
+    """Factors, tensors, and what one has learned in an earlier run; the class is one of ours."""
+    freeze = Freeze({(0, 1): 0})
+    freeze._learned = {((freeze,), 0): [(torch.ones(20), torch.zeros(20))]}
+    chosen = [
+        Defer("zero_grad", "clip"),
+        Reweight({0: [0.5, 2.0]}, frozenset({"w"})),
+        Restitute({4: {"w": torch.arange(30.0)}}),
+        Before(),
+        freeze,
+    ]
+    spec = Spec(
+        "candidate", "out", "compare", interventions=chosen, schedule=[Place(0, 0, 1, True)]
+    )
+    spec.write(tmp_path / "spec.json")
+    found = Spec.read(tmp_path / "spec.json")
+    defer, reweight, restitute, _, frozen = found.interventions
+
+    assert defer._kinds == ("zero_grad", "clip")
+    assert reweight._factors == {0: [0.5, 2.0]}
+    assert reweight._names == frozenset({"w"})
+    assert torch.equal(restitute._missing[4]["w"], torch.arange(30.0))
+    assert list(frozen._learned) == [((frozen,), 0)]
+    assert found.schedule == spec.schedule
+
+
+def test_a_specification_names_no_other_class(tmp_path):
+    Spec("candidate", "out", "compare", interventions=[Before()]).write(tmp_path / "spec.json")
+    text = (tmp_path / "spec.json").read_text()
+    (tmp_path / "spec.json").write_text(
+        text.replace("equivcheck.interventions.state:Before", "os:system")
+    )
+
+    with pytest.raises(ValueError, match="no intervention"):
+        Spec.read(tmp_path / "spec.json")
