@@ -7,6 +7,7 @@
 # make detection  the whole detection matrix: every mutant and trainer, minutes
 # make traffic    rewrite reports/traffic.*: what ranks send each other, loop by loop
 # make coverage   branches that the tests reach, layer by layer: fails below what is stated
+# make claims     rewrite reports/claims.md: what is claimed of accumulation, with numbers
 # make examples   rewrite reports/examples: one result and page for every cause
 # make examples-check  compare them with what the loops give now
 # make env-NAME   an environment for one family of frameworks: transformers, lightning, deepspeed, jax, keras
@@ -27,7 +28,7 @@ RIGHT := plain_mean clipped scheduled tail token_weighted amp_bf16 logged
 WRONG := eq101_missing_division_plain eq103_mean_of_means_tokens eq201_batch_norm_1d \
 	eq301_zero_grad_in_cycle eq306_clip_by_norm eq307_scheduler_per_micro_batch
 
-.PHONY: run test search lint bench calibrate detection traffic coverage examples examples-check readme envs \
+.PHONY: run test search lint bench calibrate detection traffic coverage claims examples examples-check readme envs \
 	test-frameworks conformance conformance-heads
 
 run: $(STAMP)
@@ -77,6 +78,9 @@ coverage: $(STAMP)
 	$(BIN)/python -m coverage run -m pytest tests/unit tests/cli tests/detection -q
 	@set -f; $(BIN)/python -m coverage report -m --include='$(call modules,$(LAYERS_0_1))' --fail-under=100
 	@set -f; $(BIN)/python -m coverage report -m --include='$(call modules,$(LAYER_3))' --fail-under=97
+
+claims: $(STAMP)
+	$(BIN)/python tests/bench/claims.py
 
 examples: $(STAMP)
 	$(BIN)/python -W ignore tests/examples.py
