@@ -3,8 +3,11 @@
 # make lint       ruff and mypy alone
 # make bench      the benchmarks
 # make calibrate  measure rounding on correct code: what the limits are set by
+# make search     check 10,000 generated correct loops, an hour or two at low priority
 # make detection  the whole detection matrix: every mutant and trainer, minutes
+# make traffic    rewrite reports/traffic.*: what ranks send each other, loop by loop
 # make coverage   branches that the tests reach, layer by layer: fails below what is stated
+# make claims     rewrite reports/claims.md: what is claimed of accumulation, with numbers
 # make examples   rewrite reports/examples: one result and page for every cause
 # make examples-check  compare them with what the loops give now
 # make env-NAME   an environment for one family of frameworks: transformers, lightning, deepspeed, jax, keras
@@ -23,7 +26,7 @@ RIGHT := plain_mean clipped scheduled tail token_weighted amp_bf16 logged
 WRONG := eq101_missing_division_plain eq103_mean_of_means_tokens eq201_batch_norm_1d \
 	eq301_zero_grad_in_cycle eq306_clip_by_norm eq307_scheduler_per_micro_batch
 
-.PHONY: run test lint bench calibrate detection coverage examples examples-check readme envs
+.PHONY: run test search lint bench calibrate detection traffic coverage claims examples examples-check readme envs
 
 run: $(STAMP)
 	@$(BIN)/equivcheck run $(RIGHT:%=fixtures/trainers/%.py) --json reports/latest/trainers.json \
@@ -49,6 +52,11 @@ bench: $(STAMP)
 calibrate: $(STAMP)
 	@$(BIN)/python -W ignore tests/bench/calibrate.py
 
+search: $(STAMP)
+	nice -n 10 $(BIN)/python -W ignore tests/bench/generated.py correct --count 100 --pieces 105 \
+		--out reports/latest/generated.jsonl
+	$(BIN)/python tests/bench/generated.py table reports/latest/generated.jsonl
+
 detection: $(STAMP)
 	$(BIN)/python -m pytest tests/detection -m "slow or not slow"
 
@@ -60,10 +68,16 @@ comma := ,
 empty :=
 modules = $(subst $(empty) ,$(comma),$(1:%=equivcheck/%))
 
+traffic: $(STAMP)
+	@$(BIN)/python -W ignore tests/bench/traffic.py reports/traffic.json reports/traffic.md
+
 coverage: $(STAMP)
 	$(BIN)/python -m coverage run -m pytest tests/unit tests/cli tests/detection -q
 	@set -f; $(BIN)/python -m coverage report -m --include='$(call modules,$(LAYERS_0_1))' --fail-under=100
 	@set -f; $(BIN)/python -m coverage report -m --include='$(call modules,$(LAYER_3))' --fail-under=97
+
+claims: $(STAMP)
+	$(BIN)/python tests/bench/claims.py
 
 examples: $(STAMP)
 	$(BIN)/python -W ignore tests/examples.py

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from equivcheck.case import Case
+from equivcheck.causes import CAUSES
 from equivcheck.deadline import Expired, deadline
 from equivcheck.describe import headline, measure
 from equivcheck.diagnose import Diagnosis, cause, diagnose
@@ -35,6 +36,7 @@ from equivcheck.promotion import promoted
 from equivcheck.shared import shared_faults, skipped_steps
 from equivcheck.split import plan
 from equivcheck.subject import Subject
+from equivcheck.traffic import redundant
 from equivcheck.verdict import Judgement
 from equivcheck.view import Suspicion
 
@@ -280,6 +282,11 @@ def conclude(
         if precision.loss is not None and judgement.same and not shared:
             verdict = "precision-loss"
             causes.append(cause(Suspicion("EQ401"), "proved", precision.loss))
+    if experiment.crew is not None and judgement.same:
+        evidence = redundant(experiment)
+        if evidence is not None:
+            name = CAUSES["EQ503"].name
+            entry["warnings"].append({"code": "EQ503", "name": name, "evidence": evidence})
     entry["causes"] = causes
     entry["interventions"] = diagnosis.trials
     measure(experiment, entry, judgement)

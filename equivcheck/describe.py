@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Any, Final
 
-from equivcheck import series
+from equivcheck import series, traffic
 from equivcheck.errors import EquivcheckError
 from equivcheck.experiment import Experiment
 from equivcheck.fit import Attribution
@@ -48,6 +49,8 @@ def measure(experiment: Experiment, entry: dict[str, Any], judgement: Judgement)
         }
         for each in judgement.findings[:50]
     ]
+    if candidate.ranks:
+        entry["ranks"] = ranks_of(experiment, candidate)
     entry["optimizer_steps_seen"] = {
         "full_batch": len(reference.steps),
         "accumulated": len(candidate.steps),
@@ -67,6 +70,41 @@ def measure(experiment: Experiment, entry: dict[str, Any], judgement: Judgement)
             entry["attribution"] = _attribution(chosen[0])
             series.attributed(view, view.divergent or view.attributions, entry)
     series.write(experiment, entry, judgement)
+
+
+def ranks_of(experiment: Experiment, candidate: Recording) -> list[dict[str, Any]]:
+    """Return what each rank did: how far it is off, and what it sent in each optimizer step, as written."""
+    try:
+        native = experiment.native("native_candidate") if experiment.is_promoted else candidate
+    except EquivcheckError:
+        native = candidate
+    limit = experiment.noise().floor()
+    found = []
+    for rank, each in enumerate(candidate.ranks):
+        worst = max(
+            (overall(step.gradients).relative for step in each.steps if step.matched is not None),
+            default=None,
+        )
+        sender = native.ranks[rank] if rank < len(native.ranks) else each
+        found.append(
+            {
+                "rank": rank,
+                "verdict": "equivalent" if worst is not None and worst <= limit else "divergent",
+                "gradients": worst,
+                "optimizer_steps": len(each.steps),
+                "seconds": each.seconds,
+                "collectives": [
+                    {
+                        "optimizer_step": step,
+                        "count": len(sent),
+                        "bytes": sum(c.bytes for c in sent),
+                        "kinds": dict(Counter(c.kind for c in sent)),
+                    }
+                    for step, sent in enumerate(traffic.by_step(sender))
+                ],
+            }
+        )
+    return found
 
 
 def _worst(candidate: Recording, control: Recording, attribute: str) -> dict[str, Any] | None:

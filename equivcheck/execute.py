@@ -19,6 +19,7 @@ from equivcheck.casting import promote_module
 from equivcheck.entropy import other_seeds, watch_entropy
 from equivcheck.errors import EquivcheckError, StepError, UsageError
 from equivcheck.feed import Data, Feed, Key
+from equivcheck.keyed import KeyedRandom, keyed_random
 from equivcheck.neutral import functional_dropout_off, switch_off_modules
 from equivcheck.noise import UNIT_ROUNDOFF
 from equivcheck.observe import Observer, Pieces
@@ -148,7 +149,9 @@ def _execute(
     first = next((p for p in model.parameters()), None)
     recording.dtype = str(first.dtype).removeprefix("torch.") if first is not None else "float32"
     recording.parameters = sum(p.numel() for p in model.parameters())
-    recording.dropout = switch_off_modules(model)
+    is_keyed = case.rng == "per-sample"
+    if not is_keyed:
+        recording.dropout = switch_off_modules(model)
     working = torch.get_default_dtype()
     if run.is_promoted:
         promote_module(model)
@@ -163,7 +166,8 @@ def _execute(
     seed_all(case.seed + 1 + run.seed_offset)
     states = _random_states()
     with ExitStack() as stack:
-        stack.enter_context(functional_dropout_off(seen if run.is_promoted else None))
+        if not is_keyed:
+            stack.enter_context(functional_dropout_off(seen if run.is_promoted else None))
         recorder = stack.enter_context(
             Recorder(
                 model,
@@ -205,6 +209,9 @@ def _execute(
         observer.start(recorder)
         if run.is_promoted:
             mode = stack.enter_context(promoted(working))
+        if is_keyed:
+            keyed = KeyedRandom(case.seed, run.seed_offset, first=run.role == "reference")
+            _key(stack, feed, keyed)
         if run.seed_offset:
             stack.enter_context(other_seeds(run.seed_offset))
         try:
@@ -232,6 +239,23 @@ def _execute(
     recording.logged = _logged(returned)
     recording.seconds = time.perf_counter() - started
     return recording
+
+
+def _key(stack: ExitStack, feed: Feed, mode: KeyedRandom) -> None:
+    """Key what the loop draws by the samples that it is served."""
+    fetched, served = feed.on_fetch, feed.on_served
+    keys: list[Key] = []
+
+    def on_fetch(given: list[Key]) -> None:
+        keys[:] = given
+        fetched(given)
+
+    def on_served(micro_batch: Any) -> None:
+        mode.served(keys, micro_batch)
+        served(micro_batch)
+
+    feed.on_fetch, feed.on_served = on_fetch, on_served
+    stack.enter_context(keyed_random(mode))
 
 
 def _coarsest(dtypes: Iterable[torch.dtype]) -> str:

@@ -387,7 +387,7 @@ class Comparer(Sampler):
 
         handles = [
             p.register_hook(note(name))  # type: ignore[no-untyped-call]
-            for name, p in recorder.parameters().items()
+            for name, p in recorder.leaves().items()
             if p.requires_grad
         ]
         try:

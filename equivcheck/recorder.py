@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from equivcheck.hooks import Backwards, Clips, Edits, Scaling, Schedulers, Steps, Usage
 from equivcheck.hooks.base import Hooks
-from equivcheck.parts import Holdings, Part, itself
+from equivcheck.parts import Holdings, Part, is_distributed, itself
 from equivcheck.recording import Event, Place, Recording
 
 if TYPE_CHECKING:
@@ -205,6 +205,18 @@ class Recorder:
         if self.holdings is not None and (held := self.holdings.held()):
             return list({id(part.holder): part.holder for part in held}.values())
         return [p for p in self.model.parameters() if p.requires_grad] + self._foreign
+
+    def leaves(self) -> dict[str, torch.Tensor]:
+        """Return the parameters whose gradients arrive whole in this process, whoever steps them."""
+        if self.holdings is None:
+            return self.parameters()
+        found = self.holdings
+        named = ((found.name_in(n), p) for n, p in self.model.named_parameters())
+        return {
+            name: p
+            for name, p in named
+            if name is not None and not is_distributed(p) and tuple(p.shape) == found.shape(name)
+        }
 
     def sizes(self) -> dict[str, int]:
         """Return the number of elements of every parameter, whole."""

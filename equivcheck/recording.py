@@ -156,6 +156,7 @@ class Backward:
         root: Name of the root's grad_fn.
         root_scalar: The number that the loss was multiplied with last, by hand; 1 if it was not.
         owner: Micro-batch that a forward had used last; -1 where that is unknown.
+        at: When it began, as of `time.time_ns`.
     """
 
     index: int
@@ -165,6 +166,7 @@ class Backward:
     root: str
     root_scalar: float = 1.0
     owner: int = -1
+    at: int = 0
 
 
 @dataclass

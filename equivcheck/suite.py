@@ -59,6 +59,11 @@ def part(address: str, **options: Any) -> Part:
     return Part(address, options)
 
 
+def loop(path: str) -> dict[str, Part]:
+    """Return the parts of a whole subject, whose own loop is the point of a row: `Workload(..., **loop(path))`."""
+    return {name: Part(f"{path}:{name}") for name in ("build", "batches", "train")}
+
+
 @dataclass(frozen=True)
 class Theory:
     """What theory says of the cases of a workload that `when` describes.
@@ -364,13 +369,14 @@ def cases_of(
             left.setdefault("whose own loop is the point", []).append(row.name)
             continue
         subject = load_workload(target, row.name, train)
-        asked = _asked(subject)
+        code = subject.fresh()
+        asked = _asked(code)
         absent = [name for name in row.needs if asked is not None and name not in asked]
         if absent and train is not None:
             reason = f"for which train would have to ask for {', '.join(absent)}"
             left.setdefault(reason, []).append(row.name)
             continue
-        found += _cases_of_row(target, row, subject, values, stated)
+        found += _cases_of_row(target, row, subject, code, values, stated)
     notes = [
         f"{target}: {len(names)} workloads {reason} are left out under --train"
         for reason, names in left.items()
@@ -381,9 +387,9 @@ def cases_of(
 _ROWS_OWN = (("precision", "each workload states its own; -k precision=bf16 selects"),)
 
 
-def _asked(subject: Subject) -> set[str] | None:
+def _asked(code: Code) -> set[str] | None:
     """Return the names that `train` asks for; None where it takes whatever there is."""
-    parameters = inspect.signature(subject.fresh().train).parameters.values()
+    parameters = inspect.signature(code.train).parameters.values()
     if any(each.kind is each.VAR_KEYWORD for each in parameters):
         return None
     return {each.name for each in parameters}
@@ -393,6 +399,7 @@ def _cases_of_row(
     target: str,
     row: Workload,
     subject: Subject,
+    code: Code,
     values: Mapping[str, Any],
     stated: Callable[[str], bool],
 ) -> list[Planned]:
@@ -403,11 +410,11 @@ def _cases_of_row(
         return _several(values[name]) if stated(name) else own
 
     steps = values["optimizer_steps"] if stated("optimizer_steps") else row.optimizer_steps
-    data = read_batches(subject.fresh().batches, steps)
+    data = read_batches(code.batches, steps)
     full = max(data.rows)
     found: list[Planned] = []
     seen: set[Any] = set()
-    batches_itself = (_asked(subject) or set()) & {"dataset", "micro_batch_size"}
+    batches_itself = (_asked(code) or set()) & {"dataset", "micro_batch_size"}
     for world_size, strategy, split, k in itertools.product(
         axis("world_size", row.world_sizes),
         axis("strategy", row.strategies),

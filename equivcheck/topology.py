@@ -66,8 +66,10 @@ def _fits_all(view: View, factor: float) -> bool:
 def _confirmed(view: View, fitting: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """Return those that give the factor at another K too."""
     experiment, size = view.experiment, float(view.experiment.case.world_size)
-    other = 2 if view.steps != 2 else 3
-    if view.chosen or other * experiment.case.shares > min(experiment.data.rows):
+    if view.chosen:
+        return []
+    other = _another(view.steps, experiment.case.shares, experiment.data.rows)
+    if other is None:
         return []
     try:
         recording = experiment.at(other)
@@ -85,3 +87,9 @@ def _confirmed(view: View, fitting: list[tuple[int, int]]) -> list[tuple[int, in
         for a, b in fitting
         if measured and abs(measured[0] / (float(other) ** a * size**b) - 1.0) <= limit
     ]
+
+
+def _another(steps: int, shares: int, rows: list[int]) -> int | None:
+    """Return another K, one that cuts the batches evenly if there is one: a mean then stays a pure factor."""
+    possible = [k for k in (2, 3, 2 * steps) if k != steps and k * shares <= max(rows)]
+    return min(possible, key=lambda k: max(rows) % (k * shares) != 0, default=None)

@@ -369,7 +369,44 @@ def _judge_logged(
 
 def logged_difference(reference: Recording, candidate: Recording) -> float | None:
     """Return the largest difference of a logged loss, relative to the largest loss; None where none can be compared."""
-    a, b = reference.logged, candidate.logged
+    if candidate.ranks:
+        return min(
+            (
+                found
+                for logged in _logs_of_ranks(candidate)
+                if (found := _log_difference(reference, logged)) is not None
+            ),
+            default=None,
+        )
+    return _log_difference(reference, candidate.logged)
+
+
+def _logs_of_ranks(candidate: Recording) -> list[list[float] | None]:
+    """Return what the logs of several ranks say of the whole batch.
+
+    A rank may log the loss of all ranks, or that of its own share: the truth about what it saw. Its share's loss is a
+    mean over its samples, so that the mean over ranks, each as heavy as its samples or all alike, is the whole's.
+    """
+    found: list[list[float] | None] = [candidate.logged]
+    logs = [each.logged for each in candidate.ranks]
+    if any(each is None for each in logs) or len({len(each or ()) for each in logs}) > 1:
+        return found
+    series = [each for each in logs if each is not None]
+    found.append([sum(values) / len(values) for values in zip(*series, strict=True)])
+    sizes = [
+        [len(step.samples) for step in each.steps][: len(series[0])] for each in candidate.ranks
+    ]
+    if all(len(each) == len(series[0]) for each in sizes):
+        weighted = []
+        for values, counts in zip(zip(*series, strict=True), zip(*sizes, strict=True), strict=True):
+            total = sum(counts) or 1
+            weighted.append(sum(v * n for v, n in zip(values, counts, strict=True)) / total)
+        found.append(weighted)
+    return found
+
+
+def _log_difference(reference: Recording, b: list[float] | None) -> float | None:
+    a = reference.logged
     cycles = len({step.samples for step in reference.steps})
     if a is None or b is None or len(a) != len(b) or len(a) != cycles:
         return None

@@ -1,18 +1,26 @@
-"""Ranks that share a batch: EQ501, EQ502, EQ504, EQ505. R ranks, K micro-batches each."""
+"""Ranks that share a batch: EQ501, EQ502, EQ504, EQ505, EQ506, EQ508. R ranks, K micro-batches each."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from equivcheck.attribution import solve
-from equivcheck.detectors.weights import hypotheses, scaled, unproved
-from equivcheck.fit import Attribution
-from equivcheck.interventions import Broadcast, Synchronise
+from equivcheck.detectors.weights import hypotheses, mean_of_ranks, scaled, unproved
+from equivcheck.differences import Sums
+from equivcheck.experiment import Interventions
+from equivcheck.interventions import (
+    Broadcast,
+    FindUnused,
+    NormOfWhole,
+    ScaleParts,
+    Synchronise,
+)
 from equivcheck.noise import SAFETY
 from equivcheck.recording import Recording, Step
 from equivcheck.topology import factor_of, undecided
+from equivcheck.verdict import overall
 from equivcheck.view import Suspicion, View
 
 
@@ -20,7 +28,91 @@ def suspect(view: View) -> list[Suspicion]:
     """Return suspicions where several ranks ran; with one there is nothing that could be wrong between them."""
     if view.experiment.case.world_size == 1:
         return []
-    return [*_mean_of_ranks(view), *_rank_scale(view), *_unsynchronised(view), *_parted(view)]
+    return [
+        *_mean_of_ranks(view),
+        *_rank_scale(view),
+        *_unused(view),
+        *_unsynchronised(view),
+        *_parted(view),
+        *_clipped(view),
+    ]
+
+
+def _unused(view: View) -> list[Suspicion]:
+    """EQ508: the ranks step with different gradients, and it is mended by a part of those who have none.
+
+    DDP is told to look for unused parameters; where a loop reduces by hand, and a gradient is there on some ranks
+    only, zeros stand for it on the others.
+    """
+    found = []
+    for each in _unsynchronised(view):
+        variants: list[Interventions] = [(FindUnused(),)]
+        partly = _on_some_ranks(_steps_of(view.candidate, each.step))
+        if partly:
+            variants.append((Synchronise(),))
+        evidence = {**each.evidence, "on_some_ranks_only": partly[:5]}
+        found.append(Suspicion("EQ508", variants, evidence, each.step, 16))
+    return found
+
+
+def _on_some_ranks(steps: Sequence[Step]) -> list[str]:
+    """Return the parameters that have a gradient on some ranks and none on others."""
+    names = dict.fromkeys(name for each in steps for name in each.sample)
+    return [
+        name
+        for name in names
+        if len({each.sample[name] is None for each in steps if name in each.sample}) > 1
+    ]
+
+
+# ---- norms -------------------------------------------------------------------------------------
+
+# Norms that agree to this are the same norm: rounding is far below it, and parts of a gradient far above.
+_SAME = 1e-6
+
+
+def _clipped(view: View) -> list[Suspicion]:
+    """EQ506: a clip took the norm of what one rank holds."""
+    finding = view.judgement.first("applied", "gradients")
+    if finding is None:
+        return []
+    events = [
+        [event for event in each.timeline if event.kind == "clip" and "norm" in event.detail]
+        for each in view.candidate.ranks
+    ]
+    if not all(events):
+        return _clipped_by_hand(view)
+    norms = {view.cycle_of(step.index): step.norm for step in view.reference.steps}
+    used = [each[0].detail["norm"] for each in events]
+    wanted = next((e for e in view.reference.timeline if e.kind == "clip"), None)
+    if wanted is None or all(abs(x / wanted.detail["norm"] - 1.0) < _SAME for x in used):
+        return []
+    evidence = {"norm_of_each_rank": used, "norm_of_the_whole": wanted.detail["norm"]}
+    # Where the reduction comes after the clip, both are put right by one that comes before it.
+    variants: list[Interventions] = [(NormOfWhole(norms),), (Synchronise(),)]
+    return [Suspicion("EQ506", variants, evidence, max(finding.matched, 0), 21)]
+
+
+def _clipped_by_hand(view: View) -> list[Suspicion]:
+    """EQ506 without a call: each rank's part is as long as the whole ought to be, in its own direction."""
+    factors: dict[int, list[float]] = {}
+    first: int | None = None
+    for step in view.candidate.steps:
+        own = _steps_of(view.candidate, step.index)
+        if step.matched is None or not any(each.parts for each in own):
+            continue
+        parts = [overall(each.gradients) for each in own]
+        whole = overall(step.gradients).reference_norm
+        if not whole or not all(part.rr for part in parts):
+            return []
+        predicted = [part.reference_norm / whole for part in parts]
+        if all(abs(part.scale * x - 1.0) < _SAME for part, x in zip(parts, predicted, strict=True)):
+            factors[view.cycle_of(step.matched)] = predicted
+            first = step.index if first is None else first
+    if first is None:
+        return []
+    evidence = {"share_of_the_norm": next(iter(factors.values()))}
+    return [Suspicion("EQ506", [(ScaleParts(factors),)], evidence, first, 21)]
 
 
 # ---- weights -----------------------------------------------------------------------------------
@@ -30,15 +122,7 @@ def _mean_of_ranks(view: View) -> list[Suspicion]:
     """EQ501: within a rank the weights are right, between ranks every one counts the same."""
     if not view.divergent or view.experiment.case.shares == 1:
         return []
-    return hypotheses(view, "EQ501", [_equal_ranks], rank=13)
-
-
-def _equal_ranks(attribution: Attribution, right: Sequence[float]) -> list[float]:
-    found: list[float] = []
-    for weights in attribution.by_rank(right):
-        total = sum(weights)
-        found += [x / total / attribution.ranks if total else 0.0 for x in weights]
-    return found
+    return hypotheses(view, "EQ501", [mean_of_ranks], rank=13)
 
 
 def _rank_scale(view: View) -> list[Suspicion]:
@@ -86,13 +170,25 @@ def _unsynchronised(view: View) -> list[Suspicion]:
     for index in range(len(view.candidate.steps)):
         steps = _steps_of(view.candidate, index)
         spread = gradient_spread(steps) if len(steps) > 1 else 0.0
-        if spread > limit:
+        if spread > limit and not _reduced_after_a_clip(steps, limit):
             evidence: dict[str, object] = {"spread_between_ranks": spread}
             weights = _weights_of_ranks(view, index)
             if weights:
                 evidence["weights_of_each_rank"] = weights
             return [Suspicion("EQ502", [(Synchronise(),)], evidence, index, 18)]
     return []
+
+
+def _reduced_after_a_clip(steps: Sequence[Step], limit: float) -> bool:
+    """Return whether gradients differ between ranks before the clip only: the step takes the same everywhere."""
+    if not all(each.clipped for each in steps):
+        return False
+    taken = [overall(each.applied) for each in steps]
+    size = taken[0].rr or 1.0
+    return all(
+        abs(each.rd - taken[0].rd) <= limit * size and abs(each.dd - taken[0].dd) <= limit * size
+        for each in taken
+    )
 
 
 def _weights_of_ranks(view: View, index: int) -> list[list[float | None]]:
@@ -110,28 +206,34 @@ def _weights_of_ranks(view: View, index: int) -> list[list[float | None]]:
 
 
 def _parted(view: View) -> list[Suspicion]:
-    """EQ505: the ranks hold different parameters, although no gradient differs between them."""
+    """EQ505: the ranks hold different parameters or buffers, although no gradient differs between them."""
     limit = SAFETY * view.experiment.noise().floor()
     for index in range(len(view.candidate.steps)):
         steps = _steps_of(view.candidate, index)
         if len(steps) < 2 or gradient_spread(steps) > limit:
             continue
-        apart = _parameters_apart(steps)
-        if apart > limit:
-            evidence = {"spread_between_ranks": apart}
+        kinds = ("parameters", "buffers")
+        apart = {kind: _apart(steps, [getattr(each, kind) for each in steps]) for kind in kinds}
+        if max(apart.values()) > limit:
+            what = max(kinds, key=lambda kind: apart[kind])
+            evidence: dict[str, object] = {"spread_between_ranks": apart[what], "of": what}
             variants = [(Broadcast(source),) for source in range(len(steps))]
             return [Suspicion("EQ505", variants, evidence, index, 19)]
     return []
 
 
-def _parameters_apart(steps: Sequence[Step]) -> float:
-    """Return how differently far the parameters of the ranks are from the reference's, relative to their size."""
+def _apart(steps: Sequence[Step], sums: Sequence[Mapping[str, Sums]]) -> float:
+    """Return how differently far the tensors of the ranks are from the reference's, relative to their size.
+
+    A reference of zeros leaves nothing to relate to: what is apart from it then counts as wholly apart.
+    """
     worst = 0.0
-    for name in steps[0].parameters:
-        found = [each.parameters[name] for each in steps if name in each.parameters]
+    for name in sums[0]:
+        found = [each[name] for each in sums if name in each]
         if any(name in each.parts for each in steps) or len(found) < len(steps):
             continue
         sizes = [each.difference_norm for each in found]
-        if found[0].reference_norm:
-            worst = max(worst, (max(sizes) - min(sizes)) / found[0].reference_norm)
+        spread = max(sizes) - min(sizes)
+        if spread:
+            worst = max(worst, spread / (found[0].reference_norm or spread))
     return worst

@@ -40,6 +40,24 @@ def _in_some(view: View) -> list[Suspicion]:
     return found
 
 
+def _all_alike(_: Attribution, right: Sequence[float]) -> list[float]:
+    return [1.0 / len(right)] * len(right)
+
+
+def _alike_in_rank(attribution: Attribution, right: Sequence[float]) -> list[float]:
+    """Every rank counts as it should, its micro-batches one like the other."""
+    return [sum(weights) / len(weights) for weights in attribution.by_rank(right) for _ in weights]
+
+
+def mean_of_ranks(attribution: Attribution, right: Sequence[float]) -> list[float]:
+    """Every rank counts the same, its micro-batches as they should."""
+    found: list[float] = []
+    for weights in attribution.by_rank(right):
+        total = sum(weights)
+        found += [x / total / attribution.ranks if total else 0.0 for x in weights]
+    return found
+
+
 def _in_all(view: View) -> list[Suspicion]:
     found: list[Suspicion] = []
     tails_only = all(not view.full_size(each) for each in view.divergent) and any(
@@ -57,9 +75,14 @@ def _in_all(view: View) -> list[Suspicion]:
         lambda a, v: [x * a.micro_steps for x in v],
     ]
     found += hypotheses(view, "EQ101", ones, rank=12)
-    sums: list[Predict] = [lambda _, v: [1.0 / len(v)] * len(v)]
+    sums: list[Predict] = [_all_alike]
     if _all_ones(view):
         found += hypotheses(view, "EQ108", sums, rank=11)
+    elif view.experiment.case.shares > 1:
+        # Between ranks is another cause, EQ501: what is put right here is within each of them.
+        found += hypotheses(view, "EQ103", [_alike_in_rank], rank=15)
+        found += hypotheses(view, "EQ103", sums, rank=15, meant=mean_of_ranks)
+        found += hypotheses(view, "EQ103", _shares(view), rank=15)
     else:
         found += hypotheses(view, "EQ103", [*sums, *_shares(view)], rank=15)
     twice: list[Predict] = [
@@ -129,8 +152,22 @@ def _all_ones(view: View) -> bool:
     ) and any(each.v.unique for each in view.divergent)
 
 
-def hypotheses(view: View, code: str, predictions: Sequence[Predict], rank: int) -> list[Suspicion]:
-    """Return a suspicion if the weights that one of the predictions gives make all gradients that differ."""
+def hypotheses(
+    view: View,
+    code: str,
+    predictions: Sequence[Predict],
+    rank: int,
+    meant: Predict | None = None,
+) -> list[Suspicion]:
+    """Return a suspicion if the weights that one of the predictions gives make all gradients that differ.
+
+    Args:
+        view: The run.
+        code: The cause.
+        predictions: Weights that the cause would give.
+        rank: Order of trial.
+        meant: The weights that putting it right gives; None for the true ones.
+    """
     for predict in predictions:
         factors: dict[int, list[float]] = {}
         shown: list[Attribution] = []
@@ -142,8 +179,9 @@ def hypotheses(view: View, code: str, predictions: Sequence[Predict], rank: int)
             if view.fits(each, wrong):
                 if each in view.divergent:
                     shown.append(each)
-                if all(x != 0 for x in wrong):
-                    factors[each.matched] = [v / w for v, w in zip(right, wrong, strict=True)]
+                factor = _factors(right, meant(each, right) if meant else right, wrong)
+                if factor is not None:
+                    factors[each.matched] = factor
         if shown and len(shown) == len(view.divergent):
             first = shown[0]
             evidence: dict[str, object] = {
@@ -152,6 +190,18 @@ def hypotheses(view: View, code: str, predictions: Sequence[Predict], rank: int)
             }
             return [Suspicion(code, _reweighted(view, factors), evidence, first.step, rank)]
     return []
+
+
+def _factors(
+    right: Sequence[float], meant: Sequence[float], wrong: Sequence[float]
+) -> list[float] | None:
+    """Return what turns wrong weights into those that are meant; None where a weight is lost.
+
+    A piece without a gradient (a micro-batch without a valid token) has no weight in either run.
+    """
+    if any(w == 0 and v != 0 for v, w in zip(right, wrong, strict=True)):
+        return None
+    return [m / w if w else 1.0 for m, w in zip(meant, wrong, strict=True)]
 
 
 def _reweighted(view: View, factors: dict[int, list[float]]) -> list[tuple[Intervention, ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -83,6 +84,7 @@ class Backwards(Hooks):
             root,
             scalar_of(outputs),
             self.recorder.usage.used_last,
+            time.time_ns(),
         )
         repeated = self.repeated is not None
         if self.repeated is None:

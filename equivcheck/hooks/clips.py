@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,11 @@ class Clips(Hooks):
         value = self._clip_value(clip_grad.clip_grad_value_)
         for module in (clip_grad, nn.utils):
             replace(stack, module, "clip_grad_value_", value)
+        if self.recorder.holdings is not None:
+            from torch.distributed.fsdp import FullyShardedDataParallel  # noqa: PLC0415 - with ranks only
+
+            own = self._clip_sharded(FullyShardedDataParallel.clip_grad_norm_)
+            replace(stack, FullyShardedDataParallel, "clip_grad_norm_", own)
         for owner in (Optimizer, nn.Module):
             replace(stack, owner, "zero_grad", self._zero_grad(owner.zero_grad))
 
@@ -70,10 +76,32 @@ class Clips(Hooks):
             if not self.recorder.allowed("clip"):
                 return None
             self._snapshot(parameters)
+            for each in self.recorder.interventions:
+                total_norm = each.clip_norm(self.recorder, total_norm)
             with self._unscaled(parameters) as pending:
                 if pending != 1.0:
                     total_norm = total_norm / pending
                 return original(parameters, max_norm, total_norm, *args, **kwargs)
+
+        return clip
+
+    def _clip_sharded(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Watch FSDP1's own clip, which takes the norm over all shards."""
+
+        @functools.wraps(original)
+        def clip(module: Any, max_norm: Any, *args: Any, **kwargs: Any) -> Any:
+            allowed = self.recorder.allowed("clip")
+            if allowed:
+                self._snapshot(self.recorder.gradient_holders())
+            # Without leave it tells the norm, and clips nothing.
+            norm = original(module, max_norm if allowed else math.inf, *args, **kwargs)
+            self.recorder.note(
+                "clip",
+                max_norm=float(max_norm),
+                norm=number(norm),
+                scale=self.recorder.scaling.pending(),
+            )
+            return norm
 
         return clip
 

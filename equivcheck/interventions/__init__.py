@@ -12,7 +12,14 @@ from equivcheck.interventions.backwards import Addend, Addends, Reweight, ordina
 from equivcheck.interventions.base import Intervention
 from equivcheck.interventions.calls import Defer, Postpone, Ration, Retime, UnscaleFirst
 from equivcheck.interventions.counts import Construct, Length, Repeat, Shorten
-from equivcheck.interventions.ranks import Broadcast, Synchronise
+from equivcheck.interventions.ranks import (
+    Broadcast,
+    FindUnused,
+    NormOfWhole,
+    ScaleParts,
+    Synchronise,
+    SynchroniseOnce,
+)
 from equivcheck.interventions.state import (
     Before,
     Fresh,
@@ -31,10 +38,12 @@ __all__ = [
     "Broadcast",
     "Construct",
     "Defer",
+    "FindUnused",
     "Fresh",
     "Hold",
     "Intervention",
     "Length",
+    "NormOfWhole",
     "Postpone",
     "Ration",
     "Repeat",
@@ -43,9 +52,11 @@ __all__ = [
     "Retime",
     "Reweight",
     "Rewind",
+    "ScaleParts",
     "Shorten",
     "StillBuffers",
     "Synchronise",
+    "SynchroniseOnce",
     "UnscaleFirst",
     "ZerosToNone",
     "ordinal_of",

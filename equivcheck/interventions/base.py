@@ -71,6 +71,10 @@ class Intervention:
     def finish(self, recorder: Recorder) -> None:
         """Act when `train` has returned."""
 
+    def clip_norm(self, _recorder: Recorder, total_norm: Any) -> Any:
+        """Return the norm that a clip by norm is to use."""
+        return total_norm
+
     def gathered(self) -> Any:
         """Return what a run in a rank process taught this object, to be taken back."""
         return None

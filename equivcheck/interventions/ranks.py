@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from equivcheck.hooks.base import quiet
 from equivcheck.interventions.base import Intervention
+from equivcheck.parts import is_distributed, plain
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -21,7 +23,19 @@ if TYPE_CHECKING:
 
 def _replicas(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """Return the tensors that every rank holds whole."""
-    return [each for each in tensors if not isinstance(each, DTensor) and each.numel()]
+    return [each for each in tensors if not is_distributed(each) and each.numel()]
+
+
+def _number(value: object) -> float | None:
+    if isinstance(value, torch.Tensor):
+        return value.item() if value.numel() == 1 else None
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def _numbers(group: dict[str, Any]) -> dict[str, float]:
+    """Return the options of a group that are numbers."""
+    found = {name: _number(value) for name, value in group.items() if name != "params"}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 class Synchronise(Intervention):
@@ -51,8 +65,105 @@ class Synchronise(Intervention):
             parameter.grad /= world_size
 
 
+class NormOfWhole(Intervention):
+    """Clip by the norm of the whole gradient, as the full batch has it.
+
+    Args:
+        norms: Per cycle, the norm before the clip.
+    """
+
+    name = "clip by the norm of the whole"
+
+    def __init__(self, norms: Mapping[int, float]) -> None:
+        self._norms = norms
+
+    def clip_norm(self, recorder: Recorder, total_norm: Any) -> Any:
+        place = recorder.place()
+        norm = self._norms.get(place.cycle) if place is not None else None
+        if norm is None:
+            return total_norm
+        like = total_norm.full_tensor() if is_distributed(total_norm) else total_norm
+        return torch.full_like(like, norm)
+
+
+class ScaleParts(Intervention):
+    """Multiply each rank's part of the gradient, before the step, by a factor that a hypothesis predicts.
+
+    Args:
+        factors: Per cycle, one for each rank.
+    """
+
+    name = "scale parts"
+
+    def __init__(self, factors: Mapping[int, Sequence[float]]) -> None:
+        self._factors = factors
+
+    def before_step(self, recorder: Recorder, optimizer: Optimizer) -> None:
+        place = recorder.place()
+        factors = self._factors.get(place.cycle) if place is not None else None
+        if factors is None:
+            return
+        with quiet():
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        plain(parameter.grad).mul_(factors[recorder.rank])
+
+
+class FindUnused(Intervention):
+    """Let DDP look for parameters that took no part in a backward."""
+
+    name = "find unused parameters"
+
+    @contextmanager
+    def installed(self, _recorder: Recorder) -> Iterator[None]:
+        owner: Any = DistributedDataParallel
+        original = owner.__init__
+
+        @functools.wraps(original)
+        def init(wrapper: Any, *args: Any, **kwargs: Any) -> None:
+            kwargs["find_unused_parameters"] = True
+            original(wrapper, *args, **kwargs)
+
+        owner.__init__ = init
+        try:
+            yield
+        finally:
+            owner.__init__ = original
+
+
+class SynchroniseOnce(Intervention):
+    """Let DDP reduce in the last backward of each cycle only."""
+
+    name = "synchronise once"
+
+    @contextmanager
+    def installed(self, recorder: Recorder) -> Iterator[None]:
+        owner: Any = DistributedDataParallel
+        original = owner.forward
+
+        @functools.wraps(original)
+        def forward(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
+            upcoming = recorder.schedule[recorder.backwards : recorder.backwards + 1]
+            before = wrapper.require_backward_grad_sync
+            wrapper.require_backward_grad_sync = not upcoming or upcoming[0].last
+            try:
+                return original(wrapper, *args, **kwargs)
+            finally:
+                # What the forward prepared decides; a loop that goes in and out of no_sync finds its own setting.
+                wrapper.require_backward_grad_sync = before and (not upcoming or upcoming[0].last)
+
+        owner.forward = forward
+        try:
+            yield
+        finally:
+            owner.forward = original
+
+
 class Broadcast(Intervention):
-    """Give every rank the parameters and buffers of one of them, when a cycle begins and before it steps.
+    """Give every rank what one of them has, when a cycle begins and before it steps: parameters, buffers, options.
+
+    The options are the numbers in the optimizer's groups: learning rate, weight decay, momentum.
 
     Args:
         source: The rank that they are taken from.
@@ -80,8 +191,24 @@ class Broadcast(Intervention):
         finally:
             handle.remove()
 
-    def before_step(self, recorder: Recorder, _optimizer: Optimizer) -> None:
+    def before_step(self, recorder: Recorder, optimizer: Optimizer) -> None:
         self._send(recorder)
+        if recorder.world_size > 1:
+            with quiet():
+                self._send_options(optimizer)
+
+    def _send_options(self, optimizer: Optimizer) -> None:
+        mine = [_numbers(group) for group in optimizer.param_groups]
+        sent: list[Any] = [mine]
+        dist.broadcast_object_list(sent, self._source)
+        if [each.keys() for each in sent[0]] != [each.keys() for each in mine]:
+            return  # another kind of optimizer there: nothing can be made the same
+        for group, theirs in zip(optimizer.param_groups, sent[0], strict=True):
+            for name, value in theirs.items():
+                if isinstance(group[name], torch.Tensor):
+                    group[name].fill_(value)
+                elif _number(group[name]) != value:
+                    group[name] = value
 
     def _send(self, recorder: Recorder) -> None:
         if recorder.world_size == 1:

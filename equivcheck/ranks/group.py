@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import socket
-from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import FileStore, PrefixStore, Store, TCPStore
+from torch._C._distributed_c10d import FileStore, Store
 from torch.distributed import distributed_c10d
 
 from equivcheck.recording import Collective
@@ -148,23 +146,3 @@ def _size(shapes: list[list[int]], dtypes: list[str]) -> int:
             count *= each
         total += count * _BYTES.get(dtype, 4)
     return total
-
-
-def leave_environment() -> dict[str, str]:
-    """Take the variables of a launcher out of this process's environment and return them."""
-    names = environment(0, 1, 0, 1, "", 0)
-    names |= {"ROLE_RANK": "", "ROLE_WORLD_SIZE": "", "GROUP_WORLD_SIZE": ""}
-    return {name: os.environ.pop(name) for name in names if name in os.environ}
-
-
-def described(collectives: Mapping[int, list[Collective]]) -> dict[int, dict[str, int]]:
-    """Return count and bytes of the collectives of each optimizer step."""
-    return {
-        step: {"count": len(each), "bytes": sum(c.bytes for c in each)}
-        for step, each in collectives.items()
-    }
-
-
-def meet_at(host: str, port: int, prefix: str) -> Store:
-    """Return a store that ranks on several machines share, as a client of the one that is there."""
-    return PrefixStore(prefix, TCPStore(host, port, is_master=False))

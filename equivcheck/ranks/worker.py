@@ -48,7 +48,6 @@ class Setup:
         cwd: Its working folder.
         device: "cpu" or "cuda".
         slot: Place on the board: the rank on this machine.
-        store: Host, port and prefix of a store over several machines; None for one of this machine.
     """
 
     folder: str
@@ -59,7 +58,6 @@ class Setup:
     cwd: str
     device: str
     slot: int
-    store: tuple[str, int, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -129,11 +127,7 @@ class _Worker:
         threading.Thread(target=self._listen, daemon=True).start()
         if setup.device == "cuda":
             torch.cuda.set_device(int(setup.environment["LOCAL_RANK"]) % torch.cuda.device_count())
-        if setup.store is None:
-            store = group.meet(Path(setup.folder), setup.world_size)
-        else:
-            host, port, prefix = setup.store
-            store = group.meet_at(host, port, prefix)
+        store = group.meet(Path(setup.folder), setup.world_size)
         group.join(setup.rank, setup.world_size, setup.device, store)
         gc.freeze()  # What is loaded now stays: collecting later looks at the runs' own objects only.
         self._send(("ready", 0, None))

@@ -1,8 +1,7 @@
-"""Check generated correct loops, and count what it takes to find each mutant; `make search` runs it in pieces.
+"""Check generated correct loops; `make search` runs it in pieces.
 
     python tests/bench/generated.py correct --count 500 --seed 0 --out reports/latest/generated.jsonl
-    python tests/bench/generated.py mutants --seed 0 --out reports/latest/mutants.jsonl
-    python tests/bench/generated.py table reports/latest/generated.jsonl reports/latest/mutants.jsonl
+    python tests/bench/generated.py table reports/latest/generated.jsonl
 
 Every piece adds one line of JSON: its seed, its count, its time, and each case that was not as it should be, written
 as the call that makes its subject.
@@ -110,7 +109,7 @@ def table(paths):
 def main():
     """Run one piece."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["correct", "mutants", "table"])
+    parser.add_argument("what", choices=["correct", "table"])
     parser.add_argument("paths", nargs="*")
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import functools
+import importlib.util
 import json
 import math
 import random
@@ -28,7 +29,9 @@ _skipped: list[str] = []
 def pytest_terminal_summary(terminalreporter):
     """Say it aloud: a report that no browser has opened is not proven."""
     if _skipped:
-        terminalreporter.section("browser tests SKIPPED: no Chromium (apt-get install chromium)")
+        terminalreporter.section(
+            "browser tests SKIPPED: no Chromium, or no playwright (apt-get install chromium)"
+        )
         for name in _skipped:
             terminalreporter.line(name)
 
@@ -37,7 +40,7 @@ def pytest_terminal_summary(terminalreporter):
 def chromium():
     """Chromium, started once; None where there is none."""
     path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
+    if path is None or importlib.util.find_spec("playwright") is None:
         yield None
         return
     from playwright.sync_api import sync_playwright
@@ -53,7 +56,7 @@ def visit(chromium, request, tmp_path):
     """Open a page from disk with the network off; console and requests are kept in `page.seen`."""
     if chromium is None:
         _skipped.append(request.node.nodeid)
-        pytest.skip("no Chromium is installed: apt-get install chromium")
+        pytest.skip("no Chromium, or no playwright: apt-get install chromium")
     contexts = []
 
     def go(source, *, place="", width=1440, theme="light", script=True, height=900):

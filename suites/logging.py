@@ -1,0 +1,42 @@
+"""Logging: the loss that is shown is the loss that is trained on, once per optimizer step."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from equivcheck.suite import Workload, divergent, equivalent, loop, part
+
+MUTANTS, TRAINERS = "../fixtures/mutants", "../fixtures/trainers"
+FEW = (2, 4)
+
+row = partial(
+    Workload,
+    build=part("../fixtures/models/normed.py:Normed", norm="layer"),
+    batches=part("../fixtures/batches/digits.py:classification", number=3, rows=16),
+    logs=True,
+)
+SHOWN = "the shares of a cycle add up to the loss of the full batch"
+WRONG = "the number shown is another one; huggingface/transformers#34191 is an example"
+
+WORKLOADS = [
+    row("per_optimizer_step", equivalent(SHOWN), claims=("C18",)),
+    row(
+        "with_a_tail",
+        equivalent(SHOWN),
+        batches=part(
+            "../fixtures/batches/digits.py:classification", number=3, rows=16, last_rows=5
+        ),
+    ),
+    Workload("logged", equivalent(SHOWN), **loop(f"{TRAINERS}/logged.py"), logs=True),
+    *(
+        Workload(
+            name,
+            divergent("EQ701", source=WRONG),
+            **loop(f"{MUTANTS}/eq701_{name}.py"),
+            logs=True,
+            accumulation_steps=FEW,
+            claims=("C18",) if name == "last_micro_batch" else (),
+        )
+        for name in ("last_micro_batch", "divided_twice", "summed_twice", "mean_of_means")
+    ),
+]

@@ -1,0 +1,229 @@
+"""Running suites: theory in both directions, workers, journals, shards, matrix."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from equivcheck import result as results
+from equivcheck.api import plan
+from equivcheck.config import OPTIONS
+from equivcheck.errors import UsageError
+from equivcheck.report import matrix
+from equivcheck.suite import bundled, read_suite
+
+FIXTURES = bundled("fixtures")
+SUITE = f"""
+from equivcheck.suite import Workload, divergent, equivalent, part
+
+PARTS = {{
+    "build": part("{FIXTURES}/models/normed.py:Normed", norm="layer"),
+    "batches": part("{FIXTURES}/batches/digits.py:classification", number=2, rows=8),
+    "accumulation_steps": (2, 4),
+    "splits": ("even",),
+}}
+WORKLOADS = [
+    Workload("right", equivalent("it is"), **PARTS),
+    Workload(
+        "scheduled", equivalent("it is"), **PARTS,
+        scheduler=part("torch.optim.lr_scheduler:ExponentialLR", gamma=0.5),
+    ),
+    Workload("claims_too_much", divergent("EQ201", source="wrongly"), **PARTS),
+    Workload(
+        "claims_too_little", equivalent("wrongly"),
+        **{{**PARTS, "build": part("{FIXTURES}/models/normed.py:Normed", norm="batch_1d")}},
+    ),
+]
+"""
+HANGING = """
+import os, signal, time
+def train(model, loader, loss, optimizer):
+    for batch in loader:
+        loss(model, batch).backward()
+    {what}
+"""
+AHEAD = "../fixtures/suite_trainers/per_micro_batch.py"
+
+
+def cli(folder, *arguments, **more):
+    return subprocess.run(
+        [sys.executable, "-m", "equivcheck", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        **more,
+    )
+
+
+@pytest.fixture
+def suite(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(SUITE, encoding="utf-8")
+    return tmp_path
+
+
+def cases(path):
+    return {case["id"]: case for case in results.load(path)["cases"]}
+
+
+def test_a_result_that_theory_does_not_expect_fails_in_either_direction(suite):
+    """Side by side as in one process, shard by shard as in one run."""
+    whole = cli(suite, "run", "mine.py", "-j", "2", "--json", "whole.json")
+    alone = cli(suite, "run", "mine.py", "--json", "alone.json")
+    met = {
+        (case["workload"], case["theory"]["met"]) for case in cases(suite / "whole.json").values()
+    }
+    for shard in ("1/2", "2/2"):
+        cli(suite, "run", "mine.py", "--shard", shard, "--json", f"{shard[0]}.json")
+    merged = cli(suite, "merge", "1.json", "2.json", "--json", "merged.json")
+    partial = cli(suite, "merge", "1.json", "--json", "-")
+
+    assert (whole.returncode, alone.returncode, merged.returncode) == (1, 1, 1)
+    assert met == {
+        ("right", True),
+        ("scheduled", True),
+        ("claims_too_much", False),
+        ("claims_too_little", False),
+    }
+    assert "Traceback" not in whole.stderr
+    assert list(cases(suite / "whole.json")) == list(cases(suite / "alone.json"))
+    assert cases(suite / "merged.json").keys() == cases(suite / "whole.json").keys()
+    assert partial.returncode == 130
+    assert "there is no result of shard 2/2" in json.loads(partial.stdout)["notes"][-1]
+
+
+def test_a_loop_with_one_fault_fails_where_that_fault_matters(suite):
+    """And nowhere else; rows that it cannot be put under are told."""
+    ran = cli(
+        suite, "run", "mine.py", "-j", "2", "-k", "right or scheduled",
+        "--train", f"{FIXTURES}/suite_trainers/per_micro_batch.py:schedule", "--json", "r.json",
+    )  # fmt: skip
+    failed = {
+        case["workload"] for case in cases(suite / "r.json").values() if not case["theory"]["met"]
+    }
+
+    assert ran.returncode == 1
+    # Without a schedule there is nothing to advance too often.
+    assert failed == {"scheduled"}
+
+
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", "worker-died: SIGKILL"),
+        ("while True: time.sleep(1)", "timed-out"),
+    ],
+    ids=["killed", "endless"],
+)
+def test_what_ends_a_worker_costs_its_own_case(suite, what, told):
+    """A case of verdict error, exit code 3, and the others are there."""
+    (suite / "loop.py").write_text(HANGING.format(what=what), encoding="utf-8")
+
+    ran = cli(
+        suite, "run", "mine.py", "-j", "2", "-k", "right", "--train", "loop.py:train",
+        "--timeout", "5", "--json", "r.json",
+    )  # fmt: skip
+
+    assert ran.returncode == 3
+    assert [case["verdict"] for case in cases(suite / "r.json").values()] == ["error", "error"]
+    assert told in ran.stdout
+
+
+def test_a_killed_run_is_resumed(suite):
+    """No case is lost and none is run twice."""
+    run = [sys.executable, "-m", "equivcheck", "run", "mine.py", "--json", "r.json", "-j", "2"]
+    process = subprocess.Popen(run, cwd=suite, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    journal = suite / "r.jsonl"
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        if journal.exists() and len(journal.read_text(encoding="utf-8").splitlines()) >= 3:
+            break
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    with journal.open("a", encoding="utf-8") as stream:
+        stream.write('{"id": "cut off')
+    before = [json.loads(line) for line in journal.read_text(encoding="utf-8").splitlines()[1:-1]]
+
+    resumed = cli(suite, "run", "mine.py", "--json", "r.json", "-j", "2", "--resume")
+    lines = [json.loads(line) for line in journal.read_text(encoding="utf-8").splitlines()[1:]]
+
+    assert resumed.returncode == 1
+    assert len(lines) == len({line["id"] for line in lines}) == 8
+    assert lines[: len(before)] == before
+    assert cases(suite / "r.json").keys() == {line["id"] for line in lines}
+    (suite / "mine.py").write_text(SUITE + "\n", encoding="utf-8")
+    assert cli(suite, "run", "mine.py", "--json", "r.json", "--resume").returncode == 2
+
+
+def test_results_that_disagree_are_refused(suite):
+    """A case that is equivalent here and divergent there is no whole."""
+    cli(suite, "run", "mine.py", "-k", "right", "--json", "a.json")
+    other = json.loads((suite / "a.json").read_text(encoding="utf-8"))
+    other["cases"][0]["verdict"] = "divergent"
+    (suite / "b.json").write_text(json.dumps(other), encoding="utf-8")
+
+    merged = cli(suite, "merge", "a.json", "b.json", "--json", "c.json")
+
+    assert merged.returncode == 2
+    assert "disagree about case" in merged.stderr
+    assert not (suite / "c.json").exists()
+
+
+def test_there_are_five_hundred_cases():
+    """In suite:all, each with a source."""
+    values = {name: option.default for name, option in OPTIONS.items()}
+    jobs, _ = plan(["suite:all"], values, explicit=False)
+
+    assert len(jobs) >= 500
+    assert len({job.case.id for job in jobs}) == len(jobs)
+    assert all(job.theory["source"] for job in jobs)
+
+
+def test_the_matrix_fits_a_terminal():
+    """Every line has at most 80 columns, and what fails is marked."""
+    rows = [
+        {
+            "id": f"{number:010x}",
+            "target": "suite:normalization",
+            "workload": f"a_workload_with_a_rather_long_name_{number % 3}",
+            "accumulation_steps": 2 ** (number // 3),
+            "split": "even" if number % 2 else "uneven",
+            "verdict": "divergent" if number == 4 else "equivalent",
+            "causes": [{"code": "EQ201", "status": "proved"}] if number == 4 else [],
+            "margin": 3.0e7,
+        }
+        for number in range(18)
+    ]
+    shown = matrix.render({"cases": rows})
+
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "!201" in shown
+    assert "17 equivalent, 1 divergent" in shown
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ('"right", equivalent', '"scheduled", equivalent'),
+        ('("even",)', '("evn",)'),
+        ('"EQ201"', '"EQ999"'),
+        ('source="wrongly"', 'source=""'),
+    ],
+)
+def test_a_wrong_table_is_refused(tmp_path, change, told):
+    """The row, and what is wrong with it, are named."""
+    path = Path(tmp_path, "mine.py")
+    path.write_text(SUITE.replace(change, told), encoding="utf-8")
+
+    with pytest.raises(UsageError, match="bad-suite"):
+        read_suite(str(path))
