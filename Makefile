@@ -12,6 +12,8 @@
 # make examples-check  compare them with what the loops give now
 # make env-NAME   an environment for one family of frameworks: transformers, lightning, deepspeed, jax, keras
 # make envs       all of them
+# make test-frameworks  the trainers of every framework, each in its environment
+# make conformance  rewrite reports/conformance: what each framework's release does, claim by claim
 # make readme     rewrite the generated parts of the README
 
 SHELL  := bash
@@ -26,7 +28,8 @@ RIGHT := plain_mean clipped scheduled tail token_weighted amp_bf16 logged
 WRONG := eq101_missing_division_plain eq103_mean_of_means_tokens eq201_batch_norm_1d \
 	eq301_zero_grad_in_cycle eq306_clip_by_norm eq307_scheduler_per_micro_batch
 
-.PHONY: run test search lint bench calibrate detection traffic coverage claims examples examples-check readme envs
+.PHONY: run test search lint bench calibrate detection traffic coverage claims examples examples-check readme envs \
+	test-frameworks conformance conformance-heads
 
 run: $(STAMP)
 	@$(BIN)/equivcheck run $(RIGHT:%=fixtures/trainers/%.py) --json reports/latest/trainers.json \
@@ -111,3 +114,22 @@ $(ENVS)/%/installed: $(STAMP)
 	$(BIN)/python -m pip --python $(@D)/bin/python install --quiet --constraint constraints.txt \
 		--editable '.[$*]'
 	touch $@
+
+# Families whose trainers the engine records.
+RECORDED := transformers lightning deepspeed
+
+# A family whose environment cannot be made is named, and fails the target; the others still run.
+test-frameworks: $(STAMP)
+	@failed=; for family in $(RECORDED); do \
+		echo "== $$family"; \
+		$(MAKE) --no-print-directory env-$$family && \
+		$(ENVS)/$$family/bin/python -m pytest tests/frameworks -m $$family -q -p no:cacheprovider || failed="$$failed $$family"; \
+	done; \
+	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
+
+# What each framework's release does, claim by claim, and every head of Transformers that can be built tiny.
+conformance: $(STAMP) envs
+	$(BIN)/python tests/conformance/table.py --envs $(ENVS)
+
+conformance-heads: $(STAMP) env-transformers
+	$(ENVS)/transformers/bin/python tests/conformance/heads.py reports/latest/heads.jsonl

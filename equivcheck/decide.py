@@ -195,6 +195,8 @@ def _decide(
             return
         experiment.control()
         candidate = experiment.candidate()
+    except TimedOut:
+        raise  # There is no time left for another try.
     except StepError as error:
         # The code may raise only because it is promoted: then the native runs decide.
         if not experiment.is_promoted or not _runs_natively(experiment):

@@ -48,6 +48,7 @@ class Run:
         prefetches: Whether the loop fetches ahead of what it uses; None where that is to be found out.
         in_order: Whether the full-batch run uses its batches in the order in which it fetched them.
         boundaries: Micro-batches used up at each step, known from the promoted run of the same role.
+        own_length: Rows of the data set that the loop makes of all samples, known from the reference.
         seed_offset: Added to the seed of the training itself, not of the model.
         rank: The rank that runs it.
         world_size: Ranks that run it together.
@@ -67,6 +68,7 @@ class Run:
     boundaries: list[list[int]] = field(default_factory=list)
     length: int | None = None
     seed_offset: int = 0
+    own_length: int | None = None
     optimizer_steps: int = 0
     interventions: list[Intervention] = field(default_factory=list)
     schedule: list[Place] = field(default_factory=list)
@@ -155,7 +157,7 @@ def _execute(
     working = torch.get_default_dtype()
     if run.is_promoted:
         promote_module(model)
-    feed = Feed(run.data, run.micro_batches, run.orders)
+    feed = Feed(run.data, run.micro_batches, run.orders, own_length=run.own_length)
     offers = {**code.offers, **_offers(model, feed, case, run)}
     _tell_horizon(offers)
     given = arguments(code.train, offers, subject.target)
@@ -182,7 +184,7 @@ def _execute(
         recorder.usage.boundaries = run.boundaries
         recorder.usage.in_order = run.in_order
         recorder.is_promoted = run.is_promoted
-        recorder.usage.by_sample = "dataset" in given
+        recorder.usage.by_sample = lambda: feed.singly
         if run.is_promoted:
             # A hook on modules would break the graph of a compiled one; promoted runs do not compile.
             feed.on_served = recorder.usage.served
@@ -202,6 +204,9 @@ def _execute(
                 observer.enter(recorder, keys[0])
 
         feed.on_fetch = fetched
+        if "dataset" in given:
+            feed.on_own = recorder.usage.forget
+            stack.enter_context(feed.watching_own())
         if run.prefetches:
             # The state is set when a micro-batch is used. In other loops when it is fetched: what
             # a loss is made of may have been computed before the forward, from the parameters.
@@ -237,6 +242,7 @@ def _execute(
                 name: str(dtype).removeprefix("torch.") for name, dtype in mode.lowered.items()
             }
     recording.logged = _logged(returned)
+    recording.own_length = feed.own_length if feed.has_own else None
     recording.seconds = time.perf_counter() - started
     return recording
 

@@ -292,7 +292,8 @@ class Experiment:
         """Permute, for map-style access, only within the rows that one reference step consumed."""
         fetched = [key for keys in self.reference().fetched for key in keys]
         passes = 1 + max((passed for passed, _ in fetched), default=0)
-        orders = [list(range(self._promoted.total)) for _ in range(passes)]
+        total = self.reference().own_length or self._promoted.total
+        orders = [list(range(total)) for _ in range(passes)]
         seen: set[Key] = set()
         for step in self.reference().steps:
             for passed in range(passes):
@@ -552,6 +553,7 @@ class Experiment:
         """Tell a run what earlier ones have shown of the loop."""
         run.is_promoted = run.is_promoted and self.is_promoted
         if run.role != "reference":
+            run.own_length = self.reference().own_length
             run.prefetches = self.reference().prefetched > 0
             run.in_order = self.reference().uses == sorted(self.reference().uses)
             if run.prefetches and not run.is_promoted and self.is_promoted:

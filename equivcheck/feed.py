@@ -9,14 +9,17 @@ N samples, K micro-batches per cycle, R ranks.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils.fetch import _MapDatasetFetcher
 
 from equivcheck.errors import UsageError
 from equivcheck.rows import parse
@@ -168,6 +171,9 @@ class Feed:
         orders: For map-style access, the sample that stands at each position, for each pass over the data.
         on_fetch: Called with the keys of each micro-batch, or sample, before it is handed out.
         on_served: Called with the micro-batch itself.
+        singly: Whether samples were taken one at a time, so that nothing tells which make up a micro-batch.
+        on_own: Called once, when the loop is seen to batch a data set that it made of all samples.
+        own_length: Length of that data set, which an earlier run may have told; None if there is none.
     """
 
     data: Data
@@ -176,6 +182,11 @@ class Feed:
     on_fetch: Callable[[list[Key]], None] = lambda _: None
     on_served: Callable[[Any], None] = lambda _: None
     _seen: Counter[int] = field(default_factory=Counter)
+    singly: bool = False
+    on_own: Callable[[], None] = lambda: None
+    own_length: int | None = None
+    _own: Any = None
+    _busy: bool = False
 
     def loader(self, length: int | None = None) -> DataLoader[Any]:
         """Return a loader over the micro-batches, whose `len` may be stated otherwise."""
@@ -199,15 +210,79 @@ class Feed:
 
     def sample(self, position: int) -> Any:
         """Hand out one sample, without its batch dimension."""
+        self.singly = True
+        return self.samples([position])[0]
+
+    def samples(self, positions: Sequence[int]) -> list[Any]:
+        """Hand out the samples of one micro-batch, each without its batch dimension."""
+        keys = [self._key_at(position) for position in positions]
+        if not self._busy:
+            self.on_fetch(keys)
+        return [self._one(sample) for _, sample in keys]
+
+    def _key_at(self, position: int) -> Key:
+        """Return the key of the sample that stands at a position in this pass over the data."""
         if not -self.data.total <= position < self.data.total:
             raise IndexError(position)
         position %= self.data.total
         passed, _ = self._key(position)
-        sample = position
-        if self.orders:
-            sample = self.orders[min(passed, len(self.orders) - 1)][position]
+        if not self.orders or self.own_length is not None:
+            return passed, position
+        return passed, self.orders[min(passed, len(self.orders) - 1)][position]
+
+    @contextmanager
+    def watching_own(self) -> Iterator[None]:
+        """See the batches of a data set that the loop made of all samples: trainers copy them into tables of their own.
+
+        Its rows are the samples then, numbered as it numbers them, whatever it made of ours (packed them, say).
+        """
+        original: Callable[[Any, Any], Any] = _MapDatasetFetcher.fetch
+
+        @functools.wraps(original)
+        def fetch(fetcher: Any, index: Any) -> Any:
+            if self._busy or not isinstance(index, list) or not self._is_own(fetcher.dataset):
+                return original(fetcher, index)
+            keys = [self._own_key(each) for each in index]
+            self.on_fetch(keys)
+            self._busy = True
+            try:
+                return original(fetcher, [sample for _, sample in keys])
+            finally:
+                self._busy = False
+
+        setattr(_MapDatasetFetcher, "fetch", fetch)  # noqa: B010 - a plain assignment is refused by mypy
+        try:
+            yield
+        finally:
+            setattr(_MapDatasetFetcher, "fetch", original)  # noqa: B010
+
+    @property
+    def has_own(self) -> bool:
+        """Whether the loop batched a data set that it made of all samples."""
+        return self._own is not None
+
+    def _is_own(self, dataset: Any) -> bool:
+        if self._own is None:
+            if isinstance(dataset, _Rows | _Samples) or not self._taken_whole():
+                return False
+            self._own, self.own_length, self.singly = dataset, len(dataset), False
+            self._seen.clear()
+            self.on_own()
+        return dataset is self._own
+
+    def _taken_whole(self) -> bool:
+        """Return whether every sample was taken, one at a time."""
+        return self.singly and len(self._seen) == self.data.total
+
+    def _own_key(self, position: int) -> Key:
+        assert self.own_length is not None
+        passed, _ = self._key(position % self.own_length)
+        if not self.orders:
+            return passed, position
+        return passed, self.orders[min(passed, len(self.orders) - 1)][position]
+
+    def _one(self, sample: int) -> Any:
         batch, row = self.data.locate(sample)
-        self.on_fetch([(passed, sample)])
         return walk(_first_row, "batch", take(self.data.batches[batch], [row]))
 
     def _key(self, sample: int) -> Key:
@@ -250,6 +325,10 @@ class _Samples(Dataset[Any]):
 
     def __getitem__(self, position: int) -> Any:
         return self._feed.sample(position)
+
+    def __getitems__(self, positions: list[int]) -> list[Any]:
+        # A DataLoader asks for all samples of a batch at once where a dataset can give them: so its batches are known.
+        return self._feed.samples(positions)
 
     def __len__(self) -> int:
         return self._feed.data.total

@@ -155,7 +155,10 @@ class Keeper(Sampler):
             if recorder.recording.kept
             else self._initial(recorder)
         )
-        both = [name for name in kept.after if name in before]
+        # A framework may take a parameter's storage away, once it has partitioned it (ZeRO stage 3).
+        both = [
+            n for n, each in kept.after.items() if n in before and before[n].shape == each.shape
+        ]
         moved = sums_many([(before[name], kept.after[name]) for name in both])
         kept.moved = {name: each.difference_norm for name, each in zip(both, moved, strict=True)}
         kept.buffers = {name: self.shelf.keep(b) for name, b in recorder.model.named_buffers()}

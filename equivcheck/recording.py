@@ -176,6 +176,7 @@ class Recording:
     Attributes:
         role: As in DESIGN: reference, control, candidate, ...
         fetched: Keys of the samples of every micro-batch (or sample) handed out, in order.
+        own_length: Rows of the data set that the loop made of all samples; None if it made none.
         logged: What `train` returned or yielded, one number per optimizer step; None if nothing.
         schedulers: Class and plain arguments of every scheduler that was made.
         prefetched: Micro-batches that were handed out before they were used, at most; 0 if none.
@@ -199,6 +200,7 @@ class Recording:
     timeline: list[Event] = field(default_factory=list)
     backwards: list[Backward] = field(default_factory=list)
     fetched: list[list[Key]] = field(default_factory=list)
+    own_length: int | None = None
     logged: list[float] | None = None
     schedulers: list[dict[str, Any]] = field(default_factory=list)
     prefetched: int = 0

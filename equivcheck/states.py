@@ -24,7 +24,7 @@ def set_state(recorder: Recorder, optimizer: Optimizer | None, kept: Kept) -> No
                 part.local(part.holder.detach()).copy_(part.cut(kept.after[part.name]))
     else:
         for name, parameter in recorder.parameters().items():
-            if name in kept.after:
+            if name in kept.after and kept.after[name].shape == parameter.shape:
                 parameter.detach().copy_(kept.after[name])
     for name, buffer in recorder.model.named_buffers():
         if name in kept.buffers and kept.buffers[name].shape == buffer.shape:

@@ -36,6 +36,8 @@ from equivcheck.recorder import Recorder
 from equivcheck.recording import Recording
 from equivcheck.result import environment
 
+# Time between two times of writing, in units of what the last one took.
+WRITING = 50.0
 _OURS = str(Path(__file__).parents[1]) + os.sep
 
 
@@ -83,6 +85,7 @@ class Attachment:
         self._states = random_states()
         self._is_done = False
         self._passed = 0
+        self._saved = self._cost = 0.0
         self._reached_last = False
         self._cycle_of = {
             number: cycle for cycle, numbers in enumerate(spec.step_samples) for number in numbers
@@ -207,8 +210,14 @@ class Attachment:
             counts[label] = counts.get(label, 0) + count
 
     def _stepped(self, *_: Any) -> None:
-        if not self._is_done and not self.recorder.is_paused:
+        if self._is_done or self.recorder.is_paused:
+            return
+        # Everything is written anew each time: as seldom as keeps the cost to a fiftieth, and in any case at the end.
+        began = time.perf_counter()
+        if began - self._saved >= WRITING * self._cost:
             self._save()
+            self._saved = time.perf_counter()
+            self._cost = self._saved - began
 
     def _over(self) -> None:
         if self.spec.ends:

@@ -116,7 +116,7 @@ class ProcessRecorder(Recorder):
         self._inside = False
         self._extra = 0
         self._forwards = 0
-        self.usage.by_sample = True
+        self.usage.by_sample = lambda: True
 
     def __enter__(self) -> Self:
         try:

@@ -7,6 +7,7 @@ package.module:ATTRIBUTE with build(), batches() and train(...).
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Generator, Mapping
@@ -54,6 +55,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> int:
     """Run the cases and return the exit code of the whole."""
+    refuse_launchers()
     settings = resolve(flags(options))
     if options.open and not settings["html"]:
         options.html = str(LATEST / "report.html")
@@ -110,6 +112,22 @@ def _scripts(options: argparse.Namespace, settings: Settings) -> list[Any]:
             options.full, options.accumulated or [], options.versions, settings["optimizer_steps"]
         )
     )
+
+
+def refuse_launchers() -> None:
+    """Refuse to run once per process of a group that torchrun started.
+
+    Raises:
+        UsageError: This process is one of several.
+    """
+    size = os.environ.get("WORLD_SIZE", "1")
+    if "TORCHELASTIC_RUN_ID" in os.environ and size != "1":
+        raise UsageError(
+            f"started-by-torchrun: this is rank {os.environ.get('RANK', '?')} of {size} processes",
+            expected="one process, which starts the ranks itself",
+            because="ranks on several machines are not supported in this version",
+            fix=f"equivcheck run ... --world-size {size}",
+        )
 
 
 def refuse_targets(targets: list[str]) -> None:

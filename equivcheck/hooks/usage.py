@@ -29,7 +29,7 @@ class Usage(Hooks):
         prefetches: Whether the loop fetches ahead of what it uses; None where that is to be found out.
         in_order: The full-batch run uses its batches in the order in which it fetched them.
         boundaries: Micro-batches used up at each step, where another run of this loop has shown them.
-        by_sample: The loop takes single samples.
+        by_sample: Whether the loop has taken single samples, so that its micro-batches are not known.
         on_use: Called with the samples of a micro-batch that a forward begins to use.
         used_last: The micro-batch that a forward used last; -1 where that is unknown.
     """
@@ -39,7 +39,7 @@ class Usage(Hooks):
         self.prefetches: bool | None = None
         self.in_order = False
         self.boundaries: list[list[int]] = []
-        self.by_sample = False
+        self.by_sample: Callable[[], bool] = lambda: False
         self.on_use: Callable[[list[Key]], None] = lambda _: None
         self.used_last = -1
         self._served: dict[int, tuple[StorageWeakRef, int]] = {}
@@ -98,6 +98,13 @@ class Usage(Hooks):
             ]
         return self.recording.fetched[self.used_last]
 
+    def forget(self) -> None:
+        """Forget what was handed out so far: it was copied, and comes again from the copy."""
+        if not self.recording.backwards:
+            self.recording.fetched.clear()
+            self.recording.timeline = [e for e in self.recording.timeline if e.kind != "fetch"]
+            self._consumed.clear()
+
     def take(self, key: str) -> list[int]:
         """Return the micro-batches that an optimizer used up since its previous step.
 
@@ -109,7 +116,7 @@ class Usage(Hooks):
         if self.boundaries:
             return self.boundaries[index] if index < len(self.boundaries) else []
         used = list(dict.fromkeys(self.recording.uses[self._uses_taken.get(key, 0) :]))
-        if self.prefetches is not False and not self.recording.uses and not self.by_sample:
+        if self.prefetches is not False and not self.recording.uses and not self.by_sample():
             # Nothing is known of the use: the loop copies what it is given. If more was handed out than backwards
             # were made, they pair up in order.
             count = self.recorder.backwards - self.recorder.steps.first_backward(key)

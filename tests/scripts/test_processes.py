@@ -72,7 +72,8 @@ def test_a_script_ends_as_it_would_alone(watched, ending, code, how):
 def test_a_killed_process_leaves_what_it_had_written(watched):
     _, (recording, facts) = watched(LOOP + "import signal; os.kill(os.getpid(), signal.SIGKILL)")
 
-    assert (facts.ended, len(recording.steps)) == ("running", 3)
+    assert facts.ended == "running"
+    assert 1 <= len(recording.steps) <= 3
 
 
 @pytest.mark.slow

@@ -1,0 +1,60 @@
+"""Each framework's trainer is equivalent, or divergent with its cause; missing frameworks are named."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from equivcheck.case import Case
+from equivcheck.decide import run_case
+from equivcheck.subject import load_subject
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from fixtures import frameworks
+
+pytestmark = pytest.mark.filterwarnings("default")  # a framework's warnings are its own
+
+
+def marked(paths: list[Path]) -> list[object]:
+    """Return the trainers as parameters, each with its environment as a marker."""
+    return [
+        pytest.param(path, id=path.stem, marks=getattr(pytest.mark, str(frameworks.family(path))))
+        for path in paths
+    ]
+
+
+def run(path: Path) -> dict[str, object]:
+    reason = frameworks.missing(path)
+    if reason is not None:
+        pytest.skip(reason)
+    return run_case(load_subject(str(path)), Case(str(path), accumulation_steps=4))
+
+
+@pytest.mark.parametrize("path", marked(frameworks.trainers()))
+def test_a_correct_trainer_is_equivalent(path: Path) -> None:
+    """The framework gives the full batch's update, and a small fault would have been seen."""
+    case = run(path)
+
+    assert case["verdict"] == "equivalent", case["headline"]
+    # A framework that asserts float32 is judged as written: then a fault of a thousandth is what can be seen.
+    assert case["detection_power"] < (1e-6 if case.get("judged") != "native" else 1e-3), case[
+        "notes"
+    ]
+
+
+@pytest.mark.parametrize("path", marked(frameworks.mutants()))
+def test_a_faulty_twin_shows_its_cause(path: Path) -> None:
+    """The fault that its name says is proved, and no other."""
+    case = run(path)
+
+    assert case["verdict"] == "divergent", case["headline"]
+    assert [(c["code"], c["status"]) for c in case["causes"]] == [(path.stem[:5].upper(), "proved")]
+
+
+def test_every_trainer_has_an_environment() -> None:
+    """The three families that the engine records are covered; JAX and Keras are measured by scripts of their own."""
+    covered = {frameworks.family(path) for path in frameworks.trainers()}
+    assert covered == {"transformers", "lightning", "deepspeed"}
