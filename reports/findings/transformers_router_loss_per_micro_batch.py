@@ -10,10 +10,21 @@ float64, no dropout, the gradient of the router taken before the step.
 import tempfile
 
 import torch
-from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    MixtralConfig,
+    MixtralForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+SIZES |= {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+}
 ROWS = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(0)).repeat(4, 1)
 TABLE = [{"input_ids": row, "labels": row} for row in ROWS]
 
@@ -22,12 +33,16 @@ class Gradient(TrainerCallback):
     """Keeps the routers' gradient that the step is about to use."""
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.flat = torch.cat([p.grad.flatten() for n, p in model.named_parameters() if "gate.weight" in n])
+        self.flat = torch.cat(
+            [p.grad.flatten() for n, p in model.named_parameters() if "gate.weight" in n]
+        )
 
 
 def gradient(coefficient, accumulation_steps):
     torch.manual_seed(0)
-    config = MixtralConfig(**SIZES, output_router_logits=coefficient > 0, router_aux_loss_coef=coefficient)
+    config = MixtralConfig(
+        **SIZES, output_router_logits=coefficient > 0, router_aux_loss_coef=coefficient
+    )
     config._experts_implementation = "eager"
     model = MixtralForCausalLM(config).double()
     keeper = Gradient()
@@ -50,9 +65,13 @@ def gradient(coefficient, accumulation_steps):
 
 if __name__ == "__main__":
     plain = {k: gradient(0.0, k) for k in (1, 2, 4)}
-    print(f"without it, |K=4 - K=1| / |K=1|: {float((plain[4] - plain[1]).norm() / plain[1].norm()):.1e}")
+    print(
+        f"without it, |K=4 - K=1| / |K=1|: {float((plain[4] - plain[1]).norm() / plain[1].norm()):.1e}"
+    )
     for coefficient in (0.001, 0.02, 1.0):
         share = {k: gradient(coefficient, k) - plain[k] for k in (1, 2, 4)}
         for k in (2, 4):
             ratio = float(share[k] @ share[1] / (share[1] @ share[1]))
-            print(f"coefficient {coefficient}: the balancing loss counts {ratio:.6f} times at K = {k}")
+            print(
+                f"coefficient {coefficient}: the balancing loss counts {ratio:.6f} times at K = {k}"
+            )
