@@ -23,7 +23,7 @@ class Event:
 
     Attributes:
         kind: fetch, backward, repeat (a closure evaluated again), zero_grad, cleared, edited,
-            unscale, clip, step, skipped, scheduler, scaler.
+            rescaled, unscale, clip, step, skipped, scheduler, scaler.
         backwards: Root backwards that had run before it.
         fetches: Micro-batches that had been handed out before it.
         detail: Scalars that belong to it.

@@ -6,12 +6,18 @@ Nothing differs between the two runs, so they are found by putting one thing rig
 
 from __future__ import annotations
 
+from typing import Final
+
 from equivcheck.errors import EquivcheckError
 from equivcheck.experiment import Experiment
 from equivcheck.interventions import Fresh, Intervention, UnscaleFirst
 from equivcheck.noise import SAFETY
+from equivcheck.recording import Recording
 from equivcheck.verdict import judge, overall
 from equivcheck.view import Suspicion
+
+# A factor between two gradients: float32 leaves 1e-7 of it at the most, another operation than a product far more.
+PURE: Final = 1e-6
 
 
 def shared_faults(experiment: Experiment) -> list[Suspicion]:
@@ -25,7 +31,19 @@ def shared_faults(experiment: Experiment) -> list[Suspicion]:
         for event in reference.timeline
     ):
         found += _altered(experiment, "EQ405", UnscaleFirst())
+    elif (scale := _late_scale(reference)) != 1.0:
+        found += _altered(experiment, "EQ405", UnscaleFirst(scale))
     return found
+
+
+def _late_scale(reference: Recording) -> float:
+    """Return the loss scale that the loop gives by hand and takes out again after a clip; 1 if there is none."""
+    for event in reference.timeline:
+        if event.kind == "rescaled" and event.backwards and event.detail["rest"] < PURE:
+            carried = reference.backwards[event.backwards - 1].root_scalar
+            if abs(event.detail["scale"] * carried - 1.0) < PURE:
+                return carried
+    return 1.0
 
 
 def _objective(experiment: Experiment) -> list[Suspicion]:

@@ -74,7 +74,8 @@ The parameters do not move, the samples are consumed.""",
         mathematics="""\
 S G is clipped to max_norm, then divided: the norm is at most max_norm / S
 The full batch run does the same, so the two can agree: the fault is shared.""",
-        detected="a clip in the timeline while the gradients still carry a loss scale other than 1",
+        detected="a clip in the timeline while the gradients still carry a loss scale other than 1, "
+        "or gradients divided after it by what the loop multiplied its loss with",
         proved="with the clip deferred behind the unscale the reference run changes",
         fix="scaler.unscale_(optimizer) before clip_grad_norm_",
         seen_in_the_wild=("Lightning-AI/pytorch-lightning#4441",),

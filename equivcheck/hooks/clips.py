@@ -25,12 +25,14 @@ class Clips(Hooks):
     Attributes:
         snapshots: By id of a parameter, its gradient before the last clip and the factor that unscales it.
         unscale_first: A clip is to see gradients without the loss scale.
+        hand_scale: The loss scale that the loop itself gives, where no scaler does.
     """
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__(recorder)
         self.snapshots: dict[int, tuple[torch.Tensor, float]] = {}
         self.unscale_first = False
+        self.hand_scale = 1.0
 
     def install(self, stack: ExitStack) -> None:
         norm = self._clip_norm(clip_grad._clip_grads_with_norm_)
@@ -81,7 +83,9 @@ class Clips(Hooks):
             with self._unscaled(parameters) as pending:
                 if pending != 1.0:
                     total_norm = total_norm / pending
-                return original(parameters, max_norm, total_norm, *args, **kwargs)
+                result = original(parameters, max_norm, total_norm, *args, **kwargs)
+            self.recorder.edits.after_clip()
+            return result
 
         return clip
 
@@ -116,14 +120,16 @@ class Clips(Hooks):
                 return None
             self._snapshot(parameters)
             with self._unscaled(parameters):
-                return original(parameters, clip_value, *args, **kwargs)
+                result = original(parameters, clip_value, *args, **kwargs)
+            self.recorder.edits.after_clip()
+            return result
 
         return clip
 
     @contextmanager
     def _unscaled(self, parameters: Any) -> Iterator[float]:
         """Let a clip see gradients without the loss scale, if an intervention asks for it."""
-        pending = self.recorder.scaling.pending() if self.unscale_first else 1.0
+        pending = self.recorder.scaling.pending() * self.hand_scale if self.unscale_first else 1.0
         gradients = (
             [] if pending == 1.0 else [p.grad for p in each_of(parameters) if p.grad is not None]
         )

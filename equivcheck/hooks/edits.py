@@ -31,17 +31,33 @@ class Edits(Hooks):
         super().__init__(recorder)
         self.stepped = False
         self._probe: list[torch.Tensor] | None = None
+        self._clip_probe: list[torch.Tensor] | None = None
         self._had_gradients = False
         self._weights_probe: list[torch.Tensor] | None = None
 
     def forget(self) -> None:
         """Expect other gradients: a call is about to change them, or has."""
-        self._probe = None
+        self._probe = self._clip_probe = None
 
     def zeroed(self) -> None:
         """Expect no gradients."""
         self._had_gradients = False
-        self._probe = None
+        self._probe = self._clip_probe = None
+
+    def after_clip(self) -> None:
+        """Remember gradients as a clip left them."""
+        with quiet():
+            self._clip_probe = self._gradient_probe()
+
+    def before_step(self) -> None:
+        """Notice that gradients were multiplied since the last clip: by hand, since calls are known."""
+        with quiet():
+            now = self._gradient_probe()
+            if self._clip_probe is not None and len(now) == len(self._clip_probe):
+                scale, rest = _ratio(self._clip_probe, now)
+                if scale != 1.0:
+                    self.recorder.note("rescaled", scale=scale, rest=rest)
+            self._clip_probe = None
 
     def after_step(self) -> None:
         """Expect other parameters."""
@@ -59,6 +75,7 @@ class Edits(Hooks):
                     self.recorder.note("cleared")
                 elif now and len(now) == len(self._probe):
                     self._note_edit(self._probe, now)
+            self._clip_probe = None
             weights = self._parameter_probe()
             if self._weights_probe is not None and not _same(weights, self._weights_probe):
                 self.recorder.note("parameters_changed")
@@ -66,13 +83,10 @@ class Edits(Hooks):
     def _note_edit(self, before: list[torch.Tensor], now: list[torch.Tensor]) -> None:
         if _same(before, now):
             return
-        old, new = torch.cat(before).double(), torch.cat(now).double()
-        if not bool(new.any()):
+        if not any(bool(each.any()) for each in now):
             self.recorder.note("cleared")
             return
-        size = float(old @ old)
-        scale = float(old @ new) / size if size else 0.0
-        rest = float((new - scale * old).norm()) / (float(new.norm()) or 1.0)
+        scale, rest = _ratio(before, now)
         self.recorder.note("edited", scale=scale, rest=rest)
 
     def after_backward(self) -> None:
@@ -95,6 +109,16 @@ class Edits(Hooks):
     def _parameter_probe(self) -> list[torch.Tensor]:
         holders = self.recorder.gradient_holders()[:PROBE_TENSORS]
         return [plain(p.detach()).flatten()[:PROBE_ELEMENTS].clone() for p in holders]
+
+
+def _ratio(before: list[torch.Tensor], now: list[torch.Tensor]) -> tuple[float, float]:
+    """Return the factor between two probes, and the share of the second that it does not give."""
+    if not before or _same(before, now):
+        return 1.0, 0.0
+    old, new = torch.cat(before).double(), torch.cat(now).double()
+    size = float(old @ old)
+    scale = float(old @ new) / size if size else 0.0
+    return scale, float((new - scale * old).norm()) / (float(new.norm()) or 1.0)
 
 
 def _same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:

@@ -28,18 +28,25 @@ def scalar_of(outputs: list[Any]) -> float:
     node = (
         outputs[0].grad_fn if len(outputs) == 1 and isinstance(outputs[0], torch.Tensor) else None
     )
-    if type(node).__name__ != "MulBackward0":
-        return 1.0
+    # A division by one, as by accumulation_steps in the full batch, is no factor.
+    while type(node).__name__ == "DivBackward0" and _other_of(node) == 1.0:
+        node = node.next_functions[0][0]  # type: ignore[union-attr]
+    factor = _other_of(node) if type(node).__name__ == "MulBackward0" else None
+    return 1.0 if factor is None else factor
+
+
+def _other_of(node: Any) -> float | None:
+    """Return the number that a product or quotient was made with; None where it is none."""
     try:
         other = getattr(node, "_saved_other", None)
     except RuntimeError:  # The graph was freed: a second backward through it.
-        return 1.0
+        return None
     # Outside of any mode: torch hands a number that was wrapped as a tensor to modes as a number again.
     with quiet():
         return (
             float(other)
             if other is not None and other.numel() == 1 and not other.requires_grad
-            else 1.0
+            else None
         )
 
 

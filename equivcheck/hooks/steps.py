@@ -112,6 +112,7 @@ class Steps(Hooks):
             or self._is_inner(optimizer)
         ):
             return None
+        self.recorder.edits.before_step()
         for each in self.recorder.interventions:
             each.before_step(self.recorder, optimizer)
         step = self._open_step(optimizer)

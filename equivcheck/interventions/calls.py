@@ -142,11 +142,19 @@ def _optimizers(recorder: Recorder) -> list[Any]:
 
 
 class UnscaleFirst(Intervention):
-    """Remove the loss scale from the gradients before a clip sees them."""
+    """Remove the loss scale from the gradients before a clip sees them.
+
+    Args:
+        by: What the loop itself multiplies its loss with, where no scaler does.
+    """
 
     name = "unscale before the clip"
+
+    def __init__(self, by: float = 1.0) -> None:
+        self._by = by
 
     @contextmanager
     def installed(self, recorder: Recorder) -> Iterator[None]:
         recorder.clips.unscale_first = True
+        recorder.clips.hand_scale = self._by
         yield

@@ -13,6 +13,7 @@ CALLS = {
     "zero_grad": "zero_grad",
     "cleared": "gradients cleared",
     "edited": "gradients changed",
+    "rescaled": "gradients multiplied",
     "unscale": "unscale",
     "clip": "clip",
     "step": "step",
