@@ -28,8 +28,8 @@ RIGHT := plain_mean clipped scheduled tail token_weighted amp_bf16 logged
 WRONG := eq101_missing_division_plain eq103_mean_of_means_tokens eq201_batch_norm_1d \
 	eq301_zero_grad_in_cycle eq306_clip_by_norm eq307_scheduler_per_micro_batch
 
-.PHONY: run test search lint bench calibrate detection traffic coverage claims examples examples-check readme envs \
-	test-frameworks conformance conformance-heads
+.PHONY: run test search lint bench calibrate properties detection traffic coverage claims examples examples-check \
+	readme envs test-frameworks conformance conformance-heads
 
 run: $(STAMP)
 	@$(BIN)/equivcheck run $(RIGHT:%=fixtures/trainers/%.py) --json reports/latest/trainers.json \
@@ -59,6 +59,10 @@ search: $(STAMP)
 	nice -n 10 $(BIN)/python -W ignore tests/bench/generated.py correct --count 100 --pieces 105 \
 		--out reports/latest/generated.jsonl
 	$(BIN)/python tests/bench/generated.py table reports/latest/generated.jsonl
+
+properties: $(STAMP)
+	$(BIN)/python -m pytest tests/detection/test_properties.py tests/plugin -m "slow or not slow" \
+		--hypothesis-profile=thorough --timeout=3600
 
 detection: $(STAMP)
 	$(BIN)/python -m pytest tests/detection -m "slow or not slow"

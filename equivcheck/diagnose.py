@@ -17,7 +17,7 @@ from equivcheck.detectors import suspect
 from equivcheck.detectors.logging import explained
 from equivcheck.errors import EquivcheckError
 from equivcheck.experiment import Experiment, Interventions
-from equivcheck.verdict import Judgement, overall
+from equivcheck.verdict import Finding, Judgement, overall
 from equivcheck.view import Suspicion, View
 
 LARGEST_SET: Final = 3
@@ -160,18 +160,21 @@ class Search:
                     {
                         "codes": sorted(node.codes),
                         "put_right": [each.name for each in node.interventions],
-                        "within_noise": judgement is not None and judgement.same,
+                        "within_noise": self._resolved(judgement, ()),
                         "relative": self._remaining(node, judgement),
                     }
                 )
         return self._tried[key]
 
-    def _remaining(self, node: Node, judgement: Judgement | None) -> float | None:
-        """Return what is left: of a run within noise, the noise itself."""
+    def _remaining(
+        self, node: Node, judgement: Judgement | None, specials: Sequence[Suspicion] = ()
+    ) -> float | None:
+        """Return what is left and has no other explanation: of a run within noise, the noise itself."""
         if judgement is None:
             return None
-        if not judgement.same:
-            return _size(judgement)
+        left = self._left(judgement, specials)
+        if left:
+            return _largest(left)
         steps = self._experiment.candidate(node.interventions).steps
         return max(
             (overall(step.gradients).relative for step in steps if step.matched is not None),
@@ -179,14 +182,23 @@ class Search:
         )
 
     def _resolved(self, judgement: Judgement | None, specials: Sequence[Suspicion]) -> bool:
-        if judgement is None:
-            return False
-        left = set(judgement.kinds())
-        for each in specials:
-            left -= each.explains
-        if left == {"logged"} and self._log_is_explained():
+        return judgement is not None and not self._left(judgement, specials)
+
+    def _left(self, judgement: Judgement, specials: Sequence[Suspicion]) -> list[Finding]:
+        """Return the findings that nothing explains: no other cause, nor wrong weights that are in the log as well."""
+        aside = {kind for each in specials for kind in each.explains}
+        left = [each for each in judgement.findings if each.kind not in aside]
+        if {each.kind for each in left} == {"logged"} and self._log_is_explained():
             left.clear()
-        return not left
+        return left
+
+    def _before(self, judgement: Judgement, specials: Sequence[Suspicion]) -> float:
+        """Return the difference, as written, in the kinds that interventions are to put right."""
+        aside = {kind for each in specials for kind in each.explains}
+        own = [each for each in judgement.findings if each.kind not in aside]
+        if "logged" in judgement.kinds() and self._log_is_explained():
+            own = [each for each in own if each.kind != "logged"]
+        return _largest(own or judgement.findings)
 
     def _minimal(self, node: Node, specials: Sequence[Suspicion]) -> bool:
         """Return whether leaving out any one part leaves a divergence."""
@@ -198,19 +210,20 @@ class Search:
 
     def _report(self, node: Node, specials: list[Suspicion]) -> None:
         ordered: list[tuple[float, str, dict[str, Any]]] = []
-        before = self._judge(Node())
+        before, after = self._judge(Node()), self._judge(node)
         for index, (suspicion, variant) in enumerate(node.parts):
             rest = self._judge(node.without(index))
             size = _size(rest) if rest is not None else 0.0
-            after = self._judge(node)
-            evidence = {
-                **suspicion.evidence,
-                "intervention": {
-                    "put_right": [each.name for each in variant],
-                    "relative_before": _size(before) if before is not None else None,
-                    "relative_after": self._remaining(node, after),
-                },
+            done: dict[str, Any] = {
+                "put_right": [each.name for each in variant],
+                "relative_before": self._before(before, specials) if before is not None else None,
+                "relative_after": self._remaining(node, after, specials),
             }
+            log = after.first("logged") if after is not None else None
+            # What the loop logs is its own arithmetic, which no intervention touches.
+            if log is not None and not any("logged" in each.explains for each in specials):
+                done["logged_after"] = log.relative
+            evidence = {**suspicion.evidence, "intervention": done}
             ordered.append((size, suspicion.code, cause(suspicion, "proved", evidence)))
         for suspicion in specials:
             own = [
@@ -261,7 +274,11 @@ class Search:
 
 def _size(judgement: Judgement) -> float:
     """Return one number for how much is left: the largest relative difference."""
-    return max((min(each.relative, 1e30) for each in judgement.findings), default=0.0)
+    return _largest(judgement.findings)
+
+
+def _largest(findings: Sequence[Finding]) -> float:
+    return max((min(each.relative, 1e30) for each in findings), default=0.0)
 
 
 def cause(suspicion: Suspicion, status: str, evidence: dict[str, Any]) -> dict[str, Any]:

@@ -33,6 +33,9 @@ from equivcheck.subject import (
 
 PREFIX = "suite:"
 ALL = "all"
+"""Every suite with a row that runs in one process."""
+RANKS = "ranks"
+"""The others: each of their cases starts processes that import torch, seconds against a fraction of one."""
 FULL = "full"
 """As many micro-batches as a full batch has rows: one sample each."""
 
@@ -224,13 +227,14 @@ def expanded(target: str) -> list[str]:
     if target.startswith(PREFIX):
         names = sorted(path.stem for path in _suite_files(bundled("suites")))
         name = target.removeprefix(PREFIX)
-        if name == ALL:
-            return [PREFIX + each for each in names]
+        if name in (ALL, RANKS):
+            targets = [PREFIX + each for each in names]
+            return [each for each in targets if _of_ranks(each) == (name == RANKS)]
         if name not in names:
-            close = difflib.get_close_matches(name, [*names, ALL], n=1)
+            close = difflib.get_close_matches(name, [*names, ALL, RANKS], n=1)
             raise TargetError(
                 f"no-suite: there is no suite {name!r}",
-                expected="one of " + ", ".join([ALL, *names]),
+                expected="one of " + ", ".join([ALL, RANKS, *names]),
                 fix=f"{PREFIX}{close[0]}" if close else None,
             )
         return [target]
@@ -244,6 +248,11 @@ def expanded(target: str) -> list[str]:
             expected="Python files; those that begin with _ or test_, and conftest.py, do not count",
         )
     return found
+
+
+def _of_ranks(target: str) -> bool:
+    """Return whether every row of a suite starts several ranks."""
+    return all(min(row.world_sizes) > 1 for row in read_suite(target).workloads.values())
 
 
 def is_suite(target: object) -> bool:

@@ -30,8 +30,11 @@ WORKLOADS = [
     ),
     row("value", equivalent(ONCE), train=part(CLIPPING, how="value")),
     row("per_parameter", equivalent(ONCE), train=part(CLIPPING, how="parameter")),
-    # An adaptive clip that acts is left out: a clip by hand, between the backward and the step, is not told from a loss
-    # of precision in the native runs.
+    row(
+        "adaptive",
+        equivalent("a function of the accumulated gradient: Brock et al., arXiv 2102.06171"),
+        train=part(CLIPPING, how="adaptive"),
+    ),
     row(
         "adaptive_inactive",
         equivalent("Brock et al., arXiv 2102.06171"),

@@ -20,6 +20,10 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 # Deadlines are the classic flake of tests with torch (PyTorch pull requests 26663 and 42871);
 # derandomized, a failure is the same for everyone.
 settings.register_profile("equivcheck", deadline=None, derandomize=True, database=None)
+# More of them, and others every time: for a night, not for every commit.
+settings.register_profile(
+    "thorough", settings.get_profile("equivcheck"), max_examples=2000, derandomize=False
+)
 settings.load_profile("equivcheck")
 
 

@@ -193,6 +193,9 @@ def evidence(case: Mapping[str, Any], cause: Mapping[str, Any]) -> list[str]:
         what = " + ".join(dict.fromkeys(str(each) for each in done.get("put_right") or ()))
         before, after = (number(done.get(f"relative_{when}")) for when in ("before", "after"))
         lines.append(f"put right ({what}): {before} -> {after}, within noise")
+        if done.get("logged_after") is not None:
+            log = number(done["logged_after"])
+            lines.append(f"the logged losses have the same fault: {log} is left in them")
     lines += arguments(case, cause)
     plain = facts(cause)
     if plain:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 
-CLOSURES = """
+import pytest
+
+BOTH = """
 import pytest
 import train_step as step
 
@@ -19,6 +21,8 @@ def test_bad(equivcheck, k):
         step.train(model, loader, accumulation_steps, divide=False)
 
     equivcheck(step, train=train, accumulation_steps=k)
+"""
+CLOSURES = f"""{BOTH}
 
 
 def test_file(equivcheck):
@@ -63,9 +67,76 @@ def test_alone_and_on_two_workers_the_outcome_is_the_same(real, pytester):
     assert found_in(pytester.path / "a.json") == found_in(pytester.path / "b.json")
 
 
+@pytest.mark.slow
+def test_shuffled_and_under_a_time_limit(real):
+    """pytest-randomly reseeds and reorders, pytest-timeout sets an alarm of its own: neither changes an outcome."""
+    for arguments in (("-p", "randomly", "--randomly-seed=3"), ("--timeout=120",)):
+        real(CLOSURES, *arguments).assert_outcomes(passed=4, failed=2)
+
+
+@pytest.mark.slow
 def test_without_a_terminal(real, pytester):
-    """Reports are written all the same."""
+    """Reports are written all the same, and a workflow's annotations are printed."""
     found = real(CLOSURES, "-p", "no:terminal", "--equivcheck-json=r.json")
 
     assert found.ret == 1
     assert len(found_in(pytester.path / "r.json")) == 6
+
+
+@pytest.mark.slow
+def test_in_a_workflow_each_cause_is_annotated_once(real, pytester, monkeypatch):
+    """At the loop, however many parametrized tests it fails; and the step summary has a row for every case."""
+    summary = pytester.path / "summary.md"
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    for arguments in ((), ("-p", "no:terminal")):
+        found = real(BOTH, *arguments)
+        told = [line for line in found.stdout.lines if line.startswith("::error")]
+
+        assert len(told) == 1
+        assert told[0].startswith("::error file=test_step.py,line=11,title=EQ101 missing-division")
+    text = summary.read_text(encoding="utf-8")
+    # Underscores would be emphasis in Markdown.
+    assert text.count(r"test\_good") == 2
+    assert text.count(r"test\_bad") == 4
+
+
+@pytest.mark.parametrize(
+    "arguments", [("-p", "no:equivcheck"), pytest.param((), marks=pytest.mark.slow)], ids=str
+)
+def test_a_plain_check_needs_no_plugin(real, arguments):
+    """Inside @given, where a fixture would be refused; and with the plugin switched off."""
+    source = """
+    from hypothesis import given, settings
+    import equivcheck
+    import train_step as step
+    from equivcheck import strategies
+
+    @settings(max_examples=3, deadline=None, derandomize=True)
+    @given(strategies.batches("values", min_rows=4, max_rows=4, tails=False))
+    def test_any_batch(batches):
+        equivcheck.check(step, batches=batches, accumulation_steps=2)
+    """
+    real(source, *arguments).assert_outcomes(passed=1)
+
+
+def test_closures_run_on_several_processes(real):
+    """Functions of a test travel to the ranks; the fixture passes the numbers on."""
+    source = """
+    from torch import nn
+    import train_step as step
+
+    def train(model, loader, accumulation_steps, world_size):
+        model = nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
+        step.train(model, loader, accumulation_steps)
+
+    def test_it(equivcheck):
+        def local(model, loader, accumulation_steps, world_size):
+            train(model, loader, accumulation_steps, world_size)
+
+        found = equivcheck(
+            step, train=local, accumulation_steps=2, world_size=[1, 2], strategy="ddp"
+        )
+        assert [case["world_size"] for case in found.cases] == [1, 2]
+    """
+    real(source, "--equivcheck-max-ranks=2").assert_outcomes(passed=1)
