@@ -12,25 +12,24 @@ import signal
 import sys
 import threading
 import time
-import types
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import connection as connections
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerContext
 from typing import TYPE_CHECKING, Any, Final
 
 from equivcheck.api import Job, finished, job_of, outcomes
 from equivcheck.errors import EquivcheckError, UsageError
+from equivcheck.ranks import server
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
 
 # What a case's own deadline cannot end, because it never comes back to Python, is ended from outside so much later.
 GRACE: Final = 10.0
-_PRELOAD: Final = ["torch", "torch._dynamo", "equivcheck.decide", "equivcheck.ranks.preload"]
+_PRELOAD: Final = ("torch", "torch._dynamo", "equivcheck.decide", *server.PRELOAD)
 _PARTS: Final = ("where", "expected", "because", "fix")
 
 
@@ -101,31 +100,12 @@ def one_thread() -> Iterator[None]:
 # ---- the parent's side -------------------------------------------------------------------------
 
 
-def _context() -> ForkServerContext:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
-    return context
-
-
 def _started(timeout: float | None) -> _Worker:
     ours, theirs = multiprocessing.Pipe()
     # No daemon: a worker may start ranks of its own.
-    process = _context().Process(target=_work, args=(theirs, timeout), daemon=False)
-    with _without_main():
-        process.start()
+    process = server.start(_work, theirs, timeout, preload=_PRELOAD, daemon=False)
     theirs.close()
     return _Worker(process, ours)
-
-
-@contextmanager
-def _without_main() -> Iterator[None]:
-    """Keep multiprocessing from executing the caller's script again in every worker."""
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
 
 
 def _hand_over(worker: _Worker, waiting: deque[Job], begun: Callable[[Job], None]) -> None:

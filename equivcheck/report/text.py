@@ -78,7 +78,13 @@ def summary(result: Mapping[str, Any]) -> str:
     told = f"{total} in {sum(case.get('seconds') or 0 for case in cases):.1f} s"
     if result.get("interrupted"):
         told = f"interrupted: {told}"
-    powers = [c["detection_power"] for c in cases if c.get("detection_power") is not None]
+    # A case that theory wants undecided has seen nothing, so its power says nothing of the run.
+    powers = [
+        c["detection_power"]
+        for c in cases
+        if c.get("detection_power") is not None
+        and (c.get("theory") or {}).get("found") not in ("inconclusive", "invalid", "error")
+    ]
     if powers and not any(map(words.failed, cases)):
         told += f"; a relative fault of {words.number(max(powers))} would have been seen"
     return textwrap.fill(told, WIDTH)

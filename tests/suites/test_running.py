@@ -16,7 +16,7 @@ from equivcheck import result as results
 from equivcheck.api import plan
 from equivcheck.config import OPTIONS
 from equivcheck.errors import UsageError
-from equivcheck.report import matrix
+from equivcheck.report import matrix, text
 from equivcheck.suite import bundled, expanded, read_suite
 
 FIXTURES = bundled("fixtures")
@@ -140,6 +140,24 @@ def test_what_ends_a_worker_costs_its_own_case(suite, what, told):
     assert told in ran.stdout
 
 
+def test_a_file_of_the_user_named_like_a_module_does_not_reach_the_workers(tmp_path):
+    """Workers start outside the user's folder, so a random.py there is imported by nobody but the user."""
+    (tmp_path / "random.py").write_text("raise SystemExit('imported')\n")
+    subject = FIXTURES / "trainers" / "plain_mean.py"
+
+    # As the installed command does: the current folder is not on the path of the command itself.
+    command = "import sys; del sys.path[0]; from equivcheck.cli import main; sys.exit(main())"
+    done = subprocess.run(
+        [sys.executable, "-c", command, "run", str(subject), "-j", "2"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert (0, False) == (done.returncode, "imported" in done.stdout + done.stderr)
+
+
 def test_a_killed_run_is_resumed(suite):
     """No case is lost and none is run twice."""
     run = [sys.executable, "-m", "equivcheck", "run", "mine.py", "--json", "r.json", "-j", "2"]
@@ -191,6 +209,20 @@ def test_there_are_five_hundred_cases():
     assert all(job.theory["source"] for job in jobs)
     assert {job.case.world_size for job in jobs} == {1}
     assert "suite:ddp" in expanded("suite:ranks")
+
+
+def test_a_case_that_is_to_stay_undecided_says_nothing_of_the_detection_power():
+    """The power of a run is that of its decided cases."""
+    decided = {"verdict": "equivalent", "detection_power": 1e-13}
+    open_case = {
+        "verdict": "expected",
+        "detection_power": 130.0,
+        "theory": {"verdict": "inconclusive", "found": "inconclusive", "met": True},
+    }
+
+    told = " ".join(text.summary({"cases": [decided, open_case]}).split())
+
+    assert "a relative fault of 1.0e-13 would have been seen" in told
 
 
 def test_the_matrix_fits_a_terminal():
