@@ -78,6 +78,7 @@ class Sampler(Observer):
     def __init__(self) -> None:
         self._chosen: dict[str, torch.Tensor | None] = {}
         self._places: dict[str, tuple[torch.Tensor, torch.Tensor, int]] = {}
+        self._arrived: list[dict[str, torch.Tensor]] = []
 
     def sample(self, recorder: Recorder, step: Step, gradients: Gradients) -> None:
         """Keep the sampled coordinates of each gradient, float64."""
@@ -112,6 +113,31 @@ class Sampler(Observer):
         chosen = self._chosen.get(name)
         flat = dense(tensor.detach()).flatten()
         return (flat if chosen is None else flat[chosen]).to(torch.float64, copy=True)
+
+    @contextmanager
+    def arriving(self, recorder: Recorder) -> Iterator[None]:
+        """Add to `_arrived`, after one root backward, the sampled coordinates of what it gave each parameter."""
+        arrived: dict[str, torch.Tensor] = {}
+        if not self._chosen:
+            self._chosen = coordinates(recorder.sizes())
+
+        def note(name: str) -> Callable[[torch.Tensor], None]:
+            def hook(gradient: torch.Tensor) -> None:
+                arrived[name] = self.take(name, gradient)
+
+            return hook
+
+        handles = [
+            p.register_hook(note(name))  # type: ignore[no-untyped-call]
+            for name, p in recorder.leaves().items()
+            if p.requires_grad
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._arrived.append(arrived)
 
 
 class Keeper(Sampler):
@@ -215,7 +241,6 @@ class Comparer(Sampler):
         self._collected: dict[str, set[Any]] = {}
         self._gradients: Gradients = {}
         self._wanted: Gradients = {}
-        self._arrived: list[dict[str, torch.Tensor]] = []
         self._contributed: list[dict[str, torch.Tensor]] = []
         self._left: dict[str, torch.Tensor | None] = {}
         self._share: frozenset[int] | None = None
@@ -378,27 +403,8 @@ class Comparer(Sampler):
         if not self._want_contributions:
             yield
             return
-        arrived: dict[str, torch.Tensor] = {}
-        if not self._chosen:
-            self._chosen = coordinates(recorder.sizes())
-
-        def note(name: str) -> Callable[[torch.Tensor], None]:
-            def hook(gradient: torch.Tensor) -> None:
-                arrived[name] = self.take(name, gradient)
-
-            return hook
-
-        handles = [
-            p.register_hook(note(name))  # type: ignore[no-untyped-call]
-            for name, p in recorder.leaves().items()
-            if p.requires_grad
-        ]
-        try:
+        with self.arriving(recorder):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            self._arrived.append(arrived)
         if self._want_left:
             with torch.no_grad():
                 self._left = {

@@ -112,24 +112,24 @@ def load(
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size < 8:
-                raise _refused(path, f"it has {size} bytes")
+                raise refused(path, f"it has {size} bytes")
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     except OSError as error:
-        raise _refused(path, str(error.strerror)) from None
+        raise refused(path, str(error.strerror)) from None
     if written is not None:
         if size != written["bytes"]:
-            raise _refused(path, f"it has {size} bytes of {written['bytes']}")
+            raise refused(path, f"it has {size} bytes of {written['bytes']}")
         if zlib.crc32(mapped) != written["crc32"]:
-            raise _refused(path, "its checksum is another one")
+            raise refused(path, "its checksum is another one")
     (length,) = struct.unpack("<Q", mapped[:8])
     if length > min(_LONGEST_HEADER, size - 8):
-        raise _refused(path, f"its header has {length} bytes, the file {size}")
+        raise refused(path, f"its header has {length} bytes, the file {size}")
     try:
         header = json.loads(mapped[8 : 8 + length])
     except ValueError:
-        raise _refused(path, "its header is not JSON") from None
+        raise refused(path, "its header is not JSON") from None
     if not isinstance(header, dict):
-        raise _refused(path, "its header is no table")
+        raise refused(path, "its header is no table")
     metadata = header.pop("__metadata__", {})
     start = 8 + length
     return {
@@ -143,18 +143,19 @@ def _tensor(path: Path, mapped: mmap.mmap, start: int, name: str, entry: Any) ->
         shape = [int(each) for each in entry["shape"]]
         begin, end = (int(each) for each in entry["data_offsets"])
     except (KeyError, TypeError, ValueError):
-        raise _refused(path, f"the entry of {name} is not understood") from None
+        raise refused(path, f"the entry of {name} is not understood") from None
     count = math.prod(shape)
     if min(shape, default=0) < 0 or end - begin != count * dtype.itemsize or begin < 0:
-        raise _refused(path, f"the place of {name} does not fit its shape")
+        raise refused(path, f"the place of {name} does not fit its shape")
     if start + end > len(mapped):
-        raise _refused(path, f"{name} lies beyond its end")
+        raise refused(path, f"{name} lies beyond its end")
     if not count:
         return torch.empty(shape, dtype=dtype)
     return torch.frombuffer(mapped, dtype=dtype, count=count, offset=start + begin).view(shape)
 
 
-def _refused(path: Path, why: str) -> UsageError:
+def refused(path: Path, why: str) -> UsageError:
+    """Return the error for a file of a recording that cannot be relied on."""
     return UsageError(
         f"corrupt-recording: {path.name} cannot be read: {why}",
         where=str(path),

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from equivcheck.attach.store import step_name, write_kept
-from equivcheck.noise import coordinates
 from equivcheck.observe import Comparer, Gradients, Keeper, Perturbed, Sampler
 from equivcheck.recording import Recording, Step
 from equivcheck.states import set_state
@@ -152,25 +151,8 @@ class Watcher(Sampler):
 
     @contextmanager
     def contributions(self, recorder: Recorder) -> Iterator[None]:
-        parameters = recorder.parameters()
-        if not self._chosen:
-            self._chosen = coordinates({name: p.numel() for name, p in parameters.items()})
-        arrived: dict[str, torch.Tensor] = {}
-
-        def note(name: str) -> Any:
-            def hook(gradient: torch.Tensor) -> None:
-                arrived[name] = self.take(name, gradient)
-
-            return hook
-
-        handles = [
-            p.register_hook(note(name))  # type: ignore[no-untyped-call]
-            for name, p in parameters.items()
-            if p.requires_grad
-        ]
         try:
-            yield
+            with self.arriving(recorder):
+                yield
         finally:
-            for handle in handles:
-                handle.remove()
-            self._taken.append(arrived)
+            self._taken.append(self._arrived.pop())

@@ -124,9 +124,9 @@ def load(
         text, written = whole["body"], whole["tensors"]
         intact = zlib.crc32(text.encode()) == whole["crc32"]
     except OSError as error:
-        raise _refused(path, str(error.strerror)) from None
+        raise tensorfile.refused(path, str(error.strerror)) from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise _refused(path, "it is not the JSON of a recording") from None
+        raise tensorfile.refused(path, "it is not the JSON of a recording") from None
     if schema != SCHEMA:
         raise UsageError(
             f"recording-schema: {path} has the schema {schema!r}",
@@ -134,7 +134,7 @@ def load(
             fix="record again with this version of equivcheck",
         )
     if not intact:
-        raise _refused(path, "its checksum is another one")
+        raise tensorfile.refused(path, "its checksum is another one")
     tensors, _ = tensorfile.load(folder / "recording.safetensors", written)
     try:
         body = json.loads(text)
@@ -143,7 +143,7 @@ def load(
         if learned:
             adopt_states(learned, body["states"], tensors)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise _refused(path, f"{type(error).__name__}: {error}") from None
+        raise tensorfile.refused(path, f"{type(error).__name__}: {error}") from None
     if finished and not whole["complete"]:
         raise UsageError(
             f"recording-cut-short: {path} ends after optimizer step {len(recording.steps)}",
@@ -169,7 +169,7 @@ def read_kept(folder: Path, name: str) -> Kept:
     try:
         kept = decode(json.loads(metadata["kept"]), tensors)
     except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise _refused(path, f"{type(error).__name__}: {error}") from None
+        raise tensorfile.refused(path, f"{type(error).__name__}: {error}") from None
     assert isinstance(kept, Kept)
     return kept
 
@@ -188,13 +188,3 @@ def with_kept(folder: Path, recording: Recording) -> Recording:
 def step_name(index: int) -> str:
     """Return the name of the file of one optimizer step."""
     return f"step-{index:05d}"
-
-
-def _refused(path: Path, why: str) -> UsageError:
-    return UsageError(
-        f"corrupt-recording: {path.name} cannot be read: {why}",
-        where=str(path),
-        expected="a recording as equivcheck wrote it",
-        because="it was cut short, changed, or is not one of ours",
-        fix="record again",
-    )

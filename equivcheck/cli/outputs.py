@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 import webbrowser
@@ -13,7 +12,7 @@ from typing import Any, TextIO
 from equivcheck import result as results
 from equivcheck.config import Settings
 from equivcheck.errors import UsageError
-from equivcheck.report import github, html, junit, markdown
+from equivcheck.report import github, html, junit
 
 LATEST = Path("reports/latest")
 
@@ -123,16 +122,12 @@ class Outputs:
             self._failures.pop(str(path), None)
 
     def _annotate(self, result: Mapping[str, Any], out: TextIO) -> None:
-        wanted = self._settings["github"]
-        if wanted == "off" or (wanted == "auto" and os.environ.get("GITHUB_ACTIONS") != "true"):
+        if not github.is_wanted(self._settings["github"]):
             return
         stream = sys.stderr if self.json_on_stdout else out  # workflows read commands in both
         for command in github.commands(result):
             print(command, file=stream, flush=True)
-        page = os.environ.get("GITHUB_STEP_SUMMARY")
-        if page:
-            try:
-                with Path(page).open("a", encoding="utf-8") as stream:
-                    stream.write(markdown.render(result))
-            except OSError as error:
-                print(f"note: no step summary: {error.strerror}", file=sys.stderr)
+        try:
+            github.append_summary(result)
+        except OSError as error:
+            print(f"note: no step summary: {error.strerror}", file=sys.stderr)

@@ -20,7 +20,7 @@ from equivcheck import result as results
 from equivcheck.config import Settings, resolve
 from equivcheck.errors import UsageError
 from equivcheck.plugin import facts, slots, words
-from equivcheck.report import github, html, markdown
+from equivcheck.report import github, html
 
 # Cases remembered from earlier sessions, for --equivcheck-replay; some hundred bytes each.
 REMEMBERED = 2000
@@ -211,18 +211,14 @@ class Session:
 
     def _annotate(self, result: Mapping[str, Any]) -> None:
         """Prepare the annotations of a GitHub workflow and write its step summary; tests that passed say nothing."""
-        wanted = self.settings["github"]
-        if wanted == "off" or (wanted == "auto" and os.environ.get("GITHUB_ACTIONS") != "true"):
+        if not github.is_wanted(self.settings["github"]):
             return
         failed = [case for case in result["cases"] if case["outcome"] == "failed"]
         self._commands = github.commands({**result, "cases": _one_per_cause(failed)})
-        page = os.environ.get("GITHUB_STEP_SUMMARY")
-        if page:
-            try:
-                with Path(page).open("a", encoding="utf-8") as stream:
-                    stream.write(markdown.render(result))
-            except OSError as error:
-                self._failures.append(f"no step summary: {error.strerror}")
+        try:
+            github.append_summary(result)
+        except OSError as error:
+            self._failures.append(f"no step summary: {error.strerror}")
 
     def _write(self, name: str, text: str) -> None:
         path = self.config.getoption(f"equivcheck_{name}") or self.settings[name]

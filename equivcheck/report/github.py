@@ -1,13 +1,14 @@
-"""Annotations of a GitHub workflow: one per cause, since only ten of a kind are shown."""
+"""What a GitHub workflow is told: annotations, one per cause, since only ten of a kind are shown; and its summary."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from equivcheck.report import text, words
+from equivcheck.report import markdown, text, words
 
 LIMIT = 10  # per kind and step; GitHub drops the rest without a word
 
@@ -15,6 +16,23 @@ LIMIT = 10  # per kind and step; GitHub drops the rest without a word
 def render(result: Mapping[str, Any]) -> str:
     """Return the workflow commands as text, one a line."""
     return "".join(command + "\n" for command in commands(result))
+
+
+def is_wanted(setting: str) -> bool:
+    """Return whether a workflow is to be told, given the option `github`: auto, on or off."""
+    return setting == "on" or (setting == "auto" and os.environ.get("GITHUB_ACTIONS") == "true")
+
+
+def append_summary(result: Mapping[str, Any]) -> None:
+    """Append the result to the summary of the workflow's step, where there is one.
+
+    Raises:
+        OSError: The file that the workflow names cannot be written.
+    """
+    page = os.environ.get("GITHUB_STEP_SUMMARY")
+    if page:
+        with Path(page).open("a", encoding="utf-8") as stream:
+            stream.write(markdown.render(result))
 
 
 def commands(result: Mapping[str, Any]) -> list[str]:
