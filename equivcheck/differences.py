@@ -152,7 +152,9 @@ def _sums(
         left_out = None
     else:
         # One order of elements for all three.
-        left, right, mask = (each.reshape(-1) for each in (*map(_plain, (reference, candidate)), mask))
+        left, right, mask = (
+            each.reshape(-1) for each in (*map(_plain, (reference, candidate)), mask)
+        )
         left_out = mask.logical_not()
     chunk = _CHUNK if left.device.type == "cpu" else _DEVICE_CHUNK
     total = torch.zeros(3, dtype=torch.float64, device=left.device)
