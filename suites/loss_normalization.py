@@ -24,7 +24,9 @@ ADDS_UP = "sums over the cycle's own count add up to the full batch's mean"
 EQUAL = "equal counts: the mean of means is the mean"
 FIX = "huggingface.co/blog/gradient_accumulation (2024): a mean of means is not the mean"
 COUPLED = "a sample's loss sees the others of its batch: van den Oord et al., arXiv 1807.03748"
-UNWEIGHTED = "no weights of micro-batches give it back, those of a mean no less than others: " + COUPLED
+UNWEIGHTED = (
+    "no weights of micro-batches give it back, those of a mean no less than others: " + COUPLED
+)
 MINED = "negatives are mined in the batch: Schroff et al., arXiv 1503.03832"
 
 SAMPLES = (divergent("EQ103", source=FIX, split="uneven"), equivalent(EQUAL))
