@@ -80,7 +80,7 @@ def merged(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     if absent:
         notes.append(f"partial: there is no result of shard {', '.join(absent)}")
     planned = max((part.get("planned") or 0 for part in parts.values()), default=0)
-    if planned > len(cases):
+    if planned > len(cases) and not absent:
         notes.append(
             f"partial: {planned - len(cases)} of {planned} cases are in none of the results"
         )
