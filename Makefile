@@ -64,7 +64,7 @@ search: $(STAMP)
 	$(BIN)/python tests/bench/generated.py table reports/latest/generated.jsonl
 
 search-mutants: $(STAMP)
-	$(BIN)/python -W ignore tests/bench/generated.py mutants --out reports/search.json
+	$(BIN)/python -W ignore tests/bench/generated.py mutants --pieces 5 --out reports/search.json
 
 planted: $(STAMP)
 	$(BIN)/python -W ignore tests/bench/planted.py

@@ -124,42 +124,48 @@ def searched(path, number):
     return {**line, "others": dict(others), "seed": number}
 
 
-def mutants(number, out):
-    """Search all mutants and write the numbers, and a page of them beside it."""
+def mutants(numbers, out):
+    """Search all mutants with each seed and write what it took, and a page of it beside."""
     lines = []
     for path in sorted(MUTANTS.glob("eq*.py")):
-        lines.append(searched(path, number))
+        lines.append([searched(path, number) for number in numbers])
         print(json.dumps(lines[-1]), file=sys.stderr)
         if out:
             out.write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
-            out.with_suffix(".md").write_text(report(lines, number), encoding="utf-8")
+            out.with_suffix(".md").write_text(report(lines, numbers), encoding="utf-8")
 
 
-def report(lines, number):
+def report(lines, numbers):
     """Return the numbers as Markdown."""
-    took = sorted(line["cases"] for line in lines if line["found"])
+    took = sorted(each["cases"] for line in lines for each in line if each["found"])
+    all_found = sum(all(each["found"] for each in line) for line in lines)
     shown = [
         "# Generated cases until a mutant is found",
         "",
-        f"Made by `make search-mutants`: seed {number}, drawn rows of each mutant's batches (one to three optimizer",
-        f"steps, tails among them), any K and cut, until its causes are named; at most {LIMIT} cases.",
-        f"{len(took)} of {len(lines)} mutants found; median {took[len(took) // 2]}, most {took[-1]} cases.",
+        "Made by `make search-mutants`: rows of each mutant's batches, K and cut are drawn (one to three optimizer",
+        "steps, tails among them) until its causes are named; once for each of the seeds",
+        f"{numbers[0]} to {numbers[-1]}, at most {LIMIT} cases each, torch {torch.__version__}.",
+        f"{all_found} of {len(lines)} mutants are found with every seed.",
+        f"It takes {took[len(took) // 2]} cases in the median, {took[-1]} at most.",
         "",
-        "| code | mutant | cases | found at | named before |",
-        "| --- | --- | ---: | --- | --- |",
+        "| code | mutant | cases, seed by seed | first found at | also named before |",
+        "| --- | --- | --- | --- | --- |",
     ]
     for line in lines:
-        how = line["found"]
+        how = line[0]["found"]
         place = (
-            f"K={how['accumulation_steps']} {how['split']}, rows {how['rows']}"
-            if how
-            else "not found"
+            f"K={how['accumulation_steps']} {how['split']}, rows {how['rows']}" if how else "never"
         )
-        others = ", ".join(f"{code} ({times})" for code, times in line["others"].items()) or "-"
-        name = line["mutant"].partition("_")[2]
-        shown.append(
-            f"| {' '.join(line['expect'])} | {name} | {line['cases']} | {place} | {others} |"
-        )
+        others = sum((Counter(each["others"]) for each in line), Counter())
+        cases = " ".join(str(each["cases"]) if each["found"] else "never" for each in line)
+        cells = [
+            " ".join(line[0]["expect"]),
+            line[0]["mutant"].partition("_")[2],
+            cases,
+            place,
+            ", ".join(f"{code} ({times})" for code, times in others.items()) or "-",
+        ]
+        shown.append(f"| {' | '.join(cells)} |")
     return "\n".join(shown) + "\n"
 
 
@@ -197,7 +203,7 @@ def main():
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
     if options.what == "mutants":
-        mutants(options.seed, options.out)
+        mutants(range(options.seed, options.seed + options.pieces), options.out)
         return
     there = options.out.read_text(encoding="utf-8") if options.out and options.out.exists() else ""
     done = {json.loads(line)["seed"] for line in there.splitlines()}

@@ -211,17 +211,20 @@ def main() -> int:
     parser.add_argument("targets", nargs="*", default=["suite:all"])
     parser.add_argument("-j", default="2")
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("-k", dest="select", help="only some cases; the page is then not written")
     parser.add_argument("--only", action="append", choices=list(FAULTS))
     options = parser.parse_args()
     torch.set_num_threads(1)
     arguments = ["-j", options.j, *(["--resume"] if options.resume else [])]
+    arguments += ["-k", options.select] if options.select else []
     found = {}
     for fault in options.only or FAULTS:
         found[fault] = results.load(run(fault, arguments, options.targets))["cases"]
     wrong = [line for fault, cases in found.items() for line in disagreements(fault, cases)]
     print(page(found))
     print("\n".join(wrong))
-    if options.targets == ["suite:all"] and not options.only and not wrong:
+    whole = options.targets == ["suite:all"] and not options.only and not options.select
+    if whole and not wrong:
         PAGE.write_text(page(found), encoding="utf-8")
     return bool(wrong)
 
