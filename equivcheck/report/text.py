@@ -66,9 +66,9 @@ def block(case: Mapping[str, Any], paint: Paint = plain, width: int = WIDTH) -> 
     Args:
         case: A case of a result.
         paint: Colours the headline.
-        width: Columns; paths and commands stay whole, to be copied.
+        width: Columns of what follows the headline; paths and commands stay whole, to be copied.
     """
-    first, *rest = textwrap.wrap(printable(words.headline(case)), width) or [""]
+    first, *rest = textwrap.wrap(printable(words.headline(case)), WIDTH) or [""]
     lines = [paint(first, _style(case)), *rest]
     for title, content in _rows(case, width):
         lines += _row(title, content, width)
