@@ -265,6 +265,9 @@ def headline(entry: dict[str, Any], judgement: Judgement) -> str:
             return f"{label}optimizer steps consumed other samples (accumulation_steps={k})"
         return f"{label}{seen['accumulated']} optimizer steps, not {seen['full_batch']} (accumulation_steps={k})"
     finding = judgement.findings[0] if judgement.findings else None
+    if finding is None and first and "printed_as" in first["evidence"]:
+        shown = first["evidence"]["relative"]
+        return f"{label}printed losses differ by {shown:.1e} (accumulation_steps={k})"
     if finding is None:
         return label.rstrip(": ")
     what = {

@@ -49,6 +49,7 @@ class Spec:
         perturbation: Which signs a control's roundings have.
         seed_offset: Random numbers drawn in a forward are others.
         length: What `len(loader)` says.
+        launched: The command line, as it is to be typed again.
     """
 
     role: str
@@ -71,6 +72,7 @@ class Spec:
     perturbation: int = 0
     seed_offset: int = 0
     length: int | None = None
+    launched: str = ""
 
     def write(self, path: Path) -> None:
         """Write the specification, and the tensors of its interventions beside it."""

@@ -52,6 +52,7 @@ class Facts:
         after: Per optimizer step, the parameters after it at the sampled coordinates, float64.
         environment: Versions.
         command: What the process was started as.
+        launched: The command line that started all of them; empty where that is not kept.
         promoted: Computed in float64.
         started: Seconds since the epoch.
         states: What interventions know after the run, in order.
@@ -71,6 +72,7 @@ class Facts:
     after: list[dict[str, torch.Tensor]] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)
     command: list[str] = field(default_factory=list)
+    launched: str = ""
     promoted: bool = False
     started: float = 0.0
     states: list[Intervention] = field(default_factory=list)

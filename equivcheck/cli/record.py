@@ -57,6 +57,7 @@ def execute(options: argparse.Namespace) -> int:
         neutral=options.float64,
         ends=False,
         optimizer_steps=settings["optimizer_steps"],
+        launched=_quoted(options.words),
     )
     try:
         ended = launch(

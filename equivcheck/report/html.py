@@ -208,7 +208,7 @@ def _section(case: Mapping[str, Any]) -> dict[str, Any]:
             for name, panel in panels.of(case).items()
             if panel
         },
-        "replay": f"equivcheck replay {case['id']}",
+        "replay": case.get("replay", f"equivcheck replay {case['id']}"),
         "told": words.margin(case),
         "error": _ERROR | case["error"] if case.get("error") else None,
         "notes": list(case.get("notes") or ()),

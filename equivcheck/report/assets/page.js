@@ -180,7 +180,7 @@ function peek(id) {
   box.replaceChildren(
     make("b", {textContent: c.headline ? `${c.verdict}: ${c.headline}` : c.verdict}),
     make("p", {className: "quiet small", textContent: [c.target, c.workload, `K=${c.accumulation_steps}`, `case ${c.id}`, ...d.map(([n, v]) => `${n} ${sci(v.relative)}, noise ${sci(v.control)}`)].filter(Boolean).join(" · ")}),
-    make("code", {textContent: `equivcheck replay ${c.id}`}));
+    make("code", {textContent: c.replay === undefined ? `equivcheck replay ${c.id}` : c.replay || ""}));
 }
 
 // Tables -------------------------------------------------------------------------------------------
