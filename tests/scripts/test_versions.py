@@ -6,6 +6,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
+from pathlib import Path
 
 import pytest
 
@@ -47,11 +48,10 @@ def environments(tmp_path):
         python = folder / "bin" / "python"
         asked = "import sysconfig; print(sysconfig.get_path('purelib'))"
         out = subprocess.run([python, "-c", asked], check=True, capture_output=True, text=True)
-        site = out.stdout.strip()
-        with open(f"{site}/shared.pth", "w", encoding="utf-8") as file:
-            file.write(sysconfig.get_path("purelib"))
-        with open(f"{site}/objectives.py", "w", encoding="utf-8") as file:
-            file.write(LOSS.format(version=version, smoothing=smoothing))
+        site = Path(out.stdout.strip())
+        (site / "shared.pth").write_text(sysconfig.get_path("purelib"), encoding="utf-8")
+        text = LOSS.format(version=version, smoothing=smoothing)
+        (site / "objectives.py").write_text(text, encoding="utf-8")
         return folder
 
     return make
