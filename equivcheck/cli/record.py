@@ -90,6 +90,9 @@ def _is_ours(folder: Path) -> bool:
 
 def _seen(rank: Path) -> tuple[int, int]:
     """Return the optimizer steps of a rank and the world size; torch, which takes a second to load, is not needed."""
+    path = rank / "recording.json"
+    if not path.exists():
+        return 0, 1  # ended before it had anything to write
     whole = json.loads((rank / "recording.json").read_text(encoding="utf-8"))
     body = json.loads(whole["body"])
     return len(body["recording"]["steps"]), int(body["facts"]["world_size"])

@@ -139,7 +139,7 @@ class ScriptExperiment(Experiment):
         self.runs.append({"role": role, "seconds": ended.seconds})
         return recording
 
-    def _facts_of(self, recording: Recording) -> list[Facts]:
+    def _facts_of(self, recording: Recording | None) -> list[Facts]:
         """Return what is known of every rank of a run besides its recording."""
         run = self._runner.runs.get(id(recording))
         return run.facts if run is not None else []

@@ -142,7 +142,7 @@ class RecordedExperiment(ScriptExperiment):
     def close(self) -> None:
         """Keep the recordings: they are not ours."""
 
-    def _facts_of(self, recording: Recording) -> list[Facts]:
+    def _facts_of(self, recording: Recording | None) -> list[Facts]:
         return self._facts_by.get(id(recording), [])
 
     def _run(self, role: str, *_: Any, **__: Any) -> Recording:

@@ -48,12 +48,12 @@ def first_difference(
             furthest = max(furthest, here)
             seen[here].update(keys)
     if not found:
-        for place, (mine, step) in enumerate(zip(seen, firsts, strict=True)):
-            missing = {number for _, number in step.samples - mine}
+        for place, (mine, full) in enumerate(zip(seen, firsts, strict=True)):
+            missing = {number for _, number in full.samples - mine}
             if missing and not missing <= tail:
                 return {
                     "optimizer_step": place,
-                    "rows": len(step.samples),
+                    "rows": len(full.samples),
                     "not_used_by_the_accumulated_run": len(missing),
                 }
     return min(found, key=lambda each: each["optimizer_step"], default={})
