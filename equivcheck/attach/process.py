@@ -174,6 +174,8 @@ class Attachment:
         if self._is_done or os.getpid() != self._pid:
             return False
         if self._is_over(keys):
+            # They were recognised and will not be used: no other run is to wait for them.
+            del self.recorder.samples.digests[-len(keys) :]
             self._over()
             return False
         self._passed += len(keys)
@@ -203,6 +205,8 @@ class Attachment:
         return self._passed >= total or (self._reached_last and all(key[0] for key in keys))
 
     def _called(self, named: list[tuple[str, torch.Tensor]], rows: int, joins: bool) -> None:
+        if not self.facts.shapes:
+            self.facts.shapes = {path: list(tensor.shape) for path, tensor in named}
         if not joins or not self.facts.counts:
             self.facts.counts.append({})
         for label, count in counted(named, rows).items():

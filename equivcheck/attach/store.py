@@ -46,6 +46,7 @@ class Facts:
         traceback, error: Of the exception that ended the script.
         digests: The numbers that every sample is recognised by, in order.
         rule: How samples were recognised.
+        shapes: Of the tensors of the first forward, by where they stand in the call.
         counts: Per forward, what its rows hold that may be counted, by label.
         reduction: What the loss of the first backward did to its terms: mean, sum, or "" where that is not seen.
         contributions: Per backward, what it added at the sampled coordinates, float64.
@@ -66,6 +67,7 @@ class Facts:
     traceback: str = ""
     digests: list[tuple[int, int]] = field(default_factory=list)
     rule: dict[str, Any] = field(default_factory=dict)
+    shapes: dict[str, list[int]] = field(default_factory=dict)
     counts: list[dict[str, int]] = field(default_factory=list)
     reduction: str = ""
     contributions: list[dict[str, torch.Tensor]] = field(default_factory=list)

@@ -94,6 +94,7 @@ class ScriptExperiment(Experiment):
         self.has_objective = False
         self.wants = set()
         self._runner = Runner(progress, self._note)
+        self._axis = 0
 
     def close(self) -> None:
         """Remove what was kept on disk."""
@@ -155,7 +156,10 @@ class ScriptExperiment(Experiment):
         interventions = tuple(each for each in interventions if each.both)
 
         def make() -> Recording:
-            found = self._run("reference", self.script.full, "write", interventions=interventions)
+            rule = {"axis": self._axis} if self._axis else {}
+            found = self._run(
+                "reference", self.script.full, "write", interventions=interventions, rule=rule
+            )
             run = self._runner.runs.get(id(found))
             if run is not None:
                 with_kept(run.folder / "rank-0", found)
@@ -224,6 +228,10 @@ class ScriptExperiment(Experiment):
 
         found = self._once(("candidate", interventions), make)
         if not interventions and ("measured",) not in self._cache:
+            if self._is_time_first(found):
+                self._axis = 1
+                self._cache.clear()
+                return self.candidate()
             self._cache["measured",] = True
             self.case = replace(
                 self.case,
@@ -231,6 +239,22 @@ class ScriptExperiment(Experiment):
                 world_size=max(len(found.ranks), 1),
             )
         return found
+
+    def _is_time_first(self, candidate: Recording) -> bool:
+        """Return whether no sample is known because it is dimension 1 of what enters the model that holds them."""
+        if self._axis or not candidate.fetched:
+            return False
+        if any(not is_other for keys in candidate.fetched for is_other, _ in keys):
+            return False
+        [full, *_], [mine, *_] = self._facts_of(self.reference()), self._facts_of(candidate)
+        pairs = [
+            (full.shapes[path], mine.shapes[path])
+            for path in full.rule["paths"]
+            if path in full.shapes and path in mine.shapes
+        ]
+        return bool(pairs) and all(
+            len(a) == len(b) > 1 and a[0] == b[0] and a[1] != b[1] for a, b in pairs
+        )
 
     def candidate_again(self) -> Recording:
         """Return the accumulated run once more."""

@@ -130,9 +130,9 @@ class RecordedExperiment(ScriptExperiment):
             id(each.recording): each.facts
             for each in (full, accumulated, *([control] if control else []))
         }
+        self._cache["measured",] = True
         if not accumulated.recording.steps:
             return
-        self._cache["measured",] = True
         self.case = replace(
             case,
             accumulation_steps=self._accumulation_steps(accumulated.recording),

@@ -25,6 +25,16 @@ def test_a_right_script_is_equivalent(decide):
     assert "dropout was switched off in every run" in entry["notes"]
 
 
+@pytest.mark.parametrize("steps", [2, pytest.param(4, marks=slow)])
+def test_a_script_that_trains_for_longer_is_ended(decide, steps):
+    """Every role sees the same optimizer steps, and what comes after them is waited for by none."""
+    entry = decide(command("classify"), command("classify", *ACCUMULATED), optimizer_steps=steps)
+
+    assert entry["verdict"] == "equivalent", told(entry)
+    assert entry["optimizer_steps_seen"] == {"full_batch": steps, "accumulated": steps}
+    assert entry["ended_after_optimizer_steps"] == steps
+
+
 @pytest.mark.parametrize(
     ("mistake", "code"),
     [

@@ -144,6 +144,7 @@ LAUNCHED = {"accumulated": ("--batch-size", 2, "--accum", 4), "launcher": ACCELE
         pytest.param(None, None, marks=needs("accelerate")),
         pytest.param("divided-twice", "EQ102", marks=needs("accelerate")),
         pytest.param("zero-in-cycle", "EQ301", marks=needs("accelerate")),
+        pytest.param("schedule-of-one", "EQ507", marks=needs("accelerate")),
     ],
 )
 def test_accelerate_launch_with_two_processes(decide, monkeypatch, mistake, code):
