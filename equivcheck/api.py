@@ -249,7 +249,7 @@ def raise_unless_equivalent(found: Result) -> None:
     if code == 0:
         return
     deciding = [case for case in found.cases if results.case_exit_code(case) == code]
-    message = "\n\n".join(text.block(case) for case in deciding) or "nothing was left to run"
+    message = "\n\n".join(text.blocks(deciding)) or "nothing was left to run"
     if code == 1:
         raise DivergenceError(message, found)
     raise _RAISED[code](message)

@@ -126,6 +126,7 @@ def _render(result: Mapping[str, Any], reduced: Reduced, data: str) -> str:
     sections = [_section(case) for case in cases if case["id"] in detailed]
     sections.sort(key=lambda section: not section["failed"])
     failing = [case for case in result["cases"] if words.failed(case)]
+    groups = _groups(result["cases"], detailed)
     first = next(
         (s for s in sections if words.failed(s["case"])), sections[0] if sections else None
     )
@@ -136,7 +137,8 @@ def _render(result: Mapping[str, Any], reduced: Reduced, data: str) -> str:
         mark=MARKS.get(result["verdict"], ""),
         counts=Counter(case["verdict"] for case in result["cases"]).most_common(),
         summary=text.summary(result),
-        groups=_groups(result["cases"], detailed),
+        groups=groups,
+        only_warned=all(group["status"] == "warning" for group in groups),
         matrix=_matrix(result["cases"][: len(cases)], detailed),
         sections=sections,
         first=first,
@@ -221,16 +223,17 @@ def _section(case: Mapping[str, Any]) -> dict[str, Any]:
 def _groups(cases: Sequence[Mapping[str, Any]], detailed: set[str]) -> list[dict[str, Any]]:
     """Return the causes of all cases, each once, with the cases that have it; proved ones first."""
     found: dict[str, dict[str, Any]] = {}
-    for case in filter(words.codes, cases):
-        for cause in panels.causes(case):
+    for case in cases:
+        for cause in (*panels.causes(case), *panels.warnings(case)):
             group = found.setdefault(cause["code"], {**cause, "cases": [], "of": case})
             if case["id"] in detailed and group["of"]["id"] not in detailed:
                 group.update(cause, of=case)
             group["cases"].append(
                 {"id": case["id"], "label": words.label(case), "failed": words.failed(case)}
             )
+    certain = {"proved": 0, "warning": 2}
     order = sorted(
-        found.values(), key=lambda g: (g["status"] != "proved", -len(g["cases"]), g["code"])
+        found.values(), key=lambda g: (certain.get(g["status"], 1), -len(g["cases"]), g["code"])
     )
     for group in order:
         group["more"] = max(0, len(group["cases"]) - 40)

@@ -28,7 +28,7 @@ def page(results: Mapping[str, Mapping[str, Any]]) -> str:
     """
     families: dict[str, list[dict[str, Any]]] = {}
     for file, result in results.items():
-        code = file.split(".")[0]
+        code = file.split(".")[0].split("-")[0]
         cause = CAUSES.get(code)
         case = next(iter(result["cases"]), None)
         families.setdefault(FAMILIES.get(code[2:3], "Other"), []).append(

@@ -66,6 +66,16 @@ def times(value: float) -> str:
     return f"{value:.2g}x" if value < 100 else f"{value:.0f}x" if value < 1e5 else f"{value:.0e}x"
 
 
+def size(count: float) -> str:
+    """Return a number of bytes with three digits at most: `980 bytes`, `24.6 kB`."""
+    unit, *larger = "bytes", "kB", "MB", "GB", "TB"
+    for each in larger:
+        if count < 999.5:
+            break
+        count, unit = count / 1000, each
+    return f"{count:.3g} {unit}"
+
+
 def label(case: Mapping[str, Any]) -> str:
     """Return what tells this case from its neighbours, as in `K=4 split=uneven`."""
     try:
@@ -159,6 +169,23 @@ def headline(case: Mapping[str, Any]) -> str:
     else:
         size = given or case["verdict"]
     return f"{code} {name}: {size} ({label(case)})"
+
+
+def warning(found: Mapping[str, Any]) -> str:
+    """Return what a warning measured, in words; empty for one that says no numbers."""
+    told = found.get("evidence") or {}
+    if told.get("count") is None or told.get("bytes") is None:
+        return ""
+    few = (
+        f", where {_reductions(told['minimum_count'])} ({size(told['minimum_bytes'])}) would do"
+        if told.get("minimum_count") is not None and told.get("minimum_bytes") is not None
+        else ""
+    )
+    return f"{_reductions(told['count'])} ({size(told['bytes'])}) per optimizer step{few}"
+
+
+def _reductions(count: int) -> str:
+    return f"{count} reduction{'' if count == 1 else 's'}"
 
 
 def sentence(text: str) -> str:

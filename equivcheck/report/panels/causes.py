@@ -71,25 +71,44 @@ def proof(cause: Mapping[str, Any]) -> Panel:
 
 def causes(case: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the causes of a case, each with everything that speaks for it."""
+    return [
+        {
+            **_entry(cause),
+            "status": cause.get("status") or "suspected",
+            "step": cause.get("optimizer_step"),
+            "proof": proof(cause),
+            "facts": words.arguments(case, cause),
+            "pairs": [pair for pair in words.facts(cause) if pair[0] != "ruled out"],
+            "ruled_out": list((cause.get("evidence") or {}).get("ruled_out") or ()),
+        }
+        for cause in case.get("causes") or ()
+    ]
+
+
+def warnings(case: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return what a case is warned of, written like a cause: right numbers at a needless cost."""
     found = []
-    for cause in case.get("causes") or ():
-        entry = CAUSES.get(cause["code"])
-        found.append(
-            {
-                "code": cause["code"],
-                "name": cause.get("name") or name_of(cause["code"]),
-                "status": cause.get("status") or "suspected",
-                "step": cause.get("optimizer_step"),
-                "because": words.sentence(words.because(cause)),
-                "fix": words.fix(cause),
-                "proof": proof(cause),
-                "facts": words.arguments(case, cause),
-                "pairs": [pair for pair in words.facts(cause) if pair[0] != "ruled out"],
-                "summary": entry.summary if entry else "",
-                "mathematics": entry.mathematics if entry else "",
-                "proved_by": entry.proved if entry else "",
-                "seen": entry.seen_in_the_wild if entry else (),
-                "ruled_out": list((cause.get("evidence") or {}).get("ruled_out") or ()),
-            }
-        )
+    for each in case.get("warnings") or ():
+        facts = [words.sentence(words.warning(each))]
+        if (each.get("evidence") or {}).get("proved"):
+            facts.append("With one reduction at the end of each cycle the update is the same.")
+        found.append({**_entry(each), "status": "warning", "facts": list(filter(None, facts))})
     return found
+
+
+def _entry(cause: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the catalogue knows, where the result does not say it otherwise."""
+    entry = CAUSES.get(cause["code"])
+    return {
+        "code": cause["code"],
+        "name": cause.get("name") or name_of(cause["code"]),
+        "because": words.sentence(words.because(cause)),
+        "fix": words.fix(cause),
+        "summary": entry.summary if entry else "",
+        "mathematics": entry.mathematics if entry else "",
+        "proved_by": entry.proved if entry else "",
+        "seen": entry.seen_in_the_wild if entry else (),
+        "proof": None,
+        "pairs": [],
+        "ruled_out": [],
+    }
