@@ -155,7 +155,7 @@ def main(arguments: list[str]) -> int:
         result.write(path, found)
         result.write_text(path.with_suffix(".html"), html.render(found))
     if not check:
-        known = {p.stem: result.load(p) for p in sorted(EXAMPLES.glob("*.json"))}
+        known = {name: result.load(EXAMPLES / f"{name}.json") for name in sorted(examples())}
         result.write_text(
             EXAMPLES / "index.html",
             index.page({f"{name}.html": each for name, each in known.items()}),

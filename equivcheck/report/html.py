@@ -45,6 +45,7 @@ TITLES = {
 # What a template may ask of an error or of a trial; older results have fewer keys.
 _ERROR = dict.fromkeys(("type", "message", "where", "expected", "because", "fix", "traceback"))
 _TRIAL = {"codes": (), "put_right": (), "relative": None, "within_noise": False}
+_BREAKS = re.compile(r"[._](?=\w)")
 _NUMBER = re.compile(r"\d[\d.]*e[+-]\d+")
 NAMED = 2  # causes in a title; more are counted
 ROWS = 100  # of a table, before the script adds more
@@ -111,6 +112,19 @@ def prose(value: str) -> Any:
     return Markup(_NUMBER.sub(r'<span class="nb">\g<0></span>', safe))  # noqa: S704 - escaped just above
 
 
+def capital(value: str) -> str:
+    """Return text that begins with a capital."""
+    return value[:1].upper() + value[1:]
+
+
+def breakable(value: str) -> Any:
+    """Return a dotted name that a narrow page breaks after its dots and underscores, and may be copied whole."""
+    from markupsafe import Markup, escape  # noqa: PLC0415 - comes with the templates
+
+    safe = str(escape(text.printable(value)))
+    return Markup(_BREAKS.sub(r"\g<0><wbr>", safe))  # noqa: S704 - escaped just above
+
+
 def _early() -> str:
     """Return the script that sets the theme before the first paint."""
     return asset("theme.js")
@@ -145,6 +159,7 @@ def _render(result: Mapping[str, Any], reduced: Reduced, data: str) -> str:
         single=len(result["cases"]) == 1,
         reduced=reduced.notes,
         remarks=_remarks(result),
+        warned=[group for group in groups if group["status"] == "warning"],
         environment=list((result.get("environment") or {}).items()),
         data=data,
     )
@@ -191,8 +206,13 @@ def _title(result: Mapping[str, Any], failing: Sequence[Mapping[str, Any]]) -> s
 
 
 def _remarks(result: Mapping[str, Any]) -> list[str]:
+    """Return the notes; a warning has a card of its own."""
+    plain = {
+        **result,
+        "cases": [{k: v for k, v in c.items() if k != "warnings"} for c in result["cases"]],
+    }
     return [
-        remark.removeprefix("\nnote  ").replace("\n      ", " ") for remark in text.remarks(result)
+        remark.removeprefix("\nnote  ").replace("\n      ", " ") for remark in text.remarks(plain)
     ][:50]
 
 
@@ -315,6 +335,9 @@ def _templates() -> Environment:
         event_words=panels.event_in_words,
         weights_line=words.weights_line,
         prose=prose,
+        breakable=breakable,
+        capital=capital,
+        put_right=words.put_right,
     )
     found.globals.update(MARKS=MARKS, TITLES=TITLES, ROWS=ROWS, CAUSES=CAUSES, LEGEND=LEGEND)
     return found

@@ -93,7 +93,11 @@ def test_notes_of_all_cases_are_in_their_block():
 
     [found] = text.blocks(both)
 
-    assert [found.count(f"note      {each}\n") for each in ("first", "shared", "second")] == [1, 1, 1]
+    assert [found.count(f"note      {each}\n") for each in ("first", "shared", "second")] == [
+        1,
+        1,
+        1,
+    ]
 
 
 def test_a_warning_says_what_was_measured():

@@ -106,6 +106,8 @@ def _sent(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [
         {
             "steps": _runs(each["steps"]),
+            "last": each["steps"][-1],
+            "several": len(each["steps"]) > 1,
             "ranks": "all" if len(each["ranks"]) == len(rows) else _runs(each["ranks"]),
             "count": each["key"][0],
             "bytes": words.size(each["key"][1] or 0),
@@ -136,9 +138,13 @@ def _sent_in_words(sent: Sequence[Mapping[str, Any]]) -> str:
         return ""
     if not any(each["count"] for each in sent):
         return "Nothing was sent from one rank to another."
-    last = sent[-1]
+    last = max(sent, key=lambda each: each["last"])  # the first steps set things up
     often = "collective" if last["count"] == 1 else "collectives"
-    return f"In optimizer_step {last['steps']} a rank takes part in {last['count']} {often}, {last['bytes']}."
+    several = "s" if last["several"] else ""
+    return (
+        f"In optimizer_step{several} {last['steps']} each rank takes part in {last['count']} {often}, "
+        f"{last['bytes']}."
+    )
 
 
 def _flat(value: Any) -> bool:

@@ -88,7 +88,7 @@ def _start_of_an_old_result(case: Mapping[str, Any]) -> Panel:
 
 def _where_it_starts(case: Mapping[str, Any], noise: Sequence[float | None] | None) -> str:
     quiet = max((n for n in noise or () if n is not None), default=None)
-    told = f"; rounding alone makes {words.number(quiet)}" if quiet is not None else ""
+    told = f"; rounding alone makes at most {words.number(quiet)}" if quiet is not None else ""
     findings = [f for f in case.get("findings") or () if (f.get("optimizer_step") or 0) >= 0]
     if not case.get("findings"):
         if any((cause.get("evidence") or {}).get("shared") for cause in case.get("causes") or ()):

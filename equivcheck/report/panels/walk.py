@@ -81,6 +81,7 @@ def walk(case: Mapping[str, Any]) -> Panel:
         ),
         "events": {role: both[role]["events"] for role in ("full_batch", "accumulated")},
         "left_out": sum(both[role].get("left_out", 0) for role in ("full_batch", "accumulated")),
+        "rank": 0 if (case.get("world_size") or 1) > 1 else None,
         "told": _walk_in_words(events, missing, cycle),
     }
 
@@ -119,11 +120,25 @@ def _facts(
             rows.append({"title": title, "cells": lead + cells})
     for each in [case.get("attribution") or {}, *(case.get("attributions") or ())]:
         found = each.get("candidate_weights")
-        if each.get("optimizer_step") == cycle and found and not isinstance(found[0], list):
-            if len(found) == len(columns):
-                rows.append({"title": "weight", "cells": lead + [words.factor(w) for w in found]})
+        if each.get("optimizer_step") == cycle and found:
+            own = found[0] if isinstance(found[0], list) else found  # the calls shown are rank 0's
+            if len(own) == len(columns):
+                rows.append({"title": "weight", "cells": lead + [words.factor(w) for w in own]})
             break
+    reduced = _reductions(case, cycle)
+    if any(reduced) and len(reduced) == len(columns):
+        rows.append({"title": "all-reduces", "cells": lead + [str(n or "") for n in reduced]})
     return rows
+
+
+def _reductions(case: Mapping[str, Any], cycle: int) -> Sequence[int]:
+    """Return how often rank 0 reduced after each backward of the cycle, as written."""
+    for rank in case.get("ranks") or ():
+        for each in rank.get("collectives") or () if isinstance(rank, Mapping) else ():
+            if each.get("optimizer_step") == cycle:
+                return each.get("reductions") or ()
+        break
+    return ()
 
 
 def _sum_of_losses(events: Sequence[Mapping[str, Any]]) -> str:
