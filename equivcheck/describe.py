@@ -261,9 +261,7 @@ def headline(entry: dict[str, Any], judgement: Judgement) -> str:
         label = f"{first['code']} {first['name']} (suspected): "
     if entry["verdict"] == "precision-loss":
         loss = entry["precision_loss"]
-        return (
-            f"{label}accumulating loses {loss['accumulation']:.1e} ({loss['units']:.2g} roundoffs)"
-        )
+        return f"{label}accumulating loses {loss['accumulation']:.1e}, {loss['units']:.2g}x what rounding may"
     kinds = judgement.kinds()
     k = entry["accumulation_steps"]
     if first and first["evidence"].get("shared"):
@@ -297,4 +295,6 @@ def headline(entry: dict[str, Any], judgement: Judgement) -> str:
     rates = judgement.first("learning_rates")
     if rates is not None:
         finding, what = rates, "learning rates"
-    return f"{label}{what} differ by {finding.relative:.1e} (accumulation_steps={k})"
+    # As of the gradients, the worst of all optimizer steps.
+    worst = max(each.relative for each in judgement.findings if each.kind == finding.kind)
+    return f"{label}{what} differ by {worst:.1e} (accumulation_steps={k})"

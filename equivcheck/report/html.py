@@ -46,7 +46,7 @@ TITLES = {
 _ERROR = dict.fromkeys(("type", "message", "where", "expected", "because", "fix", "traceback"))
 _TRIAL = {"codes": (), "put_right": (), "relative": None, "within_noise": False}
 _BREAKS = re.compile(r"[._](?=\w)")
-_NUMBER = re.compile(r"\d[\d.]*e[+-]\d+")
+_NUMBER = re.compile(r"\d[\d.]*e[+-]\d+|--\w[\w-]*(?: EQ\d+)?")
 NAMED = 2  # causes in a title; more are counted
 ROWS = 100  # of a table, before the script adds more
 
@@ -105,7 +105,7 @@ def embedded(value: Any) -> str:
 
 
 def prose(value: str) -> Any:
-    """Return text for a page whose numbers stay on one line: a browser would break 1e-16 at its hyphen."""
+    """Return text for a page whose numbers and options stay on one line: a browser breaks 1e-16 at its hyphen."""
     from markupsafe import Markup, escape  # noqa: PLC0415 - comes with the templates
 
     safe = str(escape(text.printable(value)))

@@ -173,9 +173,17 @@ def _walk_in_words(
             else "is seen"
         )
         said.append(f"{CALLS[kind]} {verb} {often} inside the cycle, after micro_step {after}")
-    said += [f"{CALLS[kind]} is missing" for kind in CALLS if kind in missing]
-    if not said:
+    gone = [CALLS[kind] for kind in CALLS if kind in missing]
+    if not said and not gone:
         return (
             f"In optimizer_step {cycle} both runs make the same calls, and none inside the cycle."
         )
-    return f"In optimizer_step {cycle}, {'; '.join(said)}. The full batch has none of that."
+    told = (
+        f"In optimizer_step {cycle}, {'; '.join(said)}. The full batch has none of that."
+        if said
+        else ""
+    )
+    if gone:
+        verb = "is" if len(gone) == 1 else "are"
+        told += f" In optimizer_step {cycle}, {' and '.join(gone)} {verb} missing, which the full batch has."
+    return told.strip()
