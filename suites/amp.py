@@ -45,6 +45,7 @@ WORKLOADS = [
         equivalent("a power of two scales no digit: the scale cancels, whatever it is"),
         batches=part(DIGITS, number=4, rows=16),
         train=part(SCALING, initial=1.0, growth_interval=1),
+        accumulation_steps=FEW,
         claims=("C13",),
     ),
     row(

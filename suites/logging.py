@@ -39,6 +39,7 @@ WORKLOADS = [
         equivalent("one for each update: Lightning-AI/pytorch-lightning#832"),
         build=part("../fixtures/models/normed.py:Counted"),
         train=part(f"{COUNTING}:train"),
+        accumulation_steps=FEW,
         claims=("C18",),
     ),
     row(

@@ -70,6 +70,7 @@ WORKLOADS = [
         build=part("../fixtures/models/normed.py:Sequences"),
         loss=part(f"{LOSSES}:CTC"),
         train=NAIVE,
+        accumulation_steps=FEW,
     ),
     row(
         "ctc_per_label",
@@ -98,9 +99,16 @@ WORKLOADS = [
         ),
         loss=part(f"{LOSSES}:TwoTasks"),
         train=NAIVE,
+        accumulation_steps=FEW,
     ),
     row("penalised", equivalent("each carries its share"), loss=part(f"{LOSSES}:Penalised")),
-    row("penalised_naive", SAMPLES, loss=part(f"{LOSSES}:Penalised"), train=NAIVE),
+    row(
+        "penalised_naive",
+        SAMPLES,
+        loss=part(f"{LOSSES}:Penalised"),
+        train=NAIVE,
+        accumulation_steps=FEW,
+    ),
     Workload(
         "penalty_per_micro_batch",
         divergent("EQ107", source="K penalties instead of one"),
@@ -131,6 +139,7 @@ WORKLOADS = [
         ),
         loss=part(f"{LOSSES}:PolicyGradient"),
         train=NAIVE,
+        accumulation_steps=FEW,
     ),
     grouped(
         "policy_sequences",
@@ -142,17 +151,20 @@ WORKLOADS = [
         SAMPLES,
         loss=part(f"{LOSSES}:PolicyGradient", per="sequence"),
         train=NAIVE,
+        accumulation_steps=FEW,
     ),
     grouped(
         "policy_constant",
         equivalent(ADDS_UP),
         loss=part(f"{LOSSES}:PolicyGradient", per="constant"),
+        accumulation_steps=FEW,
     ),
     grouped(
         "policy_constant_naive",
         SAMPLES,
         loss=part(f"{LOSSES}:PolicyGradient", per="constant"),
         train=NAIVE,
+        accumulation_steps=FEW,
     ),
     Workload(
         "advantages_of_the_micro_batch",

@@ -39,25 +39,33 @@ OPTIMIZERS = {
     "rprop": part("torch.optim:Rprop", lr=1e-2),
     "adafactor": part("torch.optim:Adafactor", lr=1e-2),
     "parameter_groups": part("../fixtures/optimizers.py:decay_on_matrices"),
-} | {
-    # Several tensors at once; fused ones are above, where a CPU has them.
-    f"{name}_foreach": part(f"torch.optim:{kind}", lr=1e-2, foreach=True)
-    for name, kind in {
-        "adamw": "AdamW",
-        "adamax": "Adamax",
-        "adagrad": "Adagrad",
-        "adadelta": "Adadelta",
-        "asgd": "ASGD",
-        "nadam": "NAdam",
-        "radam": "RAdam",
-        "rmsprop": "RMSprop",
-        "rprop": "Rprop",
-        "adafactor": "Adafactor",
-    }.items()
+}
+# Several tensors at once; fused ones are above, where a CPU has them.
+FOREACH = {
+    "adamw": "AdamW",
+    "adamax": "Adamax",
+    "adagrad": "Adagrad",
+    "adadelta": "Adadelta",
+    "asgd": "ASGD",
+    "nadam": "NAdam",
+    "radam": "RAdam",
+    "rmsprop": "RMSprop",
+    "rprop": "Rprop",
+    "adafactor": "Adafactor",
 }
 
 WORKLOADS = [
     *(row(name, equivalent(STEP), optimizer=each) for name, each in OPTIMIZERS.items()),
+    *(
+        row(
+            f"{name}_foreach",
+            equivalent(STEP),
+            optimizer=part(f"torch.optim:{kind}", lr=1e-2, foreach=True),
+            accumulation_steps=(4,),
+            splits=("even",),
+        )
+        for name, kind in FOREACH.items()
+    ),
     row(
         "muon",
         equivalent(STEP),
@@ -75,6 +83,7 @@ WORKLOADS = [
         equivalent("sparse gradients are summed as dense ones are"),
         build=part("../fixtures/models/normed.py:Counts"),
         optimizer=part("torch.optim:SGD", lr=0.1),
+        accumulation_steps=FEW,
     ),
     row(
         "momentum_unused",

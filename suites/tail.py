@@ -59,6 +59,7 @@ WORKLOADS = [
             equivalent(OWN),
             batches=part(f"{DIGITS}:classification", number=3, rows=16, last_rows=rows),
             train=part(f"{TRAINERS_OF_SUITES}/stream.py:train"),
+            accumulation_steps=FEW,
             claims=("C17",),
         )
         for rows in (4, 5)

@@ -15,7 +15,7 @@ from equivcheck.result import case_exit_code, missing_causes
 WIDTH = 80
 _INDENT = 12  # "  evidence  "
 _ALSO = 20  # lines for cases that share a block
-_ALSO_WIDTHS = (12, 26, 11, 8, 11)
+_ALSO_WIDTHS = (12, 11, 8, 11)  # of the columns beside the label's
 _STYLES = {0: "32", 1: "31;1", 3: "31;1", 4: "33", 70: "35;1"}
 
 Paint = Callable[[str, str], str]
@@ -62,29 +62,34 @@ def line(case: Mapping[str, Any], paint: Paint = plain) -> str:
     return f"{left}{paint(f'{verdict:<15}', _style(case))}{rest}".rstrip()
 
 
-def blocks(cases: Iterable[Mapping[str, Any]], paint: Paint = plain) -> list[str]:
+def blocks(
+    cases: Iterable[Mapping[str, Any]], paint: Paint = plain, width: int = WIDTH
+) -> list[str]:
     """Return a block for each finding: cases of one subject with the same verdict and causes share one."""
     alike: dict[tuple[object, ...], list[Mapping[str, Any]]] = {}
     for case in cases:
         alike.setdefault(_finding(case), []).append(case)
-    return [block(first, paint, others) for first, *others in alike.values()]
+    return [block(first, paint, width, others) for first, *others in alike.values()]
 
 
 def block(
-    case: Mapping[str, Any], paint: Paint = plain, others: Sequence[Mapping[str, Any]] = ()
+    case: Mapping[str, Any],
+    paint: Paint = plain,
+    width: int = WIDTH,
+    others: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """Return everything that a reader needs to act on one failing case.
 
     Args:
         case: What the block shows in full.
-        paint: Colours the first line.
+        paint: Colours the headline.
+        width: Columns; paths and commands stay whole, to be copied.
         others: Further cases with the same finding; each gets a line with its own numbers.
     """
-    rows = list(_rows(case, others))
-    first, *rest = textwrap.wrap(printable(words.headline(case)), WIDTH) or [""]
+    first, *rest = textwrap.wrap(printable(words.headline(case)), width) or [""]
     lines = [paint(first, _style(case)), *rest]
-    for title, content in rows:
-        lines += _row(title, content)
+    for title, content in _rows(case, width, others):
+        lines += _row(title, content, width)
     return "\n".join(lines)
 
 
@@ -168,18 +173,18 @@ def _causes(case: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
 
 
 def _rows(
-    case: Mapping[str, Any], others: Sequence[Mapping[str, Any]]
+    case: Mapping[str, Any], width: int, others: Sequence[Mapping[str, Any]]
 ) -> Iterator[tuple[str, str]]:
     causes = _causes(case)
     step = causes[0].get("optimizer_step") if causes else None
     where = f"case {case['id']}  {case.get('target', '')}  {words.label(case)}"
     yield "where", where + (f"  first at optimizer_step {step}" if step is not None else "")
     if others:
-        yield "also", _also(others)
+        yield "also", _also(others, width - _INDENT)
     if case["verdict"] == "error":
         yield from _error_rows(case.get("error") or {})
     else:
-        yield from _finding_rows(case)
+        yield from _finding_rows(case, width)
     for note in dict.fromkeys(note for each in (case, *others) for note in each.get("notes") or ()):
         yield "note", note
     again = case.get("replay", f"equivcheck replay {case['id']}")
@@ -189,9 +194,11 @@ def _rows(
         yield "learn", f"equivcheck explain {causes[0]['code']}"
 
 
-def _also(cases: Sequence[Mapping[str, Any]]) -> str:
+def _also(cases: Sequence[Mapping[str, Any]], width: int) -> str:
     """Return a line for each case that has the same finding: how far it is off, and how far when put right."""
     rows = [("case", "", "difference", "scale", "put right")]
+    identity, *numbers = _ALSO_WIDTHS
+    widths = (identity, width - sum(_ALSO_WIDTHS), *numbers)
     for case in cases[:_ALSO]:
         far = words.farthest(case)
         gradients = (case.get("divergence") or {}).get("gradients") or {}
@@ -208,9 +215,7 @@ def _also(cases: Sequence[Mapping[str, Any]]) -> str:
     # A column that says nothing is left out.
     kept = [i for i in range(5) if i < 2 or any(row[i] != "-" for row in rows[1:])]
     lines = [
-        "".join(
-            f"{_cut(row[i], _ALSO_WIDTHS[i] - 1):{'<>'[i > 1]}{_ALSO_WIDTHS[i]}}" for i in kept
-        ).rstrip()
+        "".join(f"{_cut(row[i], widths[i] - 1):{'<>'[i > 1]}{widths[i]}}" for i in kept).rstrip()
         for row in rows
     ]
     more = len(cases) - _ALSO
@@ -241,7 +246,7 @@ def _error_rows(error: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "traceback", error["traceback"].rstrip()
 
 
-def _finding_rows(case: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _finding_rows(case: Mapping[str, Any], width: int) -> Iterator[tuple[str, str]]:
     gradients = (case.get("divergence") or {}).get("gradients") or {}
     if gradients.get("relative") is not None:
         noise = words.number(gradients.get("control"))
@@ -276,28 +281,31 @@ def _finding_rows(case: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "declared", f"{', '.join(absent)}, not found"
     rows = words.worst_parameters(case, 5)
     if case["verdict"] in ("divergent", "precision-loss") and rows:
-        table = [f"{'worst parameters':<36}{'relative':>9}{'scale':>9}{'cosine':>9}"]
+        room = min(36, width - _INDENT - 3 * 9)
+        table = [f"{'worst parameters':<{room}}{'relative':>9}{'scale':>9}{'cosine':>9}"]
         for row in rows:
             scale, cosine = words.factor(row.get("scale")), words.factor(row.get("cosine"))
-            name = _cut(str(row["name"]), 35)
-            table.append(f"{name:<36}{words.number(row.get('relative')):>9}{scale:>9}{cosine:>9}")
+            name = _cut(str(row["name"]), room - 1)
+            table.append(
+                f"{name:<{room}}{words.number(row.get('relative')):>9}{scale:>9}{cosine:>9}"
+            )
         more = len(case["per_parameter"]) - len(rows)
         yield "gradients", "\n".join(table) + (f"\n{more} more in the result" if more > 0 else "")
 
 
-def _row(title: str, content: str) -> list[str]:
+def _row(title: str, content: str, width: int) -> list[str]:
     lines: list[str] = []
     for piece in printable(content).splitlines() or [""]:
-        body = [piece] if len(piece) <= WIDTH - _INDENT else _wrapped(piece)
+        body = [piece] if len(piece) <= width - _INDENT else _wrapped(piece, width)
         lines += body
     first, *rest = lines
     return [f"  {title:<9} {first}".rstrip(), *((" " * _INDENT + text).rstrip() for text in rest)]
 
 
-def _wrapped(text: str) -> list[str]:
+def _wrapped(text: str, width: int) -> list[str]:
     return textwrap.wrap(
         text,
-        WIDTH - _INDENT,
+        width - _INDENT,
         break_long_words=False,  # a path or command stays one word, to be copied
         break_on_hyphens=False,
         replace_whitespace=False,
