@@ -9,13 +9,13 @@ import torch
 
 from equivcheck.attribution import predict, solve
 from equivcheck.errors import EquivcheckError
+from equivcheck.experiment import ByPlace
 from equivcheck.fit import Attribution
 from equivcheck.interventions import Addend, Addends, Intervention, ordinal_of
 from equivcheck.view import Suspicion, View
 
 Component = tuple[int, tuple[int, ...]]
 Gradient = dict[str, torch.Tensor]
-ByPlace = dict[tuple[int, int], dict[Component, Gradient]]
 
 # One addend with another factor than the rest is the side term, however large its gradient is.
 _FACTORS = ("EQ101", "EQ102")
@@ -123,7 +123,8 @@ def _parts(view: View) -> Parts | None:
         alone = _taken(view, "pieces")
         if max((len(each) for each in alone.values()), default=0) < 2:
             return None
-        return Parts(alone, _taken(view, "candidate"), _taken(view, "reference"))
+        whole = _taken(view, "reference")
+        return Parts(view.experiment.addends_alone(alone, whole), _taken(view, "candidate"), whole)
     except (EquivcheckError, RuntimeError):
         # A graph that cannot be walked twice has no addends to tell apart.
         return None
