@@ -42,6 +42,9 @@ from equivcheck.view import Suspicion
 
 Progress = Callable[[str], None]
 
+# What DDP says at a forward if the step before it was never reduced: that step is done, and may be wrong.
+UNREDUCED: Final = "finished reduction in the prior iteration"
+
 # A run that would not have seen a gradient that is missing altogether has compared nothing.
 BLIND: Final = 1.0
 
@@ -198,6 +201,10 @@ def _decide(
     except TimedOut:
         raise  # There is no time left for another try.
     except StepError as error:
+        if UNREDUCED in f"{error.message} {error.user_traceback}" and _before(
+            experiment, entry, expect, progress, error
+        ):
+            return
         # The code may raise only because it is promoted: then the native runs decide.
         if not experiment.is_promoted or not _runs_natively(experiment):
             raise
@@ -299,6 +306,35 @@ def conclude(
     entry.update(experiment.facts())
     entry["headline"] = headline(entry, judgement)
     entry["notes"] += [note for note in experiment.notes if note not in entry["notes"]]
+
+
+def _before(
+    experiment: Experiment,
+    entry: dict[str, Any],
+    expect: tuple[str, ...],
+    progress: Progress,
+    error: StepError,
+) -> bool:
+    """Judge the optimizer steps before the one that raised; tell whether they are what is wrong."""
+    done = error.optimizer_step
+    if experiment.crew is None or not done or done == experiment.case.optimizer_steps:
+        return False
+    shorter = experiment.again(progress, promoted=experiment.is_promoted, optimizer_steps=done)
+    found = {**entry, "notes": list(entry["notes"]), "warnings": []}
+    try:
+        _decide(shorter, found, expect, progress)
+    except EquivcheckError:
+        return False
+    finally:
+        experiment.runs += shorter.runs
+        shorter.close()
+    if not found["causes"]:
+        return False
+    found["notes"].append(
+        f"judged before optimizer_step {done}, where DDP raises: the step before was never reduced"
+    )
+    entry.update(found)
+    return True
 
 
 def _runs_natively(experiment: Experiment) -> bool:

@@ -98,11 +98,14 @@ def _bytes_of(tensor: torch.Tensor) -> Any:
 
 
 def _is_plain(value: Any) -> bool:
-    """Tell a tensor of numbers from one that only pickle knows how to take apart."""
+    """Tell a tensor of numbers from one that only pickle knows how to take apart.
+
+    One on a GPU arrives on the cpu: a rank has a GPU of its own, or a part of the model.
+    """
     return (
         type(value) is torch.Tensor
         and value.layout == torch.strided
-        and value.device.type == "cpu"
+        and value.device.type in {"cpu", "cuda"}
         and not value.requires_grad
         and not value.is_quantized
         and not value.is_conj()
