@@ -269,7 +269,10 @@ def _window(
     whole = torch.empty(shape, device="meta")
     try:
         cut = part.cut(whole)
-    except (NotImplementedError, RuntimeError):  # It is put together from pieces that are looked at.
+    except (
+        NotImplementedError,
+        RuntimeError,
+    ):  # It is put together from pieces that are looked at.
         return None
     base = cut._base if cut._base is not None else cut
     flat = shape if cut.dim() == len(shape) else (math.prod(shape),)

@@ -8,6 +8,7 @@ of each rank is taken from the moment at which the model is sharded: until then 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import resource
@@ -34,7 +35,9 @@ def field(name):
 
 
 def build():
-    Path(OUT, f"start-{os.getpid()}").write_text(str(field("VmRSS")))
+    start = Path(OUT, f"start-{os.getpid()}")
+    if not start.exists():
+        start.write_text(str(field("VmRSS")))
     return nn.Sequential(*(nn.Sequential(nn.Linear(HIDDEN, HIDDEN), nn.Tanh()) for _ in range(LAYERS)))
 
 
@@ -58,9 +61,9 @@ def train(model, loader, accumulation_steps, rank, world_size):
             optimizer.step()
             optimizer.zero_grad()
     if world_size > 1:
-        peak = max(field("VmHWM"), int(Path(OUT, f"peak-{rank}").read_text() if Path(OUT, f"peak-{rank}").exists() else 0))
-        Path(OUT, f"peak-{rank}").write_text(str(peak))
-        Path(OUT, f"rank-{rank}").write_text(Path(OUT, f"start-{os.getpid()}").read_text())
+        start = int(Path(OUT, f"start-{os.getpid()}").read_text())
+        with Path(OUT, f"rank-{rank}").open("a") as file:
+            file.write(f"{field('VmHWM') - start}\\n")
 '''
 
 
@@ -74,11 +77,8 @@ def written(folder: Path, out: Path, hidden: int, layers: int) -> Path:
 
 
 def numbers(out: Path) -> list[int]:
-    """Return, per rank, the bytes above what it had when the model was built."""
-    return [
-        int((out / f"peak-{rank}").read_text()) - int((out / f"rank-{rank}").read_text())
-        for rank in range(RANKS)
-    ]
+    """Return, per rank, the largest number of bytes above what it had before the first model was built."""
+    return [max(map(int, (out / f"rank-{rank}").read_text().split())) for rank in range(RANKS)]
 
 
 def bare(rank: int, path: Path, folder: str) -> None:
@@ -89,13 +89,18 @@ def bare(rank: int, path: Path, folder: str) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
-    space: dict[str, object] = {}
-    exec(path.read_text(encoding="utf-8"), space)
+    spec = importlib.util.spec_from_file_location("loop", path)
+    loop = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loop)
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
-    model = space["build"]()
-    loader = [x.double()[4 * rank : 4 * rank + 4][2 * k : 2 * k + 2] for x in space["batches"]() for k in range(2)]
-    space["train"](model, loader, 2, rank, RANKS)
+    model = loop.build()
+    loader = [
+        x.double()[4 * rank : 4 * rank + 4][2 * k : 2 * k + 2]
+        for x in loop.batches()
+        for k in range(2)
+    ]
+    loop.train(model, loader, 2, rank, RANKS)
     sys.stdout.flush()
     os._exit(0)
 
