@@ -37,7 +37,7 @@ from equivcheck.shared import shared_faults, skipped_steps
 from equivcheck.split import plan
 from equivcheck.subject import Subject
 from equivcheck.traffic import redundant
-from equivcheck.verdict import Judgement
+from equivcheck.verdict import Judgement, overall
 from equivcheck.view import Suspicion
 
 Progress = Callable[[str], None]
@@ -356,6 +356,8 @@ def _promotion_changed(experiment: Experiment, judgement: Judgement, precision: 
     )
     agree = precision.gap <= 10 * precision.noise
     kinds = judgement.kinds()
+    if "applied" in kinds:  # What a clip makes of gradients that agree may differ.
+        agree = agree and _applied_natively(experiment) <= 10 * precision.noise
     if (
         kinds
         and kinds <= {"gradients", "applied", "logged"}
@@ -369,6 +371,13 @@ def _promotion_changed(experiment: Experiment, judgement: Judgement, precision: 
     return bool(
         judgement.same and precision.loss is not None and precision.gap > 1e3 * precision.noise
     )
+
+
+def _applied_natively(experiment: Experiment) -> float:
+    """Return the largest relative difference of the gradients that optimizers took, as written."""
+    steps = experiment.native("native_candidate").steps
+    found = [overall(s.applied) for s in steps if s.matched is not None and not s.skipped]
+    return max((each.relative for each in found if each.finite), default=0.0)
 
 
 def _compared(experiment: Experiment) -> int:

@@ -128,6 +128,8 @@ def main(hidden: int = 1600, layers: int = 12) -> dict[str, object]:
         [case] = equivcheck.measure(
             str(path), accumulation_steps=2, world_size=RANKS, strategy="fsdp", optimizer_steps=2
         ).cases
+        if case["verdict"] == "error":
+            raise SystemExit(json.dumps(case["error"], indent=1))
         return {
             "verdict": case["verdict"],
             "headline": case["headline"],

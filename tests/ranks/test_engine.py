@@ -20,7 +20,8 @@ from equivcheck.ranks import team, wire
 from equivcheck.ranks.crew import _named
 from equivcheck.ranks.merge import merged
 from equivcheck.ranks.status import RUNNING, Board, Standing
-from equivcheck.recording import Recording, Step
+from equivcheck.recording import Kept, Recording, Step
+from equivcheck.shelf import Shelf
 
 LOOP = """
 import os, signal, time
@@ -225,6 +226,28 @@ def test_messages_keep_what_is_one_and_the_same_tensor(tmp_path):
     assert len(message) < 4000
     assert (tmp_path / "arena").stat().st_size == large.nbytes
     assert torch.equal(wire.loads(again, wire.Mapped(tmp_path / "arena")), large)
+
+
+def test_the_memory_of_a_reference_is_given_back_and_nothing_else(tmp_path):
+    """Beyond what is kept in memory too: released tensors are read again, and what was written to others stays."""
+    shelf, arena = Shelf(), wire.Arena(tmp_path / "arena")
+    first, second = (shelf.keep(torch.randn(5_000_000, dtype=torch.float64)) for _ in range(2))
+    kept = Kept(
+        {"w": first}, {"w": first}, {"w": second}, {}, {"w": {"step": 1}}, {}, release=shelf.release
+    )
+    batch = torch.randn(5000)
+
+    message = arena.dumps((kept, batch))
+    found, other = wire.loads(message, wire.Mapped(tmp_path / "arena"))
+    other.zero_()
+    found.release()
+
+    assert found.gradients["w"] is found.applied["w"]
+    assert torch.equal(found.gradients["w"], first)
+    assert torch.equal(found.after["w"], second)
+    assert not other.any()
+    shelf.close()
+    arena.close()
 
 
 def test_a_closure_travels_by_value():
