@@ -24,6 +24,8 @@ from equivcheck.shelf import Shelf
 # Tensors below a page travel inside the message.
 INLINE = mmap.PAGESIZE
 ALIGNMENT = 64
+# A rank keeps so many bytes of a reference in memory while it goes from one parameter to the next.
+UNRELEASED = 1 << 24
 
 
 class Arena:
@@ -92,6 +94,7 @@ class Mapped:
         self._path = path
         self._maps: dict[str, mmap.mmap] = {}
         self._outgrown: list[mmap.mmap] = []
+        self._read = 0
 
     def get(
         self, kind: str, offset: int, dtype: torch.dtype, shape: tuple[int, ...]
@@ -117,8 +120,16 @@ class Mapped:
             self._maps[kind] = known
         return torch.frombuffer(known, dtype=dtype, count=count, offset=offset).view(shape)
 
-    def release(self) -> None:
-        """Give the memory of a reference's tensors back; it is read again when it is looked at."""
+    def release(self, read: int | None = None) -> None:
+        """Give the memory of a reference's tensors back; it is read again when it is looked at.
+
+        Args:
+            read: Bytes read since the last call: a few are kept. None gives back at once.
+        """
+        self._read += read or 0
+        if read is not None and self._read < UNRELEASED:
+            return
+        self._read = 0
         if hasattr(mmap, "MADV_DONTNEED"):
             for each in (*self._outgrown, *(m for k, m in self._maps.items() if k == "kept")):
                 each.madvise(mmap.MADV_DONTNEED)
