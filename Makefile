@@ -15,7 +15,7 @@
 # make examples-check  compare them with what the loops give now
 # make env-NAME   an environment for one family of frameworks: transformers, lightning, deepspeed, jax, keras
 # make envs       all of them
-# make test-frameworks  the trainers of every framework, each in its environment
+# make test-frameworks  the trainers and scripts of every framework, each in its environment
 # make conformance  rewrite reports/conformance: what each framework's release does, claim by claim
 # make readme     rewrite the generated parts of the README
 
@@ -139,7 +139,7 @@ test-frameworks: $(STAMP)
 	@failed=; for family in $(RECORDED); do \
 		echo "== $$family"; \
 		$(MAKE) --no-print-directory env-$$family && \
-		$(ENVS)/$$family/bin/python -m pytest tests/frameworks -m $$family -q -p no:cacheprovider || failed="$$failed $$family"; \
+		$(ENVS)/$$family/bin/python -m pytest tests/frameworks tests/scripts -m $$family -q -p no:cacheprovider || failed="$$failed $$family"; \
 	done; \
 	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 

@@ -256,7 +256,7 @@ def raise_unless_equivalent(found: Result) -> None:
     if code == 0:
         return
     deciding = [case for case in found.cases if results.case_exit_code(case) == code]
-    blocks = (text.block(case, width=text.WIDTH - _MARGIN) for case in deciding)
+    blocks = text.blocks(deciding, width=text.WIDTH - _MARGIN)
     message = "\n\n".join(blocks) or "nothing was left to run"
     if code == 1:
         raise DivergenceError(message, found)

@@ -291,6 +291,17 @@ def conclude(
         if precision.loss is not None and judgement.same and not shared:
             verdict = "precision-loss"
             causes.append(cause(Suspicion("EQ401"), "proved", precision.loss))
+    if judgement.same and not causes and (shown := experiment.printed()):
+        name = CAUSES["EQ701"].name
+        if shown.pop("exact") or "EQ701" in expect:
+            verdict = "divergent"
+            causes.append(cause(Suspicion("EQ701", evidence=shown), "proved", shown))
+        else:
+            entry["warnings"].append({"code": "EQ701", "name": name, "evidence": shown})
+            what = shown.get("rule", "another number")
+            entry["notes"].append(
+                f"the printed {shown['printed_as']} is not the full batch's: {what}"
+            )
     if experiment.crew is not None and judgement.same:
         evidence = redundant(experiment)
         if evidence is not None:

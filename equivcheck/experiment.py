@@ -42,6 +42,8 @@ from equivcheck.verdict import Judgement, Noise, judge, roundoff_of, unfit
 CLOSE = 1e-4
 
 Interventions = tuple[Intervention, ...]
+# The gradient of every addend of the loss, by cycle and micro-step.
+ByPlace = dict[tuple[int, int], dict[tuple[int, tuple[int, ...]], dict[str, torch.Tensor]]]
 T = TypeVar("T")
 
 
@@ -164,6 +166,10 @@ class Experiment:
 
     def other_samples(self) -> dict[str, Any] | None:
         """Return how the samples of the two runs differ, where samples are recognised by what they hold."""
+        return None
+
+    def printed(self) -> dict[str, Any] | None:
+        """Return how a loss that both runs show differs, where what they show is not what they return."""
         return None
 
     def counts(self, accumulation_steps: int | None) -> dict[str, list[list[int]]]:
@@ -440,6 +446,10 @@ class Experiment:
             return found
 
         return self._once(("pieces", interventions), make)
+
+    def addends_alone(self, alone: ByPlace, _whole: ByPlace) -> ByPlace:
+        """Return the addends of the micro-batches alone: as the run that took the pieces has them."""
+        return alone
 
     def alone_of_length(self, length: int) -> Recording:
         """Return the run that steps after every micro-batch, told that the loader has another length."""

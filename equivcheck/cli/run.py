@@ -246,9 +246,12 @@ class _Run:
 
     def tell(self, result: Mapping[str, Any]) -> None:
         """Print the blocks of what failed, the notes and the summary."""
-        for case in result["cases"]:
-            if words.failed(case) or self._options.verbose:
-                say(self._out, "\n" + text.block(case, self._paint))
+        if self._options.verbose:
+            blocks = [text.block(case, self._paint) for case in result["cases"]]
+        else:
+            blocks = text.blocks(filter(words.failed, result["cases"]), self._paint)
+        for block in blocks:
+            say(self._out, "\n" + block)
         if shown := matrix.render(result, self._paint):
             say(self._out, shown)
         for remark in text.remarks(result):

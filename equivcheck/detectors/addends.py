@@ -9,6 +9,7 @@ import torch
 
 from equivcheck.attribution import predict, solve
 from equivcheck.errors import EquivcheckError
+from equivcheck.experiment import ByPlace
 from equivcheck.fit import Attribution
 from equivcheck.interventions import Addend, Addends, Intervention, ordinal_of
 from equivcheck.recording import Place
@@ -16,7 +17,6 @@ from equivcheck.view import Suspicion, View
 
 Component = tuple[int, tuple[int, ...]]
 Gradient = dict[str, torch.Tensor]
-ByPlace = dict[tuple[int, int], dict[Component, Gradient]]
 
 # One addend with another factor than the rest is the side term, however large its gradient is.
 _FACTORS = ("EQ101", "EQ102")
@@ -124,11 +124,12 @@ def _parts(view: View) -> Parts | None:
         alone = _taken(view, "pieces")
         if max((len(each) for each in alone.values()), default=0) < 2:
             return None
-        parts = Parts(alone, _taken(view, "candidate"), _taken(view, "reference"))
+        whole = _taken(view, "reference")
+        parts = Parts(view.experiment.addends_alone(alone, whole), _taken(view, "candidate"), whole)
     except (EquivcheckError, RuntimeError):
         # A graph that cannot be walked twice has no addends to tell apart.
         return None
-    return _reduced(view, parts) if view.experiment.case.world_size > 1 else parts
+    return parts if view.experiment.crew is None else _reduced(view, parts)
 
 
 def _reduced(view: View, parts: Parts) -> Parts | None:
