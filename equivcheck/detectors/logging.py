@@ -5,6 +5,7 @@ from __future__ import annotations
 from equivcheck.errors import EquivcheckError
 from equivcheck.interventions import Shorten
 from equivcheck.noise import SAFETY
+from equivcheck.recording import Recording
 from equivcheck.view import Suspicion, View
 
 TRAINED_ON = "the sum of what was called backward on"
@@ -61,12 +62,33 @@ def _limit(view: View) -> float:
 
 
 def _roots(view: View) -> dict[str, list[float]]:
-    """Return what a loop would log that takes the values it calls backward on, as they are written."""
+    """Return what a loop would log that takes the values it calls backward on, as they are written.
+
+    On several ranks it may take those of its own rank, or their mean over all.
+    """
     written = view.experiment.candidate()
+    runs = [_by_cycle(view, each) for each in written.ranks or [written]]
+    found = _logs_of(runs[0])
+    shapes = {tuple(map(len, each)) for each in runs}
+    if len(runs) > 1 and len(shapes) == 1:
+        means = [
+            [sum(values) / len(values) for values in zip(*cycles, strict=True)]
+            for cycles in zip(*runs, strict=True)
+        ]
+        found |= {f"{name}, a mean over the ranks": log for name, log in _logs_of(means).items()}
+    return found
+
+
+def _by_cycle(view: View, recording: Recording) -> list[list[float]]:
+    """Return the values that one run called backward on, per cycle."""
     by_cycle: dict[int, list[float]] = {}
-    for place, backward in zip(view.places, written.backwards, strict=False):
+    for place, backward in zip(view.places, recording.backwards, strict=False):
         by_cycle.setdefault(place.cycle, []).append(backward.loss)
-    values = [by_cycle[cycle] for cycle in sorted(by_cycle)]
+    return [by_cycle[cycle] for cycle in sorted(by_cycle)]
+
+
+def _logs_of(values: list[list[float]]) -> dict[str, list[float]]:
+    """Return each way to log one number per cycle."""
     return {
         "the last backward's loss": [each[-1] for each in values],
         "the first backward's loss": [each[0] for each in values],

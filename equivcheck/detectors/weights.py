@@ -82,7 +82,11 @@ def _in_all(view: View) -> list[Suspicion]:
         # Between ranks is another cause, EQ501: what is put right here is within each of them.
         found += hypotheses(view, "EQ103", [_alike_in_rank], rank=15)
         found += hypotheses(view, "EQ103", sums, rank=15, meant=mean_of_ranks)
-        found += hypotheses(view, "EQ103", _shares(view), rank=15)
+        for share in _shares(view):
+            by_share = hypotheses(view, "EQ103", [share], rank=15, meant=_within_ranks(share))
+            if by_share:
+                found += by_share
+                break
     else:
         found += hypotheses(view, "EQ103", [*sums, *_shares(view)], rank=15)
     twice: list[Predict] = [
@@ -141,6 +145,20 @@ def _shares(view: View) -> list[Predict]:
 def _share(values: list[list[int]], cycle: int, length: int) -> list[float]:
     counts = values[cycle % len(values)]
     return [x / (sum(counts) or 1) for x in counts] if len(counts) == length else [0.0] * length
+
+
+def _within_ranks(predict: Predict) -> Predict:
+    """Return what putting wrong weights right within each rank gives, where every rank counts the same.
+
+    That all ranks count the same is another cause. Where they do not, the true weights are meant.
+    """
+
+    def meant(attribution: Attribution, right: Sequence[float]) -> list[float]:
+        sums = [sum(each) for each in attribution.by_rank(predict(attribution, right))]
+        alike = max(sums) - min(sums) <= 1e-9 * max(map(abs, sums))
+        return mean_of_ranks(attribution, right) if alike else list(right)
+
+    return meant
 
 
 def _all_ones(view: View) -> bool:
