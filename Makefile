@@ -8,6 +8,7 @@
 # make planted    rewrite reports/planted.md: trainers with one fault under all suites, an hour
 # make wheel      build the wheel and use it where there is no clone
 # make detection  the whole detection matrix: every mutant and trainer, minutes
+# make starts     200 starts and ends of DDP workers, launched groups, and the memory of a sharded model
 # make traffic    rewrite reports/traffic.*: what ranks send each other, loop by loop
 # make coverage   branches that the tests reach, layer by layer: fails below what is stated
 # make claims     rewrite reports/claims.md: what is claimed of accumulation, with numbers
@@ -31,7 +32,7 @@ RIGHT := plain_mean clipped scheduled tail token_weighted amp_bf16 logged
 WRONG := eq101_missing_division_plain eq103_mean_of_means_tokens eq201_batch_norm_1d \
 	eq301_zero_grad_in_cycle eq306_clip_by_norm eq307_scheduler_per_micro_batch
 
-.PHONY: run test search search-mutants planted wheel lint bench calibrate properties detection traffic coverage claims examples examples-check \
+.PHONY: run test search search-mutants planted wheel lint bench calibrate properties detection starts traffic coverage claims examples examples-check \
 	readme envs test-frameworks conformance conformance-heads
 
 run: $(STAMP)
@@ -86,6 +87,10 @@ LAYER_3 := experiment.py fit.py company.py verdict.py view.py diagnose.py detect
 comma := ,
 empty :=
 modules = $(subst $(empty) ,$(comma),$(1:%=equivcheck/%))
+
+starts: $(STAMP)
+	$(BIN)/python -m pytest tests/ranks/test_starts.py tests/ranks/test_launched.py -m "slow or not slow" -s
+	$(BIN)/python -W ignore tests/bench/sharded.py
 
 traffic: $(STAMP)
 	@$(BIN)/python -W ignore tests/bench/traffic.py reports/traffic.json reports/traffic.md

@@ -181,7 +181,10 @@ def measure(
         seed=seed,
         timeout=timeout,
     )
-    cases = list(outcomes(jobs, timeout=named["timeout"]))
+    from equivcheck.ranks.team import kept  # noqa: PLC0415 - torch is loaded only to run
+
+    with kept():
+        cases = list(outcomes(jobs, timeout=named["timeout"]))
     return Result(results.assemble(cases, target=name_of(target, jobs), notes=notes))
 
 

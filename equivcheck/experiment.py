@@ -138,10 +138,15 @@ class Experiment:
     # ---- what another kind of experiment answers in its own way --------------------------------
 
     def again(
-        self, progress: Callable[[str], None] = lambda _: None, *, promoted: bool
+        self,
+        progress: Callable[[str], None] = lambda _: None,
+        *,
+        promoted: bool,
+        optimizer_steps: int | None = None,
     ) -> Experiment:
-        """Return a new experiment on the same case."""
-        other = type(self)(self.subject, self.case, progress, promoted=promoted)
+        """Return a new experiment on the same case, or on so many of its optimizer steps."""
+        case = replace(self.case, optimizer_steps=optimizer_steps or self.case.optimizer_steps)
+        other = type(self)(self.subject, case, progress, promoted=promoted)
         if self.crew is not None and other.crew is not None:
             other.crew.ends_at, other.crew.timeout = self.crew.ends_at, self.crew.timeout
         return other
@@ -257,6 +262,15 @@ class Experiment:
         return self._once(
             ("length", length),
             lambda: self._full("full_batch", Comparer(self.reference()), (), length=length),
+        )
+
+    def reference_of_horizon(self, steps: int) -> Recording:
+        """Return the full-batch run that is told another number of optimizer steps, by its loader too."""
+        return self._once(
+            ("horizon", steps),
+            lambda: self._full(
+                "full_batch", Comparer(self.reference()), (), length=steps, optimizer_steps=steps
+            ),
         )
 
     def altered_reference(self, interventions: Interventions) -> Recording:
@@ -473,6 +487,7 @@ class Experiment:
         seed_offset: int = 0,
         schedule: list[Place] | None = None,
         length: int | None = None,
+        optimizer_steps: int = 0,
     ) -> Recording:
         data = self.data_for(interventions, promoted=promoted)
         run = Run(
@@ -485,6 +500,7 @@ class Experiment:
             orders=orders,
             length=length,
             seed_offset=seed_offset,
+            optimizer_steps=optimizer_steps,
             interventions=list(interventions),
             schedule=schedule or [],
         )

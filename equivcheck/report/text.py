@@ -83,10 +83,10 @@ def block(
     Args:
         case: What the block shows in full.
         paint: Colours the headline.
-        width: Columns; paths and commands stay whole, to be copied.
+        width: Columns of what follows the headline; paths and commands stay whole, to be copied.
         others: Further cases with the same finding; each gets a line with its own numbers.
     """
-    first, *rest = textwrap.wrap(printable(words.headline(case)), width) or [""]
+    first, *rest = textwrap.wrap(printable(words.headline(case)), WIDTH) or [""]
     lines = [paint(first, _style(case)), *rest]
     for title, content in _rows(case, width, others):
         lines += _row(title, content, width)
