@@ -212,6 +212,7 @@ def _execute(
                 observer.enter(recorder, keys[0])
 
         feed.on_fetch = fetched
+        feed.on_again = recorder.usage.unused
         if "dataset" in given:
             feed.on_own = recorder.usage.forget
             stack.enter_context(feed.watching_own())

@@ -75,7 +75,10 @@ def _to_numpy(tensor: Tensor, dtype: Any) -> np.ndarray[Any, Any]:
 
 def _name(path: Sequence[Any]) -> str:
     """Return the words of a path through a tree, joined by points; the wrapper of a flax variable is left out."""
-    words = [str(next(iter(vars(each).values()))) if hasattr(each, "__dict__") else _word(each) for each in path]
+    words = [
+        str(next(iter(vars(each).values()))) if hasattr(each, "__dict__") else _word(each)
+        for each in path
+    ]
     return ".".join(words[:-1] if words[-1:] == ["value"] else words)
 
 
@@ -138,7 +141,9 @@ def _ask(host: Callable[..., list[Tensor]], like: Sequence[Any], *leaves: Any) -
             # Compiled in a run that is over, and called by other code.
             return [np.zeros(leaf.shape, leaf.dtype) for leaf in like]
         given = [to_torch(value) for value in values]
-        return [_to_numpy(each, dtype) for each, dtype in zip(host(link, *given), dtypes, strict=True)]
+        return [
+            _to_numpy(each, dtype) for each, dtype in zip(host(link, *given), dtypes, strict=True)
+        ]
 
     if any(isinstance(leaf, jax.core.Tracer) for leaf in (*leaves, *like)):
         shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in like]
@@ -182,7 +187,9 @@ def _differentiating(original: Any, *, with_value: bool) -> Any:
     """Wrap `jax.grad` or `jax.value_and_grad`."""
 
     @functools.wraps(original)
-    def transform(fun: Callable[..., Any], argnums: Any = 0, has_aux: bool = False, **options: Any) -> Any:
+    def transform(
+        fun: Callable[..., Any], argnums: Any = 0, has_aux: bool = False, **options: Any
+    ) -> Any:
         both = _VALUE_AND_GRAD(fun, argnums, has_aux, **options)
         places = (argnums,) if isinstance(argnums, int) else tuple(argnums)
 
@@ -367,7 +374,11 @@ class JaxBridge:
         self._built = built
         names, leaves, _ = _named(self._parameters())
         self.module: nn.Module = Mirror(
-            {name: to_torch(leaf) for name, leaf in zip(names, leaves, strict=True) if _rounds(leaf)}
+            {
+                name: to_torch(leaf)
+                for name, leaf in zip(names, leaves, strict=True)
+                if _rounds(leaf)
+            }
         )
 
     def _parameters(self) -> Any:
@@ -380,7 +391,7 @@ class JaxBridge:
         """Return the model, its floating leaves cast to float64 if promoted."""
         if not promoted:
             return self._built
-        jax.config.update("jax_enable_x64", True)  # noqa: FBT003 - the configuration's own form
+        jax.config.update("jax_enable_x64", True)
 
         def cast(leaf: Any) -> Any:
             return jnp.asarray(leaf, jnp.float64) if _rounds(leaf) else leaf
@@ -456,4 +467,9 @@ def install(stack: ExitStack) -> None:
     if (nnx := _nnx()) is not None:
         _nnx_value_and_grad = nnx.value_and_grad
         replace(stack, nnx, "grad", _module_differentiating(nnx.grad, with_value=False))
-        replace(stack, nnx, "value_and_grad", _module_differentiating(nnx.value_and_grad, with_value=True))
+        replace(
+            stack,
+            nnx,
+            "value_and_grad",
+            _module_differentiating(nnx.value_and_grad, with_value=True),
+        )

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import collections
 import functools
+import importlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from equivcheck.bridges.mirror import Driven
@@ -70,7 +70,9 @@ def _stepping(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap the place where a Keras optimizer updates, once a cycle is complete."""
 
     @functools.wraps(original)
-    def _backend_update_step(self: Any, grads: Any, trainable_variables: Any, learning_rate: Any) -> None:
+    def _backend_update_step(
+        self: Any, grads: Any, trainable_variables: Any, learning_rate: Any
+    ) -> None:
         watch = NOW[-1] if NOW else None
         if watch is None or watch.is_stepping:
             original(self, grads, trainable_variables, learning_rate)
@@ -79,7 +81,9 @@ def _stepping(original: Callable[..., Any]) -> Callable[..., Any]:
         mirror.param_groups[0]["lr"] = number(learning_rate)
         unclipped, watch.unclipped = watch.unclipped, None
         with quiet():
-            for index, (variable, gradient) in enumerate(zip(trainable_variables, grads, strict=True)):
+            for index, (variable, gradient) in enumerate(
+                zip(trainable_variables, grads, strict=True)
+            ):
                 parameter = variable.value
                 parameter.grad = gradient.detach().to(parameter.dtype)
                 if unclipped is not None:
@@ -163,6 +167,9 @@ def install(stack: ExitStack) -> None:
     names = state.get_global_attribute("object_name_uids")
     state.set_global_attribute("object_name_uids", collections.defaultdict(int))
     stack.callback(state.set_global_attribute, "object_name_uids", names)
+    if sys.modules["keras"].backend.backend() == "torch":
+        # Keras imports it when the first optimizer is made; from then on it is the one that updates.
+        importlib.import_module("keras.src.backend.torch.optimizers.torch_parallel_optimizer")
     base = sys.modules["keras.src.optimizers.base_optimizer"].BaseOptimizer
     classes: list[Any] = list(dict.fromkeys(subclasses(base)))
     for each in classes:

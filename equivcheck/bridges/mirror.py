@@ -130,7 +130,9 @@ class Link:
     def state(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the optimizer's state as it is by now, for the one that the user's code holds."""
         now = self._entries()
-        if now.keys() != given.keys() or any(not torch.equal(given[n], self._state[n]) for n in given):
+        if now.keys() != given.keys() or any(
+            not torch.equal(given[n], self._state[n]) for n in given
+        ):
             return dict(given)
         return now
 
@@ -166,7 +168,9 @@ class Link:
     def _entries(self) -> dict[str, Tensor]:
         found = {}
         for entries in self.optimizer.state.values():
-            found.update({key: value for key, value in entries.items() if isinstance(value, Tensor)})
+            found.update(
+                {key: value for key, value in entries.items() if isinstance(value, Tensor)}
+            )
         return found
 
     def _set_entries(self, leaves: Mapping[str, Tensor]) -> None:

@@ -21,7 +21,11 @@ pytestmark = pytest.mark.filterwarnings("default")  # a framework's warnings are
 def marked(paths: list[Path]) -> list[object]:
     """Return the trainers as parameters, each with its environment as a marker."""
     return [
-        pytest.param(path, id=path.stem, marks=getattr(pytest.mark, str(frameworks.family(path))))
+        pytest.param(
+            path,
+            id=f"{frameworks.family(path)}-{path.stem}",
+            marks=getattr(pytest.mark, str(frameworks.family(path))),
+        )
         for path in paths
     ]
 
@@ -47,14 +51,17 @@ def test_a_correct_trainer_is_equivalent(path: Path) -> None:
 
 @pytest.mark.parametrize("path", marked(frameworks.mutants()))
 def test_a_faulty_twin_shows_its_cause(path: Path) -> None:
-    """The fault that its name says is proved, and no other."""
+    """The fault that its name says is named, and no other; proved where its call can be put right."""
     case = run(path)
 
     assert case["verdict"] == "divergent", case["headline"]
-    assert [(c["code"], c["status"]) for c in case["causes"]] == [(path.stem[:5].upper(), "proved")]
+    # A schedule that the framework computes from a count of its own is no call that could wait.
+    status = "suspected" if path.stem == "eq307_keras_schedule" else "proved"
+    assert [(c["code"], c["status"]) for c in case["causes"]] == [(path.stem[:5].upper(), status)]
 
 
 def test_every_trainer_has_an_environment() -> None:
-    """The three families that the engine records are covered; JAX and Keras are measured by scripts of their own."""
+    """Every family has trainers; each is in the environment of its framework."""
     covered = {frameworks.family(path) for path in frameworks.trainers()}
+    assert covered == set(frameworks.FAMILIES)
     assert covered == {"transformers", "lightning", "deepspeed"}
