@@ -3,7 +3,10 @@
 # make lint       ruff and mypy alone
 # make bench      the benchmarks
 # make calibrate  measure rounding on correct code: what the limits are set by
-# make search     check 10,000 generated correct loops, an hour or two at low priority
+# make search     check 10,000 generated correct loops, an hour or two at low priority; begun again, it goes on
+# make search-mutants  rewrite reports/search.*: generated cases until each mutant is found
+# make planted    rewrite reports/planted.md: trainers with one fault under all suites, an hour
+# make wheel      build the wheel and use it where there is no clone
 # make detection  the whole detection matrix: every mutant and trainer, minutes
 # make traffic    rewrite reports/traffic.*: what ranks send each other, loop by loop
 # make coverage   branches that the tests reach, layer by layer: fails below what is stated
@@ -28,7 +31,7 @@ RIGHT := plain_mean clipped scheduled tail token_weighted amp_bf16 logged
 WRONG := eq101_missing_division_plain eq103_mean_of_means_tokens eq201_batch_norm_1d \
 	eq301_zero_grad_in_cycle eq306_clip_by_norm eq307_scheduler_per_micro_batch
 
-.PHONY: run test search lint bench calibrate properties detection traffic coverage claims examples examples-check \
+.PHONY: run test search search-mutants planted wheel lint bench calibrate properties detection traffic coverage claims examples examples-check \
 	readme envs test-frameworks conformance conformance-heads
 
 run: $(STAMP)
@@ -59,6 +62,15 @@ search: $(STAMP)
 	nice -n 10 $(BIN)/python -W ignore tests/bench/generated.py correct --count 100 --pieces 105 \
 		--out reports/latest/generated.jsonl
 	$(BIN)/python tests/bench/generated.py table reports/latest/generated.jsonl
+
+search-mutants: $(STAMP)
+	$(BIN)/python -W ignore tests/bench/generated.py mutants --pieces 5 --out reports/search.json
+
+planted: $(STAMP)
+	$(BIN)/python -W ignore tests/bench/planted.py
+
+wheel: $(STAMP)
+	$(BIN)/python -m pytest tests/suites/test_wheel.py -m "slow or not slow"
 
 properties: $(STAMP)
 	$(BIN)/python -m pytest tests/detection/test_properties.py tests/plugin -m "slow or not slow" \

@@ -237,6 +237,10 @@ def check(
     return found
 
 
+# Columns that pytest puts before every line of an error: "E" and the indentation of the line that raised.
+_MARGIN = 8
+
+
 def raise_unless_equivalent(found: Result) -> None:
     """Raise the error that a result stands for, with the blocks of the deciding cases as its message.
 
@@ -249,7 +253,8 @@ def raise_unless_equivalent(found: Result) -> None:
     if code == 0:
         return
     deciding = [case for case in found.cases if results.case_exit_code(case) == code]
-    message = "\n\n".join(text.block(case) for case in deciding) or "nothing was left to run"
+    blocks = (text.block(case, width=text.WIDTH - _MARGIN) for case in deciding)
+    message = "\n\n".join(blocks) or "nothing was left to run"
     if code == 1:
         raise DivergenceError(message, found)
     raise _RAISED[code](message)

@@ -140,14 +140,22 @@ def sums(
         any arithmetic. O(numel) time; temporaries of 2 MB on the cpu, unless the two tensors lie
         differently in memory or are not dense.
     """
-    if mask is not None:
-        return _masked(reference, candidate, mask)
     with _one_thread():
-        return _sums(reference, candidate)
+        return _sums(reference, candidate, mask)
 
 
-def _sums(reference: torch.Tensor, candidate: torch.Tensor) -> Sums:
-    left, right = _flat_pair(reference, candidate)
+def _sums(
+    reference: torch.Tensor, candidate: torch.Tensor, mask: torch.Tensor | None = None
+) -> Sums:
+    if mask is None:
+        left, right = _flat_pair(reference, candidate)
+        left_out = None
+    else:
+        # One order of elements for all three.
+        left, right, mask = (
+            each.reshape(-1) for each in (*map(_plain, (reference, candidate)), mask)
+        )
+        left_out = mask.logical_not()
     chunk = _CHUNK if left.device.type == "cpu" else _DEVICE_CHUNK
     total = torch.zeros(3, dtype=torch.float64, device=left.device)
     part = torch.zeros_like(total)
@@ -155,31 +163,24 @@ def _sums(reference: torch.Tensor, candidate: torch.Tensor) -> Sums:
     size = min(chunk, left.numel())
     r_buffer = torch.empty(size, dtype=torch.float64, device=left.device)
     d_buffer = torch.empty_like(r_buffer)
-    for r_chunk, c_chunk in zip(torch.split(left, chunk), torch.split(right, chunk), strict=True):
+    for start in range(0, left.numel(), chunk):
+        r_chunk, c_chunk = left[start : start + chunk], right[start : start + chunk]
+        out = None if left_out is None else left_out[start : start + chunk]
         r = r_buffer[: r_chunk.numel()].copy_(r_chunk)
+        if out is not None:
+            r.masked_fill_(out, 0.0)
         torch.dot(r, r, out=into[0])
         if _bitwise_equal(r_chunk, c_chunk):
             total[0] += into[0]
             continue
         d = d_buffer[: r_chunk.numel()].copy_(c_chunk).sub_(r)
+        if out is not None:
+            d.masked_fill_(out, 0.0)
         torch.dot(r, d, out=into[1])
         torch.dot(d, d, out=into[2])
         total += part
-    return _of(total.tolist(), left.numel())
-
-
-def _masked(reference: torch.Tensor, candidate: torch.Tensor, mask: torch.Tensor) -> Sums:
-    """Measure the elements that a mask of the same shape holds, a chunk at a time."""
-    with _one_thread():
-        return _masked_chunks(reference, candidate, mask)
-
-
-def _masked_chunks(reference: torch.Tensor, candidate: torch.Tensor, mask: torch.Tensor) -> Sums:
-    total = Sums()
-    flat = [each.reshape(-1) for each in (_plain(reference), _plain(candidate), mask)]
-    for r, c, here in zip(*(torch.split(each, _CHUNK) for each in flat), strict=True):
-        total = total + _sums(r[here], c[here])
-    return total
+    count = left.numel() if left_out is None else left.numel() - int(left_out.sum())
+    return _of(total.tolist(), count)
 
 
 def far_apart(reference: torch.Tensor, candidate: torch.Tensor, share: float) -> torch.Tensor:

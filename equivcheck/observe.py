@@ -366,7 +366,10 @@ class Comparer(Sampler):
             for name, buffer in recorder.model.named_buffers()
             if name in kept.buffers and kept.buffers[name].shape == buffer.shape
         ]
-        step.parameters, step.state = _measured(updates), _measured(moments)
+        step.parameters = _measured(updates)
+        kept.release()
+        step.state = _measured(moments)
+        kept.release()
         step.buffers = _measured(buffers)
 
     def _mask(self, name: str, step: Step) -> torch.Tensor | None:

@@ -157,7 +157,7 @@ class _Run:
         self._interrupted = False
         self._shown_target: str | None = None
         self._order: dict[str, int] = {}
-        self._ran = 0
+        self._ran = self._planned = 0
         self._seconds = self._saved = self._cost = 0.0
         self._journal = Journal(
             outputs.result_path,
@@ -181,6 +181,7 @@ class _Run:
             if planned and not jobs:
                 known = ", ".join(job.case.label for job in planned[:8])
                 self._notes.append(f"-k {self._options.select} matches none of: {known}")
+            self._planned = len(jobs)
             self._run(selection.shard_of(jobs, self._options.shard))
         except KeyboardInterrupt:
             self._interrupted = True
@@ -202,6 +203,8 @@ class _Run:
             interrupted=self._interrupted,
         )
         whole["shard"] = self._options.shard
+        if self._options.shard:
+            whole["planned"] = self._planned
         whole["counts"] = matrix.counts(self._cases)
         whole["matrix"] = matrix.table(whole["cases"])
         return whole
@@ -228,7 +231,11 @@ class _Run:
         self._cases += [done[identity] for identity in self._order if identity in done]
         left = [job for job in jobs if job.case.id not in done]
         if self._options.resume:
-            self._notes.append(f"resumed: {len(self._cases)} cases were finished before")
+            self._notes.append(
+                f"resumed: {len(self._cases)} cases were finished before"
+                if done
+                else "resumed: nothing was finished before, so that all cases run"
+            )
         progress = Progress(len(jobs), len(self._cases), quiet=self._options.quiet)
         began = time.monotonic()
         with progress.shown(), closing(self._finished(left, progress)) as finished:

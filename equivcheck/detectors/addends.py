@@ -73,14 +73,15 @@ def suspect(view: View) -> list[Suspicion]:
     if any(each is False for each in wrong.values()):
         return []  # Something that no factor explains.
     found = {component: each for component, each in wrong.items() if isinstance(each, _Wrong)}
-    if not found or (len(found) == len(wrong) and len({each.rule for each in found.values()}) == 1):
-        return []  # Nothing is wrong; or the whole loss is, in one way.
+    alike = len(found) == len(wrong) and len({each.rule for each in found.values()}) == 1
+    if not found or (alike and all(view.spans(each, reference=True) for each in view.attributions)):
+        return []  # Nothing is wrong; or the whole loss is, in one way, with weights of its own.
     main = max(parts.components, key=lambda c: _size(view, c, parts))
     if len(found) == 1 and len(wrong) > 1 and main in found and found[main].rule in _FACTORS:
         main = next(component for component in parts.components if component != main)
     by_code: dict[str, list[Component]] = {}
     for component, each in found.items():
-        code = "EQ107" if each.same else each.rule if component == main else "EQ106"
+        code = "EQ107" if each.same else each.rule if component == main or alike else "EQ106"
         by_code.setdefault(code, []).append(component)
     suspicions = []
     for code, components in by_code.items():

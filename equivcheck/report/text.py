@@ -60,13 +60,18 @@ def line(case: Mapping[str, Any], paint: Paint = plain) -> str:
     return f"{left}{paint(f'{verdict:<15}', _style(case))}{rest}".rstrip()
 
 
-def block(case: Mapping[str, Any], paint: Paint = plain) -> str:
-    """Return everything that a reader needs to act on one failing case."""
-    rows = list(_rows(case))
-    first, *rest = textwrap.wrap(printable(words.headline(case)), WIDTH) or [""]
+def block(case: Mapping[str, Any], paint: Paint = plain, width: int = WIDTH) -> str:
+    """Return everything that a reader needs to act on one failing case.
+
+    Args:
+        case: A case of a result.
+        paint: Colours the headline.
+        width: Columns; paths and commands stay whole, to be copied.
+    """
+    first, *rest = textwrap.wrap(printable(words.headline(case)), width) or [""]
     lines = [paint(first, _style(case)), *rest]
-    for title, content in rows:
-        lines += _row(title, content)
+    for title, content in _rows(case, width):
+        lines += _row(title, content, width)
     return "\n".join(lines)
 
 
@@ -124,7 +129,7 @@ def render(result: Mapping[str, Any], paint: Paint = plain) -> str:
     return "\n".join(parts)
 
 
-def _rows(case: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _rows(case: Mapping[str, Any], width: int) -> Iterator[tuple[str, str]]:
     causes = case.get("causes") or ()
     step = causes[0].get("optimizer_step") if causes else None
     where = f"case {case['id']}  {case.get('target', '')}  {words.label(case)}"
@@ -132,7 +137,7 @@ def _rows(case: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if case["verdict"] == "error":
         yield from _error_rows(case.get("error") or {})
     else:
-        yield from _finding_rows(case)
+        yield from _finding_rows(case, width)
     for note in case.get("notes") or ():
         yield "note", note
     again = case.get("replay", f"equivcheck replay {case['id']}")
@@ -158,7 +163,7 @@ def _error_rows(error: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "traceback", error["traceback"].rstrip()
 
 
-def _finding_rows(case: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _finding_rows(case: Mapping[str, Any], width: int) -> Iterator[tuple[str, str]]:
     gradients = (case.get("divergence") or {}).get("gradients") or {}
     if gradients.get("relative") is not None:
         noise = words.number(gradients.get("control"))
@@ -193,28 +198,31 @@ def _finding_rows(case: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "declared", f"{', '.join(absent)}, not found"
     rows = words.worst_parameters(case, 5)
     if case["verdict"] in ("divergent", "precision-loss") and rows:
-        table = [f"{'worst parameters':<36}{'relative':>9}{'scale':>9}{'cosine':>9}"]
+        room = min(36, width - _INDENT - 3 * 9)
+        table = [f"{'worst parameters':<{room}}{'relative':>9}{'scale':>9}{'cosine':>9}"]
         for row in rows:
             scale, cosine = words.factor(row.get("scale")), words.factor(row.get("cosine"))
-            name = _cut(str(row["name"]), 35)
-            table.append(f"{name:<36}{words.number(row.get('relative')):>9}{scale:>9}{cosine:>9}")
+            name = _cut(str(row["name"]), room - 1)
+            table.append(
+                f"{name:<{room}}{words.number(row.get('relative')):>9}{scale:>9}{cosine:>9}"
+            )
         more = len(case["per_parameter"]) - len(rows)
         yield "gradients", "\n".join(table) + (f"\n{more} more in the result" if more > 0 else "")
 
 
-def _row(title: str, content: str) -> list[str]:
+def _row(title: str, content: str, width: int) -> list[str]:
     lines: list[str] = []
     for piece in printable(content).splitlines() or [""]:
-        body = [piece] if len(piece) <= WIDTH - _INDENT else _wrapped(piece)
+        body = [piece] if len(piece) <= width - _INDENT else _wrapped(piece, width)
         lines += body
     first, *rest = lines
     return [f"  {title:<9} {first}".rstrip(), *((" " * _INDENT + text).rstrip() for text in rest)]
 
 
-def _wrapped(text: str) -> list[str]:
+def _wrapped(text: str, width: int) -> list[str]:
     return textwrap.wrap(
         text,
-        WIDTH - _INDENT,
+        width - _INDENT,
         break_long_words=False,  # a path or command stays one word, to be copied
         break_on_hyphens=False,
         replace_whitespace=False,

@@ -304,3 +304,22 @@ def test_the_number_of_threads_is_put_back():
         torch.set_num_threads(before)
 
     assert found.dd == 4.0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1.0])
+def test_elements_outside_the_mask_leave_no_trace(bad):
+    """Over more than one chunk, and whatever the elements that are left out hold."""
+    generator = torch.Generator().manual_seed(0)
+    r = torch.randn(400, 500, generator=generator)
+    c = r + 1e-3 * torch.randn(400, 500, generator=generator)
+    mask = torch.rand(400, 500, generator=generator) > 0.1
+    expected = sums(r[mask], c[mask])
+    r[~mask] = bad
+
+    found = sums(r, c, mask)
+
+    assert found.count == expected.count == int(mask.sum())
+    assert found.finite
+    assert (found.rr, found.rd, found.dd) == pytest.approx(
+        (expected.rr, expected.rd, expected.dd), rel=1e-13
+    )
