@@ -43,10 +43,9 @@ def test_a_correct_trainer_is_equivalent(path: Path) -> None:
     case = run(path)
 
     assert case["verdict"] == "equivalent", case["headline"]
-    # A framework that asserts float32 is judged as written: then a fault of a thousandth is what can be seen.
-    assert case["detection_power"] < (1e-6 if case.get("judged") != "native" else 1e-3), case[
-        "notes"
-    ]
+    # A framework that asserts float32, or holds 4 bits, is judged as written: then a fault of a hundredth is seen.
+    limit = 1e-6 if case.get("judged") != "native" else 1e-2
+    assert case["detection_power"] < limit, case["notes"]
 
 
 @pytest.mark.parametrize("path", marked(frameworks.mutants()))
