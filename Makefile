@@ -8,6 +8,7 @@
 # make planted    rewrite reports/planted.md: trainers with one fault under all suites, an hour
 # make wheel      build the wheel and use it where there is no clone
 # make detection  the whole detection matrix: every mutant and trainer, minutes
+# make starts     200 starts and ends of DDP workers, launched groups, and the memory of a sharded model
 # make traffic    rewrite reports/traffic.*: what ranks send each other, loop by loop
 # make coverage   branches that the tests reach, layer by layer: fails below what is stated
 # make claims     rewrite reports/claims.md: what is claimed of accumulation, with numbers
@@ -15,7 +16,7 @@
 # make examples-check  compare them with what the loops give now
 # make env-NAME   an environment for one family of frameworks: transformers, lightning, deepspeed, jax, keras
 # make envs       all of them
-# make test-frameworks  the trainers of every framework, each in its environment
+# make test-frameworks  the trainers and scripts of every framework, each in its environment
 # make conformance  rewrite reports/conformance: what each framework's release does, claim by claim
 # make readme     rewrite the generated parts of the README
 
@@ -31,7 +32,7 @@ RIGHT := plain_mean clipped scheduled tail token_weighted amp_bf16 logged
 WRONG := eq101_missing_division_plain eq103_mean_of_means_tokens eq201_batch_norm_1d \
 	eq301_zero_grad_in_cycle eq306_clip_by_norm eq307_scheduler_per_micro_batch
 
-.PHONY: run test search search-mutants planted wheel lint bench calibrate properties detection traffic coverage claims examples examples-check \
+.PHONY: run test search search-mutants planted wheel lint bench calibrate properties detection starts traffic coverage claims examples examples-check \
 	readme envs test-frameworks conformance conformance-heads
 
 run: $(STAMP)
@@ -87,6 +88,10 @@ comma := ,
 empty :=
 modules = $(subst $(empty) ,$(comma),$(1:%=equivcheck/%))
 
+starts: $(STAMP)
+	$(BIN)/python -m pytest tests/ranks/test_starts.py tests/ranks/test_launched.py -m "slow or not slow" -s
+	$(BIN)/python -W ignore tests/bench/sharded.py
+
 traffic: $(STAMP)
 	@$(BIN)/python -W ignore tests/bench/traffic.py reports/traffic.json reports/traffic.md
 
@@ -136,7 +141,7 @@ test-frameworks: $(STAMP)
 	@failed=; for family in $(FRAMEWORKS); do \
 		echo "== $$family"; \
 		$(MAKE) --no-print-directory env-$$family && \
-		$(ENVS)/$$family/bin/python -m pytest tests/frameworks -m $$family -q -p no:cacheprovider || failed="$$failed $$family"; \
+		$(ENVS)/$$family/bin/python -m pytest tests/frameworks tests/scripts -m $$family -q -p no:cacheprovider || failed="$$failed $$family"; \
 	done; \
 	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 

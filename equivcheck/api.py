@@ -181,7 +181,10 @@ def measure(
         seed=seed,
         timeout=timeout,
     )
-    cases = list(outcomes(jobs, timeout=named["timeout"]))
+    from equivcheck.ranks.team import kept  # noqa: PLC0415 - torch is loaded only to run
+
+    with kept():
+        cases = list(outcomes(jobs, timeout=named["timeout"]))
     return Result(results.assemble(cases, target=name_of(target, jobs), notes=notes))
 
 
@@ -253,7 +256,7 @@ def raise_unless_equivalent(found: Result) -> None:
     if code == 0:
         return
     deciding = [case for case in found.cases if results.case_exit_code(case) == code]
-    blocks = (text.block(case, width=text.WIDTH - _MARGIN) for case in deciding)
+    blocks = text.blocks(deciding, width=text.WIDTH - _MARGIN)
     message = "\n\n".join(blocks) or "nothing was left to run"
     if code == 1:
         raise DivergenceError(message, found)

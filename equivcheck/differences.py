@@ -198,6 +198,7 @@ def far_apart(reference: torch.Tensor, candidate: torch.Tensor, share: float) ->
         A chunk at a time, so that the temporaries are small beside the tensors.
     """
     found = torch.empty(reference.shape, dtype=torch.bool, device=reference.device)
+    candidate = candidate.to(reference.device)
     flat = (reference.reshape(-1), candidate.reshape(-1), found.view(-1))
     with _one_thread():
         for r, c, out in zip(*(torch.split(each, _CHUNK) for each in flat), strict=True):

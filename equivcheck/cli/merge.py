@@ -35,9 +35,8 @@ def execute(options: argparse.Namespace) -> int:
         out = sys.stderr
     else:
         results.write(options.json, whole)
-    for case in whole["cases"]:
-        if words.failed(case):
-            print("\n" + text.block(case), file=out)
+    for block in text.blocks(filter(words.failed, whole["cases"])):
+        print("\n" + block, file=out)
     shown = matrix.render(whole)
     for part in (shown, *text.remarks(whole), "\n" + text.summary(whole)):
         if part:

@@ -95,7 +95,7 @@ class Restitute(Intervention):
                     extra = missing.get(recorder.name_of(parameter, optimizer))
                     if extra is None or extra.numel() != parameter.numel():
                         continue
-                    extra = extra.view(parameter.shape).to(parameter.dtype)
+                    extra = extra.view(parameter.shape).to(parameter.device, parameter.dtype)
                     parameter.grad = (
                         extra.clone() if parameter.grad is None else parameter.grad + extra
                     )

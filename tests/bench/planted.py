@@ -182,14 +182,15 @@ def run(fault: str, arguments: list[str], targets: list[str]) -> Path:
     return path
 
 
-def page(found: Mapping[str, list[Mapping[str, Any]]]) -> str:
-    """Return the table of suites against faults: failed cases of all."""
+def page(found: Mapping[str, list[Mapping[str, Any]]], select: str | None = None) -> str:
+    """Return the table of suites against faults: failed cases of all, or of those that were selected."""
     suites = sorted({case["target"] for cases in found.values() for case in cases})
     lines = [
         "# Trainers with a planted fault under all suites",
         "",
         "Made by `make planted`: failed cases of all, suite by suite. Which cases have to fail is computed from each",
         "workload in plain torch (`tests/bench/planted.py`), and these are exactly the ones that do.",
+        *([f"Here of the cases that `-k '{select}'` takes."] if select else []),
         "",
         "| suite | " + " | ".join(found) + " |",
         "| --- |" + " ---: |" * len(found),
@@ -211,7 +212,7 @@ def main() -> int:
     parser.add_argument("targets", nargs="*", default=["suite:all"])
     parser.add_argument("-j", default="2")
     parser.add_argument("--resume", action="store_true")
-    parser.add_argument("-k", dest="select", help="only some cases; the page is then not written")
+    parser.add_argument("-k", dest="select", help="only some cases; the page says so")
     parser.add_argument("--only", action="append", choices=list(FAULTS))
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -221,11 +222,10 @@ def main() -> int:
     for fault in options.only or FAULTS:
         found[fault] = results.load(run(fault, arguments, options.targets))["cases"]
     wrong = [line for fault, cases in found.items() for line in disagreements(fault, cases)]
-    print(page(found))
+    print(page(found, options.select))
     print("\n".join(wrong))
-    whole = options.targets == ["suite:all"] and not options.only and not options.select
-    if whole and not wrong:
-        PAGE.write_text(page(found), encoding="utf-8")
+    if options.targets == ["suite:all"] and not options.only and not wrong:
+        PAGE.write_text(page(found, options.select), encoding="utf-8")
     return bool(wrong)
 
 
