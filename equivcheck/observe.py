@@ -562,10 +562,7 @@ def _measured(pairs: Sequence[_Pair]) -> dict[str, Sums]:
     found: dict[str, Sums] = dict.fromkeys((name for name, *_ in pairs), Sums())
     whole = []
     for name, reference, candidate, mask in pairs:
-        if reference.shape != candidate.shape:
-            # A flat parameter of a framework's own, of which every rank has another part: no tensor of the model.
-            del found[name]
-        elif mask is None or mask.shape != reference.shape:
+        if mask is None or mask.shape != reference.shape:
             whole.append((name, reference, candidate))
         else:
             found[name] = sums(reference, candidate, mask)

@@ -24,9 +24,7 @@ def set_state(recorder: Recorder, optimizer: Optimizer | None, kept: Kept) -> No
     if recorder.holdings is not None:
         for part in recorder.holdings.held():
             if part.name in kept.after:
-                mine, theirs = part.local(part.holder.detach()), part.cut(kept.after[part.name])
-                if mine.shape == theirs.shape:  # Not the part of a framework's own flat parameter.
-                    mine.copy_(theirs)
+                part.local(part.holder.detach()).copy_(part.cut(kept.after[part.name]))
                 kept.release(part.holder.nbytes)
     else:
         for name, parameter in recorder.parameters().items():
