@@ -39,8 +39,8 @@ HEAD = (
 )
 PROSE = """
 Rows of the suites of ranks that name a claim, made by `make claims`: relative error and scale of the gradient against
-the full batch in one process, the rows of all ranks in one update, and what one rank takes part in during it, counted
-by gloo. [traffic.md](traffic.md) has the same for other numbers of ranks and micro-batches.
+the full batch in one process, the rows that rank 0 takes of those of one update, and what it takes part in during it,
+counted by gloo. [traffic.md](traffic.md) has the same for other numbers of ranks and micro-batches.
 """
 
 
@@ -78,10 +78,20 @@ def line(claims: tuple[str, ...], case: Mapping[str, Any]) -> str:
 
 
 def _rows(case: Mapping[str, Any]) -> str:
-    """Return how many rows one update takes from all ranks; those that all ranks see count once."""
-    counts = ((case.get("micro_batches") or {}).get("counts") or {}).get("rows")
-    flat = [n for each in counts or () for n in (each if isinstance(each, list) else [each])]
-    return str(sum(flat)) if flat else "-"
+    """Return how many rows of the first full batch rank 0 takes, and how many there are."""
+    events = [
+        [
+            e.get("samples", 0)
+            for e in run["events"]
+            if (e["event"], e["optimizer_step"]) == ("fetch", 0)
+        ]
+        for run in (case["timelines"]["accumulated"], case["timelines"]["full_batch"])
+    ]
+    micro, whole = events
+    if not micro or not whole:
+        return "-"
+    shown = f"{micro[0]} x {len(micro)}" if len(set(micro)) == 1 else "+".join(map(str, micro))
+    return f"{shown} of {sum(whole)}"
 
 
 def _sent(case: Mapping[str, Any]) -> tuple[str, str]:
