@@ -347,7 +347,8 @@ def _grouped(flat: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[Sums]:
     torch._foreach_copy_(torch.split(r, sizes), [left for left, _ in flat])
     torch._foreach_copy_(torch.split(d, sizes), [right for _, right in flat])
     d -= r
-    columns = [
-        np.add.reduceat((x * y).numpy(), starts).tolist() for x, y in ((r, r), (r, d), (d, d))
-    ]
+    with np.errstate(invalid="ignore"):  # gradients that overflowed: the sums are nan, and said so
+        columns = [
+            np.add.reduceat((x * y).numpy(), starts).tolist() for x, y in ((r, r), (r, d), (d, d))
+        ]
     return [_of(values, size) for *values, size in zip(*columns, sizes, strict=True)]

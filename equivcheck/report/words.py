@@ -62,13 +62,13 @@ MARGINS = {
 # What a detector's key says to someone who has not read the detector.
 TOLD = {
     "times": "counts, times what it should",
-    "same in every micro batch": "the same in every micro-batch",
-    "calls inside cycles": "calls inside cycles, all in all",
-    "micro step": "first after micro_step",
-    "spread between ranks": "largest difference between ranks",
+    "same_in_every_micro_batch": "the same in every micro-batch",
+    "calls_inside_cycles": "calls inside cycles, all in all",
+    "micro_step": "first after micro_step",
+    "spread_between_ranks": "largest difference between ranks",
     "of": "of the",
     "accumulation": "lost by accumulating",
-    "unit roundoffs": "the same, in unit roundoffs",
+    "unit_roundoffs": "the same, in unit roundoffs",
 }
 SHOUTED = {"divergent": "DIVERGENT", "precision-loss": "PRECISION-LOSS", "error": "ERROR"}
 
@@ -294,7 +294,7 @@ def arguments(case: Mapping[str, Any], cause: Mapping[str, Any]) -> list[str]:
 def facts(cause: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the numbers and places that a detector found, as pairs of text."""
     return [
-        (TOLD.get(key.replace("_", " "), key.replace("_", " ")), _value(value))
+        (TOLD.get(key, key.replace("_", " ")), _value(value))
         for key, value in (cause.get("evidence") or {}).items()
         if key not in SHOWN_ELSEWHERE and _printable(value)
     ]
