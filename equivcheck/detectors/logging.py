@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from equivcheck.errors import EquivcheckError
 from equivcheck.interventions import Shorten
 from equivcheck.noise import SAFETY
-from equivcheck.recording import Recording
+from equivcheck.recording import Place, Recording
 from equivcheck.view import Suspicion, View
 
 TRAINED_ON = "the sum of what was called backward on"
+AVERAGED, SUMMED = "averaged over the ranks", "summed over the ranks"
 
 
 def suspect(view: View) -> list[Suspicion]:
@@ -62,33 +65,23 @@ def _limit(view: View) -> float:
 
 
 def _roots(view: View) -> dict[str, list[float]]:
-    """Return what a loop would log that takes the values it calls backward on, as they are written.
-
-    On several ranks it may take those of its own rank, or their mean over all.
-    """
+    """Return what a loop would log that takes the values it calls backward on, as they are written."""
     written = view.experiment.candidate()
-    runs = [_by_cycle(view, each) for each in written.ranks or [written]]
-    found = _logs_of(runs[0])
-    shapes = {tuple(map(len, each)) for each in runs}
-    if len(runs) > 1 and len(shapes) == 1:
-        means = [
-            [sum(values) / len(values) for values in zip(*cycles, strict=True)]
-            for cycles in zip(*runs, strict=True)
-        ]
-        found |= {f"{name}, a mean over the ranks": log for name, log in _logs_of(means).items()}
+    found = _formulas(written, view.places)
+    if written.ranks and view.experiment.crew is not None:
+        each = [_formulas(rank, rank.places(view.cycles)) for rank in written.ranks]
+        for name in list(found):
+            columns = list(zip(*(formulas[name] for formulas in each), strict=False))
+            found[f"{name}, {AVERAGED}"] = [sum(column) / len(column) for column in columns]
+            found[f"{name}, {SUMMED}"] = [sum(column) for column in columns]
     return found
 
 
-def _by_cycle(view: View, recording: Recording) -> list[list[float]]:
-    """Return the values that one run called backward on, per cycle."""
+def _formulas(written: Recording, places: Sequence[Place]) -> dict[str, list[float]]:
     by_cycle: dict[int, list[float]] = {}
-    for place, backward in zip(view.places, recording.backwards, strict=False):
+    for place, backward in zip(places, written.backwards, strict=False):
         by_cycle.setdefault(place.cycle, []).append(backward.loss)
-    return [by_cycle[cycle] for cycle in sorted(by_cycle)]
-
-
-def _logs_of(values: list[list[float]]) -> dict[str, list[float]]:
-    """Return each way to log one number per cycle."""
+    values = [by_cycle[cycle] for cycle in sorted(by_cycle)]
     return {
         "the last backward's loss": [each[-1] for each in values],
         "the first backward's loss": [each[0] for each in values],
@@ -123,6 +116,7 @@ def _rule(view: View) -> str | None:
                 sum(each) / k for each in alone
             ],
         }
+        rules |= _last_of_ranks(view, alone)
     rules |= _roots(view)
     found = next((name for name, values in rules.items() if _close(candidate, values, limit)), None)
     if found is None and reference and all(reference):
@@ -132,10 +126,25 @@ def _rule(view: View) -> str | None:
     return found
 
 
+def _last_of_ranks(view: View, alone: list[list[float]]) -> dict[str, list[float]]:
+    """Return what is logged where every rank takes its last micro-batch's loss."""
+    shares = view.experiment.case.shares
+    if shares == 1:
+        return {}
+    last = [[sum(rank[-1:]) for rank in _of_ranks(each, shares)] for each in alone]
+    return {f"the last micro-batch's loss, {AVERAGED}": [sum(each) / len(each) for each in last]}
+
+
+def _of_ranks(values: list[float], shares: int) -> list[list[float]]:
+    size = len(values) // shares
+    return [values[rank * size : (rank + 1) * size] for rank in range(shares)]
+
+
 def explained(view: View) -> bool:
     """Return whether the weights of the gradients give the logged losses too: it is then one fault."""
     logged = view.candidate.logged
-    if logged is not None and _close(logged, _roots(view)[TRAINED_ON], _limit(view)):
+    trained_on = [values for name, values in _roots(view).items() if name.startswith(TRAINED_ON)]
+    if logged is not None and any(_close(logged, each, _limit(view)) for each in trained_on):
         return True
     alone = _alone(view)
     if alone is None or logged is None:
