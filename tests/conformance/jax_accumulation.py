@@ -1,4 +1,4 @@
-"""JAX accumulates in the training loop: optax.MultiSteps, a hand-written scan and flax nnx against the full batch, in float64.
+"""JAX accumulates in the loop: optax.MultiSteps, a scan and flax nnx against the full batch, in float64.
 
 Prints one JSON object of relative errors (L2 over all parameters), K micro-batches of one full batch of 16 rows.
 """
