@@ -127,8 +127,8 @@ class View:
 
     def cycle_of(self, matched: int) -> int:
         """Return the cycle of a reference step: two optimizers may share the samples of one."""
-        samples = self.reference.steps[matched].samples
-        return min((self.cycles[key] for key in samples if key in self.cycles), default=matched)
+        found = self.experiment.cycle_of(self.reference.steps[matched], self.cycles)
+        return found if found >= 0 else matched
 
     def tolerance(self, attribution: Attribution) -> float:
         """Return the relative error that a predicted gradient may have: noise of the pieces it is made of."""
