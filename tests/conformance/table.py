@@ -55,6 +55,14 @@ BESIDE = {
 }
 # Claims of accumulation (reports/claims.md) that a row of this kind speaks of.
 CLAIMS = {"schedule": "C24", "incomplete last cycle": "C25", "ragged tokens": "C14"}
+SAYS = {
+    "C14": "tokens are counted over the whole cycle, not per micro-batch",
+    "C21": "ZeRO stages 0 to 3 accumulate to the full batch's update",
+    "C24": "a framework steps its scheduler once per optimizer step",
+    "C25": "a framework handles an incomplete last cycle",
+    "C28": "adapters (LoRA, QLoRA) and preference training (DPO) accumulate",
+    "C29": "JAX accumulates in its training loop",
+}
 FAMILY_CLAIMS = {"deepspeed_zero": "C21", "peft": "C28", "trl": "C28", "jax": "C29"}
 
 
@@ -224,8 +232,10 @@ def compact(table: dict[str, Any]) -> str:
     shown = ", ".join(f"{name} {version}" for name, version in table["versions"].items())
     lines += [
         "",
-        f"Measured at K = {ACCUMULATION_STEPS} on a CPU: {shown}. "
-        f"Of {ran} heads of Transformers under `Trainer`, {wrong} diverge.",
+        (
+            f"Measured at K = {ACCUMULATION_STEPS} on a CPU: {shown}. "
+            f"Of {ran} heads of Transformers under `Trainer`, {wrong} diverge."
+        ),
     ]
     return "\n".join(lines)
 
@@ -241,10 +251,13 @@ def markdown(table: dict[str, Any]) -> str:
     ]
     lines += [
         "",
-        "A cell is the verdict, or the causes of a divergence. What a release does wrong is in "
-        "[findings](../findings/README.md).",
+        (
+            "A cell is the verdict, or the causes of a divergence. What a release does wrong is in "
+            "[findings](../findings/README.md)."
+        ),
         "",
     ]
+    lines += by_claim(table)
     lines += [
         "## Every row",
         "",
@@ -298,6 +311,27 @@ def markdown(table: dict[str, Any]) -> str:
     lines += ["", "## Cannot run here", ""]
     lines += [f"- {name}: {reason}" for name, reason in table["cannot_run_here"].items()]
     return "\n".join(lines) + "\n"
+
+
+def by_claim(table: dict[str, Any]) -> list[str]:
+    """Return what speaks for or against each claim of frameworks; loops with a fault of their own are left out."""
+    lines = [
+        "## By claim",
+        "",
+        "| claim | framework | verdict | gradients | noise |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for claim, words in SAYS.items():
+        for row in table["trainers"]:
+            if claim in row["claims"] and row["framework"]:
+                cells = (
+                    row["framework"],
+                    verdict_of(row),
+                    number(row.get("relative")),
+                    number(row.get("control")),
+                )
+                lines.append(f"| {claim}: {words} | {' | '.join(cells)} |")
+    return [*lines, ""]
 
 
 def weights(found: Any) -> str:
