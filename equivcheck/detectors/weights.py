@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from typing import Final
 
 from equivcheck.attribution import ratio
 from equivcheck.errors import EquivcheckError
@@ -15,6 +16,8 @@ from equivcheck.verdict import overall
 from equivcheck.view import Part, Suspicion, View
 
 Predict = Callable[[Attribution, Sequence[float]], list[float]]
+# Predicted weights of two ranks that agree to this are the same: they are sums of a few quotients of whole numbers.
+ALIKE: Final = 1e-12
 
 
 def suspect(view: View) -> list[Suspicion]:
@@ -58,6 +61,17 @@ def mean_of_ranks(attribution: Attribution, right: Sequence[float]) -> list[floa
     return found
 
 
+def _within_ranks(predict: Predict) -> Predict:
+    """Return what putting right the micro-batches of each rank gives, where all ranks count the same: that stays."""
+
+    def meant(attribution: Attribution, right: Sequence[float]) -> list[float]:
+        totals = [sum(weights) for weights in attribution.by_rank(predict(attribution, right))]
+        alike = max(totals) - min(totals) <= ALIKE * max(totals)
+        return mean_of_ranks(attribution, right) if alike else list(right)
+
+    return meant
+
+
 def _in_all(view: View) -> list[Suspicion]:
     found: list[Suspicion] = []
     tails_only = all(not view.full_size(each) for each in view.divergent) and any(
@@ -82,7 +96,11 @@ def _in_all(view: View) -> list[Suspicion]:
         # Between ranks is another cause, EQ501: what is put right here is within each of them.
         found += hypotheses(view, "EQ103", [_alike_in_rank], rank=15)
         found += hypotheses(view, "EQ103", sums, rank=15, meant=mean_of_ranks)
-        found += hypotheses(view, "EQ103", _shares(view), rank=15)
+        for share in _shares(view):
+            fitting = hypotheses(view, "EQ103", [share], rank=15, meant=_within_ranks(share))
+            found += fitting
+            if fitting:
+                break
     else:
         found += hypotheses(view, "EQ103", [*sums, *_shares(view)], rank=15)
     twice: list[Predict] = [
