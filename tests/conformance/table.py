@@ -287,14 +287,13 @@ def markdown(table: dict[str, Any]) -> str:
             "| " + " | ".join(" ".join(cell.replace("|", "/").split()) for cell in cells) + " |"
         )
     for name, found in table["others"].items():
+        if not found:
+            continue
+        lines += ["", f"## {BESIDE[name]}", ""]
         lines += [
-            "",
-            f"## {name.title()} beside the engine",
-            "",
-            "A script of its own; relative difference of the update.",
-            "",
+            f"- {case}: {value if isinstance(value, str) else number(value)}"
+            for case, value in found.items()
         ]
-        lines += [f"- {case}: {value:.1e}" for case, value in found.items()]
     lines += ["", "## Heads of Transformers under Trainer", ""]
     lines += [
         "| family | heads | equivalent | divergent | inconclusive | not run | causes |",
