@@ -23,7 +23,10 @@ def usable(reference: Recording, entry: dict[str, Any], subject: Subject) -> boo
     if not reference.steps:
         backwards = len(reference.backwards)
         invalid(entry, f"no-optimizer-step: train made {backwards} backwards and 0 optimizer steps")
-        entry["because"] = "only steps of torch.optim optimizers are seen; nothing was compared"
+        entry["because"] = (
+            "only steps of torch.optim optimizers, of optax.apply_updates and of Keras' own are seen; "
+            "nothing was compared"
+        )
         return False
     sizes = [s for step in reference.steps for s in step.sample.values() if s is not None]
     if not sizes or not any(bool(s.any()) for s in sizes):
