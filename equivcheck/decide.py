@@ -240,7 +240,7 @@ def _decide(
     if drawn is not None:
         # What interventions bring back within noise is not the fault of random draws.
         diagnosis = diagnose(experiment)
-        if not all("intervention" in each["evidence"] for each in diagnosis.causes):
+        if not diagnosis.put_right:
             stochastic(experiment, entry, judgement, drawn)
             return
     if precision is not None and _promotion_changed(experiment, judgement, precision):
@@ -272,7 +272,8 @@ def conclude(
         progress("diagnosis")
         diagnosis = diagnose(experiment)
     causes += diagnosis.causes
-    causes += [cause(each, "proved", each.evidence) for each in shared]
+    named = {each["code"] for each in causes}
+    causes += [cause(each, "proved", each.evidence) for each in shared if each.code not in named]
     verdict = "divergent" if causes else "equivalent"
     if precision is not None:
         entry["precision_loss"] = {

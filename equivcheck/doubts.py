@@ -84,7 +84,8 @@ def different_samples(experiment: Experiment, entry: dict[str, Any]) -> bool:
                 last_backwards = event.backwards
                 groups[-1] |= {cycles.get(key, -1) for key in candidate.fetched[index]}
                 index += 1
-    flat = [cycle for group in groups for cycle in (sorted(group) if len(group) == 1 else [])]
+    # What no step of the full batch took has no place in its order.
+    flat = [cycle for group in groups if len(group) == 1 for cycle in group - {-1}]
     one_by_one = "dataset" in experiment.wants
     mixed = one_by_one and any(len(group - {-1}) > 1 for group in groups)
     disordered = flat != sorted(flat)

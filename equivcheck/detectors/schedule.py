@@ -35,9 +35,9 @@ def suspect(view: View) -> list[Suspicion]:
             "relative": finding.relative,
         }
         code = "EQ507" if not calls and _per_rank(view, extra, most) else "EQ307"
-        found.append(Suspicion(code, [(Ration("scheduler", most),)], evidence, finding.matched, 24))
-    else:
-        found += _counted(view)
+        ration = [(Ration("scheduler", most),)]
+        found.append(Suspicion(code, ration, evidence, finding.matched, 24, is_seen=True))
+    found += _counted(view)
     found += _other_length(view, finding.matched)
     found += _horizon(view, finding.matched, finding.relative, quiet=bool(calls or extra))
     return found
@@ -67,13 +67,11 @@ def _per_cycle(recording: Recording) -> Counter[int]:
 
 
 def _counted(view: View) -> list[Suspicion]:
-    """EQ307 without a scheduler: the rate is a function of a count of micro-batches.
+    """EQ307 by prediction: the rate is a function of a count of micro-batches, with a scheduler or without.
 
     The loop run at accumulation_steps 1 shows that function; the accumulated rates are its values
     at every K-th place.
     """
-    if any(event.kind == "scheduler" for event in view.candidate.timeline):
-        return []
     experiment = view.experiment
     # Told the full batch's length: a horizon that is read from the loader is then the same.
     for length in (None, len(experiment.data.rows)):
