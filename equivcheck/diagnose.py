@@ -262,7 +262,7 @@ class Search:
         size = _size(before) if before is not None else 0.0
         seen: set[str] = set()
         for each in suspicions:
-            if each.code in seen:
+            if each.code in seen or each.is_guess:
                 continue
             results = [self._judge(Node(((each, variant),))) for variant in each.variants]
             helped = any(

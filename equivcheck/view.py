@@ -31,6 +31,7 @@ class Suspicion:
         shared: The full batch has it too.
         proved: Proved by means of its own (a repeat, the reference); no intervention is needed.
         explains: Kinds of findings that a cause proved by its own means accounts for.
+        is_guess: Nothing speaks for it but that putting it right may help: unproved it is not told.
         is_seen: The wrong calls themselves were seen, whether or not leaving them out puts all right.
     """
 
@@ -43,6 +44,7 @@ class Suspicion:
     proved: bool = False
     explains: frozenset[str] = frozenset()
     is_seen: bool = False
+    is_guess: bool = False
 
 
 class View:

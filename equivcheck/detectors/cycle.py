@@ -113,8 +113,9 @@ def _loss_scales(numbers: list[float]) -> bool:
 
     Weights of micro-batches are multiplied with too; they are below 1, and any ratio.
     """
-    exponents = [math.log2(each / numbers[0]) for each in numbers if each > 1.0]
-    return len(exponents) == len(numbers) and all(each.is_integer() for each in exponents)
+    if not all(each > 1.0 for each in numbers):
+        return False
+    return all(math.log2(each / numbers[0]).is_integer() for each in numbers)
 
 
 def _edited(view: View) -> list[Suspicion]:

@@ -27,7 +27,7 @@ def suspect(view: View) -> list[Suspicion]:
     extra = {count for count in _per_cycle(view.candidate).values() if count > most}
     if finding is None:
         return []
-    found = []
+    found, enough = [], False
     if calls or extra:
         evidence: dict[str, object] = {
             "scheduler_steps": sum(e.kind == "scheduler" for e in view.candidate.timeline),
@@ -35,9 +35,12 @@ def suspect(view: View) -> list[Suspicion]:
             "relative": finding.relative,
         }
         code = "EQ507" if not calls and _per_rank(view, extra, most) else "EQ307"
-        ration = [(Ration("scheduler", most),)]
-        found.append(Suspicion(code, ration, evidence, finding.matched, 24, is_seen=True))
-    found += _counted(view)
+        ration = Ration("scheduler", most)
+        found.append(Suspicion(code, [(ration,)], evidence, finding.matched, 24, is_seen=True))
+        # One call in each cycle is not enough where a call is told which micro-batch it is, or what its loss was.
+        enough = not view.experiment.judgement((*view.chosen, ration)).first("learning_rates")
+    if not found or not enough:
+        found += _counted(view)
     found += _other_length(view, finding.matched)
     found += _horizon(view, finding.matched, finding.relative, quiet=bool(calls or extra))
     return found

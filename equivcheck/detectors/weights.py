@@ -184,7 +184,9 @@ def _hidden(view: View) -> list[Suspicion]:
     """Return EQ101 as a last resort: what a loop does to its sums by hand (a clip, say) may hide the factor."""
     if view.experiment.case.shares > 1 or not view.candidate.backwards:
         return []
-    return scaled(view, "EQ101", float(view.steps), rank=60)
+    found = scaled(view, "EQ101", float(view.steps), rank=60)
+    found[0].is_guess = True
+    return found
 
 
 def _all_ones(view: View) -> bool:

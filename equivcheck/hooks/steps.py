@@ -33,6 +33,7 @@ class Steps(Hooks):
         self._stepping: dict[int, set[int]] = {}
         self._first_backward: dict[str, int] = {}
         self._controlled: set[type] = set()
+        self._untaken: set[int] = set()
 
     def install(self, stack: ExitStack) -> None:
         stack.callback(register_optimizer_step_pre_hook(self._before_step).remove)
@@ -96,12 +97,14 @@ class Steps(Hooks):
             ],
         )
         self.recording.steps.append(step)
+        self._untaken.add(step.index)
         if not closure:
             self._take(step)
         return step
 
     def _take(self, step: Step) -> None:
         """Note what a step used up: with a closure, what that used counts too."""
+        self._untaken.discard(step.index)
         taken = self.recorder.usage.take(step.optimizer)
         step.samples = frozenset(each for fetch in taken for each in self.recording.fetched[fetch])
         self.recording.boundaries.append(taken)
@@ -203,8 +206,9 @@ class Steps(Hooks):
         step = self._open.pop(id(optimizer))
         self._stepping.pop(id(optimizer), None)
         with quiet():
+            if step.index in self._untaken:  # The closure was not called.
+                self._take(step)
             if not step.sample:
-                self._take(step)  # The closure was not called.
                 self._observe(optimizer, step, closure=True)
             self.recorder.observer.after(self.recorder, step, optimizer)
         step.at = time.time_ns()
