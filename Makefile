@@ -3,8 +3,12 @@
 # make lint       ruff and mypy alone
 # make bench      the benchmarks
 # make calibrate  measure rounding on correct code: what the limits are set by
-# make search     check 10,000 generated correct loops, an hour or two at low priority
+# make search     check 10,000 generated correct loops, an hour or two at low priority; begun again, it goes on
+# make search-mutants  rewrite reports/search.*: generated cases until each mutant is found
+# make planted    rewrite reports/planted.md: trainers with one fault under all suites, an hour
+# make wheel      build the wheel and use it where there is no clone
 # make detection  the whole detection matrix: every mutant and trainer, minutes
+# make starts     200 starts and ends of DDP workers, launched groups, and the memory of a sharded model
 # make traffic    rewrite reports/traffic.*: what ranks send each other, loop by loop
 # make coverage   branches that the tests reach, layer by layer: fails below what is stated
 # make claims     rewrite reports/claims.md: what is claimed of accumulation, with numbers
@@ -12,7 +16,7 @@
 # make examples-check  compare them with what the loops give now
 # make env-NAME   an environment for one family of frameworks: transformers, lightning, deepspeed, jax, keras
 # make envs       all of them
-# make test-frameworks  the trainers of every framework, each in its environment
+# make test-frameworks  the trainers and scripts of every framework, each in its environment
 # make conformance  rewrite reports/conformance: what each framework's release does, claim by claim
 # make readme     rewrite the generated parts of the README
 
@@ -28,7 +32,7 @@ RIGHT := plain_mean clipped scheduled tail token_weighted amp_bf16 logged
 WRONG := eq101_missing_division_plain eq103_mean_of_means_tokens eq201_batch_norm_1d \
 	eq301_zero_grad_in_cycle eq306_clip_by_norm eq307_scheduler_per_micro_batch
 
-.PHONY: run test search lint bench calibrate properties detection traffic coverage claims examples examples-check \
+.PHONY: run test search search-mutants planted wheel lint bench calibrate properties detection starts traffic coverage claims examples examples-check \
 	readme envs test-frameworks conformance conformance-heads
 
 run: $(STAMP)
@@ -60,6 +64,15 @@ search: $(STAMP)
 		--out reports/latest/generated.jsonl
 	$(BIN)/python tests/bench/generated.py table reports/latest/generated.jsonl
 
+search-mutants: $(STAMP)
+	$(BIN)/python -W ignore tests/bench/generated.py mutants --pieces 5 --out reports/search.json
+
+planted: $(STAMP)
+	$(BIN)/python -W ignore tests/bench/planted.py
+
+wheel: $(STAMP)
+	$(BIN)/python -m pytest tests/suites/test_wheel.py -m "slow or not slow"
+
 properties: $(STAMP)
 	$(BIN)/python -m pytest tests/detection/test_properties.py tests/plugin -m "slow or not slow" \
 		--hypothesis-profile=thorough --timeout=3600
@@ -74,6 +87,10 @@ LAYER_3 := experiment.py fit.py sums.py company.py verdict.py view.py diagnose.p
 comma := ,
 empty :=
 modules = $(subst $(empty) ,$(comma),$(1:%=equivcheck/%))
+
+starts: $(STAMP)
+	$(BIN)/python -m pytest tests/ranks/test_starts.py tests/ranks/test_launched.py -m "slow or not slow" -s
+	$(BIN)/python -W ignore tests/bench/sharded.py
 
 traffic: $(STAMP)
 	@$(BIN)/python -W ignore tests/bench/traffic.py reports/traffic.json reports/traffic.md
@@ -127,7 +144,7 @@ test-frameworks: $(STAMP)
 	@failed=; for family in $(RECORDED); do \
 		echo "== $$family"; \
 		$(MAKE) --no-print-directory env-$$family && \
-		$(ENVS)/$$family/bin/python -m pytest tests/frameworks -m $$family -q -p no:cacheprovider || failed="$$failed $$family"; \
+		$(ENVS)/$$family/bin/python -m pytest tests/frameworks tests/scripts -m $$family -q -p no:cacheprovider || failed="$$failed $$family"; \
 	done; \
 	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 

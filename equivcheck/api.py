@@ -181,7 +181,10 @@ def measure(
         seed=seed,
         timeout=timeout,
     )
-    cases = list(outcomes(jobs, timeout=named["timeout"]))
+    from equivcheck.ranks.team import kept  # noqa: PLC0415 - torch is loaded only to run
+
+    with kept():
+        cases = list(outcomes(jobs, timeout=named["timeout"]))
     return Result(results.assemble(cases, target=name_of(target, jobs), notes=notes))
 
 
@@ -237,6 +240,10 @@ def check(
     return found
 
 
+# Columns that pytest puts before every line of an error: "E" and the indentation of the line that raised.
+_MARGIN = 8
+
+
 def raise_unless_equivalent(found: Result) -> None:
     """Raise the error that a result stands for, with the blocks of the deciding cases as its message.
 
@@ -249,7 +256,8 @@ def raise_unless_equivalent(found: Result) -> None:
     if code == 0:
         return
     deciding = [case for case in found.cases if results.case_exit_code(case) == code]
-    message = "\n\n".join(text.block(case) for case in deciding) or "nothing was left to run"
+    blocks = text.blocks(deciding, width=text.WIDTH - _MARGIN)
+    message = "\n\n".join(blocks) or "nothing was left to run"
     if code == 1:
         raise DivergenceError(message, found)
     raise _RAISED[code](message)

@@ -37,10 +37,13 @@ from equivcheck.shared import shared_faults, skipped_steps
 from equivcheck.split import plan
 from equivcheck.subject import Subject
 from equivcheck.traffic import redundant
-from equivcheck.verdict import Judgement
+from equivcheck.verdict import Judgement, overall
 from equivcheck.view import Suspicion
 
 Progress = Callable[[str], None]
+
+# What DDP says at a forward if the step before it was never reduced: that step is done, and may be wrong.
+UNREDUCED: Final = "finished reduction in the prior iteration"
 
 # A run that would not have seen a gradient that is missing altogether has compared nothing.
 BLIND: Final = 1.0
@@ -198,6 +201,10 @@ def _decide(
     except TimedOut:
         raise  # There is no time left for another try.
     except StepError as error:
+        if UNREDUCED in f"{error.message} {error.user_traceback}" and _before(
+            experiment, entry, expect, progress, error
+        ):
+            return
         # The code may raise only because it is promoted: then the native runs decide.
         if not experiment.is_promoted or not _runs_natively(experiment):
             raise
@@ -285,6 +292,17 @@ def conclude(
         if precision.loss is not None and judgement.same and not shared:
             verdict = "precision-loss"
             causes.append(cause(Suspicion("EQ401"), "proved", precision.loss))
+    if judgement.same and not causes and (shown := experiment.printed()):
+        name = CAUSES["EQ701"].name
+        if shown.pop("exact") or "EQ701" in expect:
+            verdict = "divergent"
+            causes.append(cause(Suspicion("EQ701", evidence=shown), "proved", shown))
+        else:
+            entry["warnings"].append({"code": "EQ701", "name": name, "evidence": shown})
+            what = shown.get("rule", "another number")
+            entry["notes"].append(
+                f"the printed {shown['printed_as']} is not the full batch's: {what}"
+            )
     if experiment.crew is not None and judgement.same:
         evidence = redundant(experiment)
         if evidence is not None:
@@ -300,6 +318,35 @@ def conclude(
     entry.update(experiment.facts())
     entry["headline"] = headline(entry, judgement)
     entry["notes"] += [note for note in experiment.notes if note not in entry["notes"]]
+
+
+def _before(
+    experiment: Experiment,
+    entry: dict[str, Any],
+    expect: tuple[str, ...],
+    progress: Progress,
+    error: StepError,
+) -> bool:
+    """Judge the optimizer steps before the one that raised; tell whether they are what is wrong."""
+    done = error.optimizer_step
+    if experiment.crew is None or not done or done == experiment.case.optimizer_steps:
+        return False
+    shorter = experiment.again(progress, promoted=experiment.is_promoted, optimizer_steps=done)
+    found = {**entry, "notes": list(entry["notes"]), "warnings": []}
+    try:
+        _decide(shorter, found, expect, progress)
+    except EquivcheckError:
+        return False
+    finally:
+        experiment.runs += shorter.runs
+        shorter.close()
+    if not found["causes"]:
+        return False
+    found["notes"].append(
+        f"judged before optimizer_step {done}, where DDP raises: the step before was never reduced"
+    )
+    entry.update(found)
+    return True
 
 
 def _runs_natively(experiment: Experiment) -> bool:
@@ -321,6 +368,8 @@ def _promotion_changed(experiment: Experiment, judgement: Judgement, precision: 
     )
     agree = precision.gap <= 10 * precision.noise
     kinds = judgement.kinds()
+    if "applied" in kinds:  # What a clip makes of gradients that agree may differ.
+        agree = agree and _applied_natively(experiment) <= 10 * precision.noise
     if (
         kinds
         and kinds <= {"gradients", "applied", "logged"}
@@ -334,6 +383,13 @@ def _promotion_changed(experiment: Experiment, judgement: Judgement, precision: 
     return bool(
         judgement.same and precision.loss is not None and precision.gap > 1e3 * precision.noise
     )
+
+
+def _applied_natively(experiment: Experiment) -> float:
+    """Return the largest relative difference of the gradients that optimizers took, as written."""
+    steps = experiment.native("native_candidate").steps
+    found = [overall(s.applied) for s in steps if s.matched is not None and not s.skipped]
+    return max((each.relative for each in found if each.finite), default=0.0)
 
 
 def _compared(experiment: Experiment) -> int:

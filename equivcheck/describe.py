@@ -11,7 +11,14 @@ from equivcheck.errors import EquivcheckError
 from equivcheck.experiment import Experiment
 from equivcheck.fit import Attribution
 from equivcheck.recording import Recording
-from equivcheck.verdict import Judgement, Noise, logged_difference, overall, rate_difference
+from equivcheck.verdict import (
+    Judgement,
+    Noise,
+    logged_difference,
+    overall,
+    rate_difference,
+    whole_log,
+)
 from equivcheck.view import View
 
 # A factor closer to 1 than this would be printed as 1.
@@ -73,7 +80,10 @@ def measure(experiment: Experiment, entry: dict[str, Any], judgement: Judgement)
 
 
 def ranks_of(experiment: Experiment, candidate: Recording) -> list[dict[str, Any]]:
-    """Return what each rank did: how far it is off, and what it sent in each optimizer step, as written."""
+    """Return what each rank did: how far it is off, and what it sent in each optimizer step, as written.
+
+    `reductions` counts the all-reduces that follow each backward of the step.
+    """
     try:
         native = experiment.native("native_candidate") if experiment.is_promoted else candidate
     except EquivcheckError:
@@ -99,8 +109,11 @@ def ranks_of(experiment: Experiment, candidate: Recording) -> list[dict[str, Any
                         "count": len(sent),
                         "bytes": sum(c.bytes for c in sent),
                         "kinds": dict(Counter(c.kind for c in sent)),
+                        "reductions": [len(each) for each in reduced],
                     }
-                    for step, sent in enumerate(traffic.by_step(sender))
+                    for step, (sent, reduced) in enumerate(
+                        zip(traffic.by_step(sender), traffic.reductions(sender), strict=True)
+                    )
                 ],
             }
         )
@@ -156,10 +169,13 @@ def _rates(reference: Recording, candidate: Recording) -> dict[str, Any] | None:
 def _losses(
     reference: Recording, candidate: Recording, control: Recording
 ) -> dict[str, Any] | None:
-    """Compare logged losses, or the sums of the backward roots of each step where nothing was logged."""
+    """Compare logged losses, or the sums of the backward roots of each step where nothing was logged.
+
+    What one of several ranks calls backward on is scaled for its way of reducing, and is no loss of the whole batch.
+    """
     logged = logged_difference(reference, candidate)
     if logged is not None:
-        a, b = reference.logged or [], candidate.logged or []
+        a, b = reference.logged or [], whole_log(reference, candidate) or []
         return {
             "relative": logged,
             "control": logged_difference(reference, control),
@@ -167,6 +183,8 @@ def _losses(
             "cosine": None,
             "source": "logged",
         }
+    if candidate.ranks:
+        return None
     roots = [_roots(reference, i) for i in range(len(reference.steps))]
     worst, scale = 0.0, None
     for step in candidate.steps:
@@ -243,9 +261,7 @@ def headline(entry: dict[str, Any], judgement: Judgement) -> str:
         label = f"{first['code']} {first['name']} (suspected): "
     if entry["verdict"] == "precision-loss":
         loss = entry["precision_loss"]
-        return (
-            f"{label}accumulating loses {loss['accumulation']:.1e} ({loss['units']:.2g} roundoffs)"
-        )
+        return f"{label}accumulating loses {loss['accumulation']:.1e}, {loss['units']:.2g}x what rounding may"
     kinds = judgement.kinds()
     k = entry["accumulation_steps"]
     if first and first["evidence"].get("shared"):
@@ -265,6 +281,9 @@ def headline(entry: dict[str, Any], judgement: Judgement) -> str:
             return f"{label}optimizer steps consumed other samples (accumulation_steps={k})"
         return f"{label}{seen['accumulated']} optimizer steps, not {seen['full_batch']} (accumulation_steps={k})"
     finding = judgement.findings[0] if judgement.findings else None
+    if finding is None and first and "printed_as" in first["evidence"]:
+        shown = first["evidence"]["relative"]
+        return f"{label}printed losses differ by {shown:.1e} (accumulation_steps={k})"
     if finding is None:
         return label.rstrip(": ")
     what = {
@@ -279,4 +298,6 @@ def headline(entry: dict[str, Any], judgement: Judgement) -> str:
     rates = judgement.first("learning_rates")
     if rates is not None:
         finding, what = rates, "learning rates"
-    return f"{label}{what} differ by {finding.relative:.1e} (accumulation_steps={k})"
+    # As of the gradients, the worst of all optimizer steps.
+    worst = max(each.relative for each in judgement.findings if each.kind == finding.kind)
+    return f"{label}{what} differ by {worst:.1e} (accumulation_steps={k})"

@@ -198,6 +198,7 @@ def far_apart(reference: torch.Tensor, candidate: torch.Tensor, share: float) ->
         A chunk at a time, so that the temporaries are small beside the tensors.
     """
     found = torch.empty(reference.shape, dtype=torch.bool, device=reference.device)
+    candidate = candidate.to(reference.device)
     flat = (reference.reshape(-1), candidate.reshape(-1), found.view(-1))
     with _one_thread():
         for r, c, out in zip(*(torch.split(each, _CHUNK) for each in flat), strict=True):
@@ -346,7 +347,8 @@ def _grouped(flat: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[Sums]:
     torch._foreach_copy_(torch.split(r, sizes), [left for left, _ in flat])
     torch._foreach_copy_(torch.split(d, sizes), [right for _, right in flat])
     d -= r
-    columns = [
-        np.add.reduceat((x * y).numpy(), starts).tolist() for x, y in ((r, r), (r, d), (d, d))
-    ]
+    with np.errstate(invalid="ignore"):  # gradients that overflowed: the sums are nan, and said so
+        columns = [
+            np.add.reduceat((x * y).numpy(), starts).tolist() for x, y in ((r, r), (r, d), (d, d))
+        ]
     return [_of(values, size) for *values, size in zip(*columns, sizes, strict=True)]

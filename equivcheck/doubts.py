@@ -118,6 +118,16 @@ def inconclusive(experiment: Experiment, entry: dict[str, Any], off: float) -> N
     if not bitwise and not experiment.subject.repeatable:
         _state_survives(experiment, entry, None, f"two full_batch runs differ by {shown}")
         return
+    first, again = len(experiment.reference().steps), len(repeat.steps)
+    if again < first:
+        entry["headline"] = (
+            f"other-steps: the full_batch run again made {again} optimizer steps, not {first}"
+        )
+        entry["because"] = (
+            "it found something that the first run left behind: a checkpoint that it resumes from, a cache, a lock"
+        )
+        entry["fix"] = "let every run start anew: a folder of its own, or nothing to resume from"
+        return
     if bitwise:
         reseeded = experiment.control(permuted=False, seed_offset=1)
         if not _identical(reseeded):

@@ -79,9 +79,13 @@ class StepError(EquivcheckError):
         expected: As for every error.
         because: As for every error.
         fix: As for every error.
+
+    Attributes:
+        optimizer_step: The one that a rank was in when it raised; None where that is not known.
     """
 
     exit_code = 3
+    optimizer_step: int | None = None
 
     def __init__(
         self,

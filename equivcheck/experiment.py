@@ -42,6 +42,8 @@ from equivcheck.verdict import Judgement, Noise, judge, roundoff_of, unfit
 CLOSE = 1e-4
 
 Interventions = tuple[Intervention, ...]
+# The gradient of every addend of the loss, by cycle and micro-step.
+ByPlace = dict[tuple[int, int], dict[tuple[int, tuple[int, ...]], dict[str, torch.Tensor]]]
 T = TypeVar("T")
 
 
@@ -136,10 +138,15 @@ class Experiment:
     # ---- what another kind of experiment answers in its own way --------------------------------
 
     def again(
-        self, progress: Callable[[str], None] = lambda _: None, *, promoted: bool
+        self,
+        progress: Callable[[str], None] = lambda _: None,
+        *,
+        promoted: bool,
+        optimizer_steps: int | None = None,
     ) -> Experiment:
-        """Return a new experiment on the same case."""
-        other = type(self)(self.subject, self.case, progress, promoted=promoted)
+        """Return a new experiment on the same case, or on so many of its optimizer steps."""
+        case = replace(self.case, optimizer_steps=optimizer_steps or self.case.optimizer_steps)
+        other = type(self)(self.subject, case, progress, promoted=promoted)
         if self.crew is not None and other.crew is not None:
             other.crew.ends_at, other.crew.timeout = self.crew.ends_at, self.crew.timeout
         return other
@@ -159,6 +166,10 @@ class Experiment:
 
     def other_samples(self) -> dict[str, Any] | None:
         """Return how the samples of the two runs differ, where samples are recognised by what they hold."""
+        return None
+
+    def printed(self) -> dict[str, Any] | None:
+        """Return how a loss that both runs show differs, where what they show is not what they return."""
         return None
 
     def counts(self, accumulation_steps: int | None) -> dict[str, list[list[float]]]:
@@ -255,6 +266,15 @@ class Experiment:
         return self._once(
             ("length", length),
             lambda: self._full("full_batch", Comparer(self.reference()), (), length=length),
+        )
+
+    def reference_of_horizon(self, steps: int) -> Recording:
+        """Return the full-batch run that is told another number of optimizer steps, by its loader too."""
+        return self._once(
+            ("horizon", steps),
+            lambda: self._full(
+                "full_batch", Comparer(self.reference()), (), length=steps, optimizer_steps=steps
+            ),
         )
 
     def altered_reference(self, interventions: Interventions) -> Recording:
@@ -431,6 +451,10 @@ class Experiment:
 
         return self._once(("pieces", interventions), make)
 
+    def addends_alone(self, alone: ByPlace, _whole: ByPlace) -> ByPlace:
+        """Return the addends of the micro-batches alone: as the run that took the pieces has them."""
+        return alone
+
     def alone_of_length(self, length: int) -> Recording:
         """Return the run that steps after every micro-batch, told that the loader has another length."""
 
@@ -484,6 +508,7 @@ class Experiment:
         seed_offset: int = 0,
         schedule: list[Place] | None = None,
         length: int | None = None,
+        optimizer_steps: int = 0,
     ) -> Recording:
         data = self.data_for(interventions, promoted=promoted)
         run = Run(
@@ -496,6 +521,7 @@ class Experiment:
             orders=orders,
             length=length,
             seed_offset=seed_offset,
+            optimizer_steps=optimizer_steps,
             interventions=list(interventions),
             schedule=schedule or [],
         )

@@ -95,7 +95,7 @@ def sampled(start: Kept | None) -> dict[str, torch.Tensor]:
     found = {}
     for name, tensor in start.after.items():
         flat, indices = tensor.flatten(), chosen[name]
-        found[name] = (flat if indices is None else flat[indices]).double()
+        found[name] = (flat if indices is None else flat[indices]).to("cpu", torch.float64)
     return found
 
 

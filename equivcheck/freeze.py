@@ -7,7 +7,7 @@ compares what every module puts out for a row in the full batch and alone in its
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +92,8 @@ class Freeze(_PerCycle):
                 known = self._learned.get((pairing, self._cycle), [])
                 if not known:
                     return batch(input, weight, bias, mean, var, training, momentum, eps, cudnn)
-                taken = known[ordinal % len(known)]
+                first, second = known[ordinal % len(known)]
+                taken = first.to(input.device), second.to(input.device)
             return batch(input, weight, bias, *taken, False, momentum, eps, cudnn)
 
         def alone(
@@ -176,6 +177,12 @@ class Statistics(Intervention):
             yield
         finally:
             torch.batch_norm = batch
+
+    def gathered(self) -> bool:
+        return self.as_predicted
+
+    def take_back(self, by_rank: Sequence[Any]) -> None:
+        self.as_predicted = self.as_predicted and all(by_rank)
 
 
 class Fingerprint(_PerCycle):

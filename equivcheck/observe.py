@@ -57,8 +57,8 @@ class Observer:
         """See the state before the run."""
 
     def take(self, _name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the coordinates of one parameter's tensor that are looked at, float64."""
-        return tensor.detach().flatten().to(torch.float64, copy=True)
+        """Return the coordinates of one parameter's tensor that are looked at, float64, on the cpu."""
+        return tensor.detach().flatten().to("cpu", torch.float64, copy=True)
 
     def finish(self, recorder: Recorder) -> None:
         """See the state at the end of the run."""
@@ -104,15 +104,18 @@ class Sampler(Observer):
                 self._places[part.name] = positions(part, chosen, holdings.shape(part.name))
 
     def take(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the sampled coordinates of one parameter's tensor, float64; nan where another rank holds them."""
+        """Return the sampled coordinates of one parameter's tensor, float64, on the cpu.
+
+        They are nan where another rank holds them.
+        """
         if name in self._places:
             sampled, mine, count = self._places[name]
             found = torch.full((count,), math.nan, dtype=torch.float64)
-            found[sampled] = dense(tensor.detach()).flatten()[mine].to(torch.float64)
+            found[sampled] = dense(tensor.detach()).flatten()[mine].to("cpu", torch.float64)
             return found
         chosen = self._chosen.get(name)
         flat = dense(tensor.detach()).flatten()
-        return (flat if chosen is None else flat[chosen]).to(torch.float64, copy=True)
+        return (flat if chosen is None else flat[chosen]).to("cpu", torch.float64, copy=True)
 
     @contextmanager
     def arriving(self, recorder: Recorder) -> Iterator[None]:
@@ -366,7 +369,10 @@ class Comparer(Sampler):
             for name, buffer in recorder.model.named_buffers()
             if name in kept.buffers and kept.buffers[name].shape == buffer.shape
         ]
-        step.parameters, step.state = _measured(updates), _measured(moments)
+        step.parameters = _measured(updates)
+        kept.release()
+        step.state = _measured(moments)
+        kept.release()
         step.buffers = _measured(buffers)
 
     def _mask(self, name: str, step: Step) -> torch.Tensor | None:

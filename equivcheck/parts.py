@@ -246,9 +246,58 @@ def positions(
         Places among the sampled coordinates, places in the flattened part (both int64), and how many are sampled.
     """
     size = math.prod(shape)
-    marks = torch.full((size,), -1, dtype=torch.int32)
     count = size if chosen is None else len(chosen)
+    # Of a large parameter only a few coordinates are sampled: nothing as large as the parameter is made for them.
+    window = None if chosen is None else _window(part, shape)
+    if window is not None and chosen is not None:
+        inside, place = _in_window(chosen, *window)
+        return inside.nonzero().flatten(), place[inside], count
+    marks = torch.full((size,), -1, dtype=torch.int32)
     marks[slice(None) if chosen is None else chosen] = torch.arange(count, dtype=torch.int32)
     mine = part.cut(marks.view(shape)).flatten()
     held = (mine >= 0).nonzero().flatten()
     return mine[held].long(), held, count
+
+
+def _window(
+    part: Part, shape: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None:
+    """Return shape, first place and sizes of the window that a part is of a whole; None if it is none.
+
+    A stretch is a window of the flattened whole.
+    """
+    whole = torch.empty(shape, device="meta")
+    try:
+        cut = part.cut(whole)
+    except (
+        NotImplementedError,
+        RuntimeError,
+    ):  # It is put together from pieces that are looked at.
+        return None
+    base = cut._base if cut._base is not None else cut
+    flat = shape if cut.dim() == len(shape) else (math.prod(shape),)
+    strides = tuple(math.prod(flat[d + 1 :]) for d in range(len(flat)))
+    if base is not whole or cut.dim() != len(flat) or cut.stride() != strides:
+        return None
+    first, rest = [], cut.storage_offset()
+    for stride in strides:
+        first.append(rest // stride if stride else 0)
+        rest %= stride or 1
+    return flat, tuple(first), tuple(cut.shape)
+
+
+def _in_window(
+    chosen: torch.Tensor, shape: tuple[int, ...], first: tuple[int, ...], sizes: tuple[int, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return which indices into a flattened whole lie in a window, and where in the flattened window."""
+    inside = torch.ones_like(chosen, dtype=torch.bool)
+    place = torch.zeros_like(chosen)
+    rest = chosen
+    for length, begin, size in zip(reversed(shape), reversed(first), reversed(sizes), strict=True):
+        inside &= (rest % length >= begin) & (rest % length < begin + size)
+        rest = rest // length
+    rest, unit = chosen, 1
+    for length, begin, size in zip(reversed(shape), reversed(first), reversed(sizes), strict=True):
+        place += (rest % length - begin) * unit
+        rest, unit = rest // length, unit * size
+    return inside, place

@@ -133,7 +133,7 @@ class Kept:
         after, buffers, state: Parameters, buffers and optimizer state after the step.
         shadows: Copies of the weights that the loop keeps itself, before the step.
         moved: How far the step moved each parameter, L2.
-        release: Gives the memory of what lies on disk back.
+        release: Gives the memory of what lies on disk back, at once or when enough bytes have been read.
     """
 
     gradients: dict[str, torch.Tensor | None]
@@ -143,7 +143,7 @@ class Kept:
     state: dict[str, dict[str, Any]]
     shadows: dict[str, torch.Tensor]
     moved: dict[str, float] = field(default_factory=dict)
-    release: Callable[[], None] = lambda: None
+    release: Callable[..., None] = lambda _=None: None
 
 
 @dataclass

@@ -83,7 +83,7 @@ class Search:
                 for k in self.accumulation_steps:
                     yield Point(None, k, split, world_size, strategy)
         yield from self._small()
-        yield from self._drawn(random.Random(self.template.seed))  # noqa: S311 - a choice of cases, no secret
+        yield from self.drawn(random.Random(self.template.seed))  # noqa: S311 - a choice of cases, no secret
 
     def _small(self) -> Iterator[Point]:
         """Yield batches of the first rows: every size, K and cut, and then with a tail after them."""
@@ -103,7 +103,8 @@ class Search:
             batch = self.sizes.index(max(self.sizes))
         return batch, tuple(range(count))
 
-    def _drawn(self, rng: random.Random) -> Iterator[Point]:
+    def drawn(self, rng: random.Random) -> Iterator[Point]:
+        """Yield cases of any batches, rows, K, cut and ranks, without end."""
         while True:
             steps = rng.randint(1, min(3, len(self.sizes) + 1))
             batch = rng.randrange(len(self.sizes))

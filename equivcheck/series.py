@@ -23,7 +23,7 @@ from equivcheck.fit import Attribution
 from equivcheck.noise import SAFETY
 from equivcheck.recording import Recording, Step
 from equivcheck.timelines import timelines
-from equivcheck.verdict import Judgement, Noise, overall
+from equivcheck.verdict import Judgement, Noise, overall, whole_log
 from equivcheck.view import View
 
 # Points of a line: more than a screen has pixels in half its width.
@@ -208,10 +208,12 @@ def _losses(
     wanted: Sequence[int],
 ) -> dict[str, Any] | None:
     """Return logged losses per step, or the sums of the roots of its backwards where none are logged."""
-    a, b = reference.logged, candidate.logged
+    a, b = reference.logged, whole_log(reference, candidate)
     if a is not None and b is not None and len(a) == len(b) == len(reference.steps):
         pairs = [(a[i], b[i]) for i in wanted]
         source = "logged"
+    elif candidate.ranks:  # what one rank calls backward on is scaled for its way of reducing
+        return None
     else:
         pairs = [
             (

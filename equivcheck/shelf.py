@@ -23,6 +23,7 @@ class Shelf:
         self._bytes = 0
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._maps: list[mmap.mmap] = []
+        self._read = 0
 
     def keep(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a copy, of the same dtype and shape; it must not be written to."""
@@ -42,8 +43,17 @@ class Shelf:
         self._maps.append(mapped)
         return torch.frombuffer(mapped, dtype=tensor.dtype).view(tensor.shape)
 
-    def release(self) -> None:
-        """Give the memory of mapped pages back; they are read again when they are looked at."""
+    def release(self, read: int | None = None) -> None:
+        """Give the memory of mapped pages back; they are read again when they are looked at.
+
+        Args:
+            read: Bytes read since the last call: given back once they are as many as stay in memory anyway, for each
+                time costs a system call per tensor on the shelf. None gives back at once.
+        """
+        self._read += read or 0
+        if read is not None and self._read < IN_MEMORY:
+            return
+        self._read = 0
         if hasattr(mmap, "MADV_DONTNEED"):
             for each in self._maps:
                 each.madvise(mmap.MADV_DONTNEED)

@@ -17,15 +17,20 @@ if TYPE_CHECKING:
 
 
 def set_state(recorder: Recorder, optimizer: Optimizer | None, kept: Kept) -> None:
-    """Set parameters, buffers and one optimizer's state to what the reference had; dtypes stay as they are."""
+    """Set parameters, buffers and one optimizer's state to what the reference had; dtypes stay as they are.
+
+    What was read is given back every now and then: together it would be as large as the run itself.
+    """
     if recorder.holdings is not None:
         for part in recorder.holdings.held():
             if part.name in kept.after:
                 part.local(part.holder.detach()).copy_(part.cut(kept.after[part.name]))
+                kept.release(part.holder.nbytes)
     else:
         for name, parameter in recorder.parameters().items():
             if name in kept.after and kept.after[name].shape == parameter.shape:
                 parameter.detach().copy_(kept.after[name])
+                kept.release(parameter.nbytes)
     for name, buffer in recorder.model.named_buffers():
         if name in kept.buffers and kept.buffers[name].shape == buffer.shape:
             buffer.detach().copy_(kept.buffers[name])
@@ -42,6 +47,7 @@ def set_state(recorder: Recorder, optimizer: Optimizer | None, kept: Kept) -> No
                     _set_entries(entries, kept.state[part.name], parameter)
                 else:
                     _set_part(entries, kept.state[part.name], part)
+                kept.release(len(entries) * parameter.nbytes)
 
 
 def owner_of_state(optimizer: Optimizer) -> Optimizer:

@@ -17,7 +17,7 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -344,11 +344,19 @@ def _shown(filename: str) -> str:
 
 @dataclass(frozen=True)
 class Module:
-    """A module that can be executed anew: what was typed, the folder it imports from, and how."""
+    """A module that can be executed anew.
+
+    Attributes:
+        place: What was typed.
+        root: The folder that it, and what it imports of its own, lies in.
+        execute: Does it.
+        importable: Whether that folder has to be on the import path.
+    """
 
     place: str
     root: Path
     execute: Callable[[], ModuleType]
+    importable: bool = True
 
 
 def module_at(place: str, *, alone: bool = False) -> Module:
@@ -381,12 +389,13 @@ def _file_module(place: str, *, alone: bool) -> Module:
     root, name = (
         (path.with_suffix(""), f"_equivcheck_{path.stem}") if alone else _package_root(path)
     )
-    if name in sys.modules and not _lies_in(sys.modules[name], root):
+    if "." not in name and name in sys.modules and not _lies_in(sys.modules[name], root):
         # A file called random.py or train.py must not shadow, or be shadowed by, an installed module.
         name = f"{name}__subject"
 
     def execute() -> ModuleType:
         if "." in name:
+            _make_way(name.partition(".")[0], root)
             return importlib.import_module(name)
         spec = importlib.util.spec_from_file_location(name, path)
         if spec is None or spec.loader is None:
@@ -397,6 +406,24 @@ def _file_module(place: str, *, alone: bool) -> Module:
         return module
 
     return Module(place, root, execute)
+
+
+def _make_way(package: str, root: Path) -> None:
+    """Let a package be found in this folder, whatever else of its name is loaded or comes first on the path."""
+    if package in _NEVER_EVICTED:
+        return
+    folder = str(root)
+    if sys.path[:1] != [folder]:
+        sys.path[:] = [folder, *(each for each in sys.path if each != folder)]
+    loaded = sys.modules.get(package)
+    file = getattr(loaded, "__file__", None)
+    if loaded is not None and not (file and _real(file).startswith(f"{folder}/{package}/")):
+        for name in [each for each in sys.modules if f"{each}.".startswith(f"{package}.")]:
+            del sys.modules[name]
+
+
+# What runs everything: a user's folder of such a name cannot take its place.
+_NEVER_EVICTED = {*sys.stdlib_module_names, "equivcheck", "numpy", "torch"}
 
 
 def _dotted_module(place: str) -> Module:
@@ -425,7 +452,8 @@ def _dotted_module(place: str) -> Module:
             else None,
         )
     origin = Path(spec.origin).resolve()
-    return Module(place, origin.parent, execute)
+    # Inside an installed package there are files of any name, which must not be found in place of the user's.
+    return Module(place, origin.parent, execute, importable=not is_library(str(origin)))
 
 
 def _package_root(path: Path) -> tuple[Path, str]:
@@ -486,7 +514,7 @@ def executed_again(modules: Sequence[Module]) -> list[ModuleType]:
     importlib.invalidate_caches()
     found = []
     for each in modules:
-        with _importable(each.root):
+        with _importable(each.root) if each.importable else nullcontext():
             try:
                 found.append(each.execute())
             except TargetError:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import difflib
 import functools
+import importlib
 import inspect
 import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from equivcheck.errors import TargetError, UsageError
 from equivcheck.result import EXIT_CODES
 from equivcheck.subject import (
     Code,
+    Module,
     Subject,
     attribute_of,
     executed_again,
@@ -499,7 +501,7 @@ def load_workload(target: str, name: str, train: str | None = None) -> Subject:
         role: _place(each, None if role in user else suite.path.parent)
         for role, each in parts.items()
     }
-    modules = {place: module_at(place) for place, _ in places.values()}
+    modules = {place: _module(place) for place, _ in places.values()}
 
     def load() -> Code:
         found = dict(zip(modules, executed_again(list(modules.values())), strict=True))
@@ -533,6 +535,22 @@ def _place(each: Part, folder: Path | None) -> tuple[str, str]:
     if folder is not None and (place.endswith(".py") or "/" in place):
         place = str((folder / place).resolve())
     return place, attribute
+
+
+def _module(place: str) -> Module:
+    """Return the module of a part; a fixture of ours has a name that no package of the user's can have."""
+    found = module_at(place)
+    root, path = bundled("fixtures"), Path(place)
+    if not path.is_relative_to(root):
+        return found
+    parts = path.relative_to(root.parent).with_suffix("").parts
+    name = ".".join(("equivcheck._bundled", *parts))
+    return replace(
+        found,
+        root=root,
+        execute=functools.partial(importlib.import_module, name),
+        importable=False,
+    )
 
 
 def _scheduler(make: functools.partial[Any] | None) -> Callable[..., Any]:

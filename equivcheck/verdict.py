@@ -382,16 +382,19 @@ def _judge_logged(
 
 def logged_difference(reference: Recording, candidate: Recording) -> float | None:
     """Return the largest difference of a logged loss, relative to the largest loss; None where none can be compared."""
-    if candidate.ranks:
-        return min(
-            (
-                found
-                for logged in _logs_of_ranks(candidate)
-                if (found := _log_difference(reference, logged)) is not None
-            ),
-            default=None,
-        )
-    return _log_difference(reference, candidate.logged)
+    return _log_difference(reference, whole_log(reference, candidate))
+
+
+def whole_log(reference: Recording, candidate: Recording) -> list[float] | None:
+    """Return what the accumulated run logs of whole batches: with ranks, the closest of what they may mean."""
+    if not candidate.ranks:
+        return candidate.logged
+    known = [
+        (found, logged)
+        for logged in _logs_of_ranks(candidate)
+        if (found := _log_difference(reference, logged)) is not None
+    ]
+    return min(known, key=lambda pair: pair[0])[1] if known else None
 
 
 def _logs_of_ranks(candidate: Recording) -> list[list[float] | None]:

@@ -190,6 +190,8 @@ def _work(pipe: Connection, timeout: float | None) -> None:
     """Run what comes through the pipe until nothing comes any more."""
     import torch  # noqa: PLC0415 - loaded in the fork server
 
+    from equivcheck.ranks.team import kept  # noqa: PLC0415 - as above
+
     signal.signal(
         signal.SIGINT, signal.SIG_IGN
     )  # Ctrl-C goes to the whole group; the parent ends us.
@@ -197,8 +199,9 @@ def _work(pipe: Connection, timeout: float | None) -> None:
     torch.set_num_threads(1)
     code = 0
     try:
-        while True:
-            pipe.send(_answer(pipe.recv(), timeout))
+        with kept():
+            while True:
+                pipe.send(_answer(pipe.recv(), timeout))
     except (EOFError, OSError):
         pass
     finally:

@@ -16,6 +16,11 @@ row = partial(
 )
 RECIPE = "docs.pytorch.org/docs/stable/notes/amp_examples.html#gradient-accumulation"
 SAME = "the same function in float64; rounding in the working precision is no fault"
+SCALING = "../fixtures/suite_trainers/scaling.py:train"
+SKIPPED = (
+    "an inf in any gradient skips the whole step, in the full batch as well: "
+    "docs.pytorch.org/docs/stable/amp.html#torch.amp.GradScaler.step"
+)
 FEW = (2, 4)
 
 WORKLOADS = [
@@ -34,6 +39,29 @@ WORKLOADS = [
         equivalent(SAME),
         precision="bf16",
         optimizer=part("torch.optim:AdamW", lr=1e-2),
+    ),
+    row(
+        "fp16_scale_grows_every_step",
+        equivalent("a power of two scales no digit: the scale cancels, whatever it is"),
+        batches=part(DIGITS, number=4, rows=16),
+        train=part(SCALING, initial=1.0, growth_interval=1),
+        accumulation_steps=FEW,
+        claims=("C13",),
+    ),
+    row(
+        "fp16_scale_falls_back",
+        divergent("EQ404", source=SKIPPED),
+        batches=part(DIGITS, number=4, rows=16),
+        train=part(SCALING, initial=2.0**24),
+        accumulation_steps=FEW,
+    ),
+    row(
+        "fp16_overflow_in_one_micro_batch",
+        divergent("EQ404", source=SKIPPED),
+        build=part("../fixtures/models/normed.py:Normed", norm="none"),
+        batches=part("../fixtures/batches/digits.py:loud"),
+        train=part(SCALING),
+        accumulation_steps=FEW,
     ),
     Workload("fp16_growing_scale", equivalent(RECIPE), **loop(f"{TRAINERS}/amp_fp16_scaler.py")),
     Workload("float32_master", equivalent(SAME), **loop(f"{TRAINERS}/float32_master.py")),

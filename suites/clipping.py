@@ -40,6 +40,22 @@ WORKLOADS = [
         equivalent("Brock et al., arXiv 2102.06171"),
         train=part(CLIPPING, how="adaptive", limit=1e3),
     ),
+    *(
+        row(
+            f"{name}_inactive",
+            equivalent("a clip that never acts"),
+            train=part(CLIPPING, how=how, limit=1e3),
+            accumulation_steps=FEW,
+        )
+        for name, how in (("value", "value"), ("per_parameter", "parameter"))
+    ),
+    row(
+        "per_parameter_after_each_micro_batch",
+        divergent("EQ306", source="a clip of a part is not a part of the clip"),
+        train=part(CLIPPING, how="parameter", each="micro_batch"),
+        accumulation_steps=FEW,
+        splits=("even",),
+    ),
     row(
         "norm_per_micro_batch",
         divergent("EQ306", source="a clip of a part is not a part of the clip"),

@@ -7,6 +7,7 @@ from functools import partial
 from equivcheck.suite import Workload, divergent, equivalent, loop, part
 
 MUTANTS, TRAINERS = "../fixtures/mutants", "../fixtures/trainers"
+COUNTING = "../fixtures/suite_trainers/counting.py"
 FEW = (2, 4)
 
 row = partial(
@@ -26,6 +27,28 @@ WORKLOADS = [
         batches=part(
             "../fixtures/batches/digits.py:classification", number=3, rows=16, last_rows=5
         ),
+    ),
+    row(
+        "every_micro_batch",
+        equivalent("K numbers for one update are no log of updates, so that none is judged"),
+        train=part(f"{COUNTING}:every_micro_batch"),
+        accumulation_steps=FEW,
+    ),
+    row(
+        "steps_counted",
+        equivalent("one for each update: Lightning-AI/pytorch-lightning#832"),
+        build=part("../fixtures/models/normed.py:Counted"),
+        train=part(f"{COUNTING}:train"),
+        accumulation_steps=FEW,
+        claims=("C18",),
+    ),
+    row(
+        "steps_counted_per_micro_batch",
+        divergent("EQ309", source="K for each update: Lightning-AI/pytorch-lightning#832"),
+        build=part("../fixtures/models/normed.py:Counted"),
+        train=part(f"{COUNTING}:train", each="micro_batch"),
+        accumulation_steps=FEW,
+        claims=("C18",),
     ),
     Workload("logged", equivalent(SHOWN), **loop(f"{TRAINERS}/logged.py"), logs=True),
     *(

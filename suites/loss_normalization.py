@@ -17,10 +17,17 @@ MUTANTS = "../fixtures/mutants"
 
 row = partial(Workload, build=NORMED, batches=ANNOTATED)
 text = partial(Workload, build=GPT, batches=TEXT)
+grouped = partial(
+    Workload, build=GPT, batches=part("../fixtures/batches/text.py:grouped", number=2)
+)
 ADDS_UP = "sums over the cycle's own count add up to the full batch's mean"
 EQUAL = "equal counts: the mean of means is the mean"
 FIX = "huggingface.co/blog/gradient_accumulation (2024): a mean of means is not the mean"
 COUPLED = "a sample's loss sees the others of its batch: van den Oord et al., arXiv 1807.03748"
+UNWEIGHTED = (
+    "no weights of micro-batches give it back, those of a mean no less than others: " + COUPLED
+)
+MINED = "negatives are mined in the batch: Schroff et al., arXiv 1503.03832"
 
 SAMPLES = (divergent("EQ103", source=FIX, split="uneven"), equivalent(EQUAL))
 RAGGED = divergent("EQ103", source=FIX)
@@ -58,6 +65,14 @@ WORKLOADS = [
         loss=part(f"{LOSSES}:CTC"),
     ),
     row(
+        "ctc_naive",
+        SAMPLES,
+        build=part("../fixtures/models/normed.py:Sequences"),
+        loss=part(f"{LOSSES}:CTC"),
+        train=NAIVE,
+        accumulation_steps=FEW,
+    ),
+    row(
         "ctc_per_label",
         equivalent(ADDS_UP),
         build=part("../fixtures/models/normed.py:Sequences"),
@@ -76,7 +91,24 @@ WORKLOADS = [
     row("preference_pairs", equivalent(ADDS_UP), loss=part(f"{LOSSES}:Preference")),
     row("preference_pairs_naive", SAMPLES, loss=part(f"{LOSSES}:Preference"), train=NAIVE),
     row("two_tasks", equivalent(ADDS_UP), loss=part(f"{LOSSES}:TwoTasks")),
+    row(
+        "two_tasks_naive",
+        (
+            divergent("EQ103", source=FIX + ", of either task", split="uneven"),
+            divergent("EQ106", source="one task has equal counts, the other, masked, has not"),
+        ),
+        loss=part(f"{LOSSES}:TwoTasks"),
+        train=NAIVE,
+        accumulation_steps=FEW,
+    ),
     row("penalised", equivalent("each carries its share"), loss=part(f"{LOSSES}:Penalised")),
+    row(
+        "penalised_naive",
+        SAMPLES,
+        loss=part(f"{LOSSES}:Penalised"),
+        train=NAIVE,
+        accumulation_steps=FEW,
+    ),
     Workload(
         "penalty_per_micro_batch",
         divergent("EQ107", source="K penalties instead of one"),
@@ -98,6 +130,50 @@ WORKLOADS = [
         loss=part(f"{LOSSES}:Tokens", per="sequence"),
         train=NAIVE,
     ),
+    grouped("policy_tokens", equivalent(ADDS_UP), loss=part(f"{LOSSES}:PolicyGradient")),
+    grouped(
+        "policy_tokens_naive",
+        divergent(
+            "EQ103",
+            source="huggingface/trl#7206: a mean of each micro-batch is none over all tokens",
+        ),
+        loss=part(f"{LOSSES}:PolicyGradient"),
+        train=NAIVE,
+        accumulation_steps=FEW,
+    ),
+    grouped(
+        "policy_sequences",
+        equivalent(ADDS_UP),
+        loss=part(f"{LOSSES}:PolicyGradient", per="sequence"),
+    ),
+    grouped(
+        "policy_sequences_naive",
+        SAMPLES,
+        loss=part(f"{LOSSES}:PolicyGradient", per="sequence"),
+        train=NAIVE,
+        accumulation_steps=FEW,
+    ),
+    grouped(
+        "policy_constant",
+        equivalent(ADDS_UP),
+        loss=part(f"{LOSSES}:PolicyGradient", per="constant"),
+        accumulation_steps=FEW,
+    ),
+    grouped(
+        "policy_constant_naive",
+        SAMPLES,
+        loss=part(f"{LOSSES}:PolicyGradient", per="constant"),
+        train=NAIVE,
+        accumulation_steps=FEW,
+    ),
+    Workload(
+        "advantages_of_the_micro_batch",
+        divergent(
+            "EQ202", source="standardised over other rows: Engstrom et al., arXiv 2005.12729"
+        ),
+        **loop(f"{MUTANTS}/eq202_standardised_advantages.py"),
+        accumulation_steps=FEW,
+    ),
     row(
         "info_nce",
         divergent("EQ202", source=COUPLED),
@@ -117,11 +193,35 @@ WORKLOADS = [
         claims=("C26",),
     ),
     row(
+        "info_nce_naive",
+        divergent("EQ202", source=UNWEIGHTED),
+        build=part("../fixtures/models/towers.py:Towers"),
+        batches=VIEWS,
+        loss=part(f"{LOSSES}:Contrastive"),
+        train=NAIVE,
+        accumulation_steps=FEW,
+        claims=("C26",),
+    ),
+    row(
+        "clip_naive",
+        divergent("EQ202", source=UNWEIGHTED),
+        build=part("../fixtures/models/towers.py:Towers"),
+        batches=VIEWS,
+        loss=part(f"{LOSSES}:Contrastive", both=True),
+        train=NAIVE,
+        accumulation_steps=FEW,
+    ),
+    row(
         "mined_triplets",
-        divergent(
-            "EQ202", source="negatives are mined in the batch: Schroff et al., arXiv 1503.03832"
-        ),
+        divergent("EQ202", source=MINED),
         loss=part(f"{LOSSES}:MinedTriplets"),
+        accumulation_steps=FEW,
+    ),
+    row(
+        "mined_triplets_naive",
+        divergent("EQ202", source=UNWEIGHTED),
+        loss=part(f"{LOSSES}:MinedTriplets"),
+        train=NAIVE,
         accumulation_steps=FEW,
     ),
     Workload(

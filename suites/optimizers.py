@@ -40,20 +40,68 @@ OPTIMIZERS = {
     "adafactor": part("torch.optim:Adafactor", lr=1e-2),
     "parameter_groups": part("../fixtures/optimizers.py:decay_on_matrices"),
 }
+# Several tensors at once; fused ones are above, where a CPU has them.
+FOREACH = {
+    "adamw": "AdamW",
+    "adamax": "Adamax",
+    "adagrad": "Adagrad",
+    "adadelta": "Adadelta",
+    "asgd": "ASGD",
+    "nadam": "NAdam",
+    "radam": "RAdam",
+    "rmsprop": "RMSprop",
+    "rprop": "Rprop",
+    "adafactor": "Adafactor",
+}
 
 WORKLOADS = [
     *(row(name, equivalent(STEP), optimizer=each) for name, each in OPTIMIZERS.items()),
+    *(
+        row(
+            f"{name}_foreach",
+            equivalent(STEP),
+            optimizer=part(f"torch.optim:{kind}", lr=1e-2, foreach=True),
+            accumulation_steps=(4,),
+            splits=("even",),
+        )
+        for name, kind in FOREACH.items()
+    ),
     row(
         "muon",
         equivalent(STEP),
         build=part("../fixtures/models/normed.py:matrices"),
         optimizer=part("torch.optim:Muon", lr=1e-2),
     ),
+    row(
+        "sparse_adam",
+        equivalent("sparse gradients are summed as dense ones are; the same rows have them"),
+        build=part("../fixtures/models/normed.py:Counts"),
+        optimizer=part("torch.optim:SparseAdam", lr=1e-2),
+    ),
+    row(
+        "sparse_sgd",
+        equivalent("sparse gradients are summed as dense ones are"),
+        build=part("../fixtures/models/normed.py:Counts"),
+        optimizer=part("torch.optim:SGD", lr=0.1),
+        accumulation_steps=FEW,
+    ),
+    row(
+        "momentum_unused",
+        equivalent("without a gradient there is no step: torch.optim.SGD skips None"),
+        build=part("../fixtures/models/normed.py:Unused"),
+        optimizer=part("torch.optim:SGD", lr=0.1, momentum=0.9, weight_decay=0.01),
+    ),
     Workload("lbfgs", equivalent(STEP), **loop(f"{TRAINERS}/lbfgs.py"), accumulation_steps=FEW),
     Workload("several", equivalent(STEP), **loop(f"{TRAINERS}/two_optimizers.py")),
     Workload("ema", equivalent("averaged once per optimizer step"), **loop(f"{TRAINERS}/ema.py")),
     Workload(
         "swa", equivalent("Izmailov, arXiv 1803.05407"), **loop(f"{TRAINERS}/ema_averaged_model.py")
+    ),
+    Workload(
+        "ema_per_micro_batch",
+        divergent("EQ309", source="the average moves K times: Tarvainen, arXiv 1703.01780"),
+        **loop(f"{MUTANTS}/eq309_ema_in_a_dict.py"),
+        accumulation_steps=FEW,
     ),
     Workload(
         "swa_per_micro_batch",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from equivcheck.suite import Workload, ends_in, equivalent, loop, part
+from equivcheck.suite import Workload, divergent, ends_in, equivalent, loop, part
 
 NOISY = "../fixtures/models/normed.py:Noisy"
 MUTANTS, TRAINERS = "../fixtures/mutants", "../fixtures/trainers"
@@ -39,6 +39,18 @@ WORKLOADS = [
         build=part("../fixtures/models/lstm.py:LSTM"),
         batches=part("../fixtures/batches/text.py:causal", number=2, rows=16),
         loss=part("../fixtures/losses.py:Tokens"),
+    ),
+    row(
+        "recurrent_stateful",
+        divergent(
+            "EQ203",
+            "EQ309",
+            source="a micro-batch begins where the one before it has ended, and leaves the mean of its own rows",
+        ),
+        build=part("../fixtures/models/lstm.py:Stateful"),
+        batches=part("../fixtures/batches/text.py:causal", number=2, rows=16),
+        loss=part("../fixtures/losses.py:Tokens"),
+        accumulation_steps=(2, 4),
     ),
     row(
         "checkpointed",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from equivcheck.suite import HORIZON, Workload, divergent, equivalent, loop, part
+from equivcheck.case import SPLITS
+from equivcheck.suite import HORIZON, Workload, divergent, ends_in, equivalent, loop, part
 
 TORCH = "torch.optim.lr_scheduler"
 OWN = "../fixtures/schedules.py"
@@ -15,6 +16,18 @@ row = partial(
     Workload,
     build=part("../fixtures/models/normed.py:Normed", norm="layer"),
     batches=part("../fixtures/batches/digits.py:classification", number=3, rows=16),
+)
+# A whole cosine on the ink of four digits at a time, 20 parameters. With --optimizer-steps 1000 it is the usual
+# example: 1000 updates, of which a schedule that counts micro-batches at K=4 is through after 250 (a minute or two).
+whole = partial(
+    Workload,
+    build=part("torch.nn:Linear", in_features=1, out_features=10),
+    batches=part("../fixtures/batches/digits.py:ink", number=1000, rows=4),
+    scheduler=part(f"{OWN}:cosine_to_zero", optimizer_steps=HORIZON),
+    optimizer_steps=40,
+    accumulation_steps=(4,),
+    splits=("even",),
+    claims=("C11",),
 )
 STEP = "docs.pytorch.org/docs/stable/optim.html: scheduler.step() after optimizer.step()"
 AHEAD = "K times as many steps of the schedule: Lightning-AI/pytorch-lightning#1476"
@@ -41,16 +54,8 @@ SCHEDULES = {
     "chained": part(f"{OWN}:chained"),
     "warm_up_cosine": part(f"{OWN}:cosine_by_hand", optimizer_steps=HORIZON),
 }
-# A cyclic schedule of period 4 stands where it stood after 4 steps of it, and a one-cycle one refuses to go on.
-PER_MICRO_BATCH = (
-    "lambda",
-    "step",
-    "linear",
-    "exponential",
-    "cosine",
-    "polynomial",
-    "warm_up_cosine",
-)
+# The faults of these are looked for at more than one point.
+USUAL = ("lambda", "step", "linear", "exponential", "cosine", "polynomial", "warm_up_cosine")
 
 WORKLOADS = [
     *(
@@ -63,10 +68,12 @@ WORKLOADS = [
             divergent("EQ307", source=AHEAD),
             scheduler=SCHEDULES[name],
             train=part(f"{FAULTS}:schedule"),
-            accumulation_steps=(2, 4),
+            accumulation_steps=(2, 4) if name in USUAL else (4,),
+            splits=SPLITS if name in USUAL else ("even",),
             claims=("C11", "C12") if name == "warm_up_cosine" else (),
         )
-        for name in PER_MICRO_BATCH
+        for name in SCHEDULES
+        if name != "one_cycle"
     ),
     *(
         row(
@@ -74,9 +81,24 @@ WORKLOADS = [
             divergent("EQ308", source=LONG),
             scheduler=SCHEDULES[name],
             train=part(f"{FAULTS}:horizon"),
-            accumulation_steps=(2, 4),
+            accumulation_steps=(2, 4) if name in USUAL else (4,),
+            splits=SPLITS if name in USUAL else ("even",),
         )
-        for name in ("cosine", "polynomial", "warm_up_cosine")
+        for name in ("linear", "cosine", "polynomial", "one_cycle", "sequential", "warm_up_cosine")
+    ),
+    row(
+        "one_cycle_per_micro_batch",
+        ends_in("error", "it refuses to go on after its last step: torch.optim.lr_scheduler"),
+        scheduler=SCHEDULES["one_cycle"],
+        train=part(f"{FAULTS}:schedule"),
+        accumulation_steps=(4,),
+        splits=("even",),
+    ),
+    whole("whole_cosine", equivalent(STEP)),
+    whole(
+        "whole_cosine_per_micro_batch",
+        divergent("EQ307", source="a rate of zero after a quarter of the updates: " + AHEAD),
+        train=part(f"{FAULTS}:schedule"),
     ),
     Workload(
         "warm_up_per_micro_batch",

@@ -8,6 +8,7 @@ from equivcheck.suite import Workload, divergent, equivalent, loop, part
 
 DIGITS = "../fixtures/batches/digits.py"
 MUTANTS, TRAINERS = "../fixtures/mutants", "../fixtures/trainers"
+TRAINERS_OF_SUITES = "../fixtures/suite_trainers"
 
 row = partial(Workload, build=part("../fixtures/models/normed.py:Normed", norm="layer"))
 OWN = "divided by what it holds, a short cycle is a short full batch"
@@ -43,6 +44,34 @@ WORKLOADS = [
         batches=part(f"{DIGITS}:growing", sizes=(8, 16, 32)),
         accumulation_steps=(2, 4, 8),
         claims=("C27",),
+    ),
+    row(
+        "growing_accumulation_steps",
+        equivalent(GROW),
+        batches=part(f"{DIGITS}:growing", sizes=(4, 8, 16)),
+        train=part(f"{TRAINERS_OF_SUITES}/warm_up.py:train", sizes=(4, 8, 16)),
+        accumulation_steps=FEW,
+        claims=("C27",),
+    ),
+    *(
+        row(
+            f"without_a_length_tail_of_{rows}",
+            equivalent(OWN),
+            batches=part(f"{DIGITS}:classification", number=3, rows=16, last_rows=rows),
+            train=part(f"{TRAINERS_OF_SUITES}/stream.py:train"),
+            accumulation_steps=FEW,
+            claims=("C17",),
+        )
+        for rows in (4, 5)
+    ),
+    row(
+        "without_a_length_unflushed",
+        divergent("EQ304", source="what is left at the end never reaches the optimizer"),
+        batches=part(f"{DIGITS}:classification", number=3, rows=16, last_rows=4),
+        train=part(f"{TRAINERS_OF_SUITES}/stream.py:train", flushes=False),
+        accumulation_steps=FEW,
+        splits=("even",),
+        claims=("C17",),
     ),
     Workload(
         "dropped",

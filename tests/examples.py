@@ -1,14 +1,18 @@
 """`python tests/examples.py` rewrites reports/examples; with `--check` it compares instead, times and noise apart.
 
-One result and one page per cause, from the first mutant that shows it best, and an index.
+One result and one page per cause, from the first mutant that shows it best, and an index. Faults between ranks run on
+two, by the strategy that their file states.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import sys
+from collections.abc import Collection, Iterable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "reports" / "examples"
@@ -21,38 +25,86 @@ BEST = {
     "EQ104": "eq104_one_token_too_many",
     "EQ301": "eq301_zero_grad_in_cycle",
     "EQ307": "eq307_scheduler_per_micro_batch",
+    "EQ501": "eq501_token_mean_per_rank",
+    "EQ502": "eq502_no_sync_to_the_end",
+    "EQ503": "eq503_forward_outside_no_sync",
+    "EQ504": "eq504_global_count_averaged",
+    "EQ505": "eq505_other_learning_rate",
+    "EQ506": "eq506_fsdp2_local_norm",
+    "EQ507": "eq507_scheduler_per_rank",
+    "EQ508-ranks": "eq508_used_in_the_first_micro_batch",
 }
+RANKS = 2  # enough for every fault between ranks, and all that two cores run at once
 SEVERAL = (
     *("fixtures/trainers/plain_mean.py", "fixtures/trainers/clipped.py"),
     *("fixtures/mutants/eq101_missing_division_plain.py", "fixtures/mutants/eq306_clip_by_norm.py"),
 )
 
 
-def targets() -> dict[str, list[str]]:
-    """Return the targets of every example by its name."""
-    found: dict[str, list[str]] = {}
-    for path in sorted((ROOT / "fixtures" / "mutants").glob("eq*.py")):
-        code = path.name[:5].upper()
-        if code not in found or BEST.get(code) == path.stem:
-            found[code] = [str(path.relative_to(ROOT))]
+class Example(NamedTuple):
+    """What is run for one page.
+
+    Attributes:
+        targets: Files of subjects.
+        options: Keywords of `equivcheck.measure`.
+    """
+
+    targets: list[str]
+    options: dict[str, Any]
+
+
+def examples() -> dict[str, Example]:
+    """Return every example by its name: the code of its cause, first."""
+    mutants = ROOT / "fixtures" / "mutants"
+    alone = _by_code(mutants.glob("eq*.py"))
+    together = _by_code((mutants / "ranks").glob("eq5*.py"), taken=alone)
+    found = {code: Example([_name(path)], {}) for code, path in alone.items()}
+    found |= {
+        code: Example([_name(path)], {"world_size": RANKS, "strategy": strategy_of(path)})
+        for code, path in together.items()
+    }
+    right = "fixtures/trainers/token_weighted.py", "fixtures/trainers/ddp/token_weighted.py"
     return {
         **found,
-        "equivalent": ["fixtures/trainers/token_weighted.py"],
-        "several": list(SEVERAL),
+        "equivalent": Example([right[0]], {}),
+        "equivalent-ranks": Example([right[1]], {"world_size": RANKS, "strategy": "ddp"}),
+        "several": Example(list(SEVERAL), {"accumulation_steps": (2, 4)}),
     }
 
 
-def result_of(name: str, chosen: list[str]) -> dict:
+def _by_code(paths: Iterable[Path], taken: Collection[str] = ()) -> dict[str, Path]:
+    """Return the first file of each code, or the one that shows it best; `-ranks` follows a code that is taken."""
+    found: dict[str, Path] = {}
+    for path in sorted(paths):
+        code = path.name[:5].upper()
+        name = f"{code}-ranks" if code in taken else code
+        if name not in found or BEST.get(name) == path.stem:
+            found[name] = path
+    return found
+
+
+def _name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def strategy_of(path: Path) -> str:
+    """Return how the ranks of a mutant work together, as its file states it."""
+    stated = re.search(r'^STRATEGY = "(\w+)"$', path.read_text(encoding="utf-8"), re.MULTILINE)
+    assert stated is not None, path
+    return stated[1]
+
+
+def result_of(example: Example) -> dict:
     """Run one example."""
     from equivcheck import measure, result
 
-    steps = (2, 4) if name == "several" else (4,)
-    runs = [measure(each, accumulation_steps=steps) for each in chosen]
+    options = {"accumulation_steps": 4} | example.options
+    runs = [measure(each, **options) for each in example.targets]
     cases = [case for run in runs for case in run.cases]
-    whole = result.assemble(cases, target=" ".join(chosen))
+    whole = result.assemble(cases, target=" ".join(example.targets))
     for case in whole["cases"]:
         case["seconds"] = round(case.get("seconds") or 0.0, 1)
-        for each in case.get("runs") or ():
+        for each in (*(case.get("runs") or ()), *(case.get("ranks") or ())):
             each["seconds"] = round(each["seconds"], 2)
     return json.loads(result.to_json(whole))
 
@@ -90,10 +142,10 @@ def main(arguments: list[str]) -> int:
     check = "--check" in arguments
     wanted = [name for name in arguments if not name.startswith("-")]
     different = []
-    for name, chosen in targets().items():
+    for name, example in examples().items():
         if wanted and name not in wanted:
             continue
-        found = result_of(name, chosen)
+        found = result_of(example)
         path = EXAMPLES / f"{name}.json"
         if check:
             told = steady(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
@@ -103,7 +155,7 @@ def main(arguments: list[str]) -> int:
         result.write(path, found)
         result.write_text(path.with_suffix(".html"), html.render(found))
     if not check:
-        known = {p.stem: result.load(p) for p in sorted(EXAMPLES.glob("*.json"))}
+        known = {name: result.load(EXAMPLES / f"{name}.json") for name in sorted(examples())}
         result.write_text(
             EXAMPLES / "index.html",
             index.page({f"{name}.html": each for name, each in known.items()}),

@@ -40,12 +40,14 @@ class Rule:
         padding: By path, the value that shorter rows end with.
         row_length: Most entries of an integer row so far.
         forwards: Forwards before one backward, at most.
+        axis: The dimension that is the sample: 0, or 1 in models that take time first.
     """
 
     paths: list[str] = field(default_factory=list)
     padding: dict[str, int] = field(default_factory=dict)
     row_length: int = 1
     forwards: int = 1
+    axis: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Return the rule, JSON-ready."""
@@ -54,6 +56,7 @@ class Rule:
             "padding": self.padding,
             "row_length": self.row_length,
             "forwards": self.forwards,
+            "axis": self.axis,
         }
 
 
@@ -66,7 +69,11 @@ def row_digests(named: list[tuple[str, torch.Tensor]], rule: Rule) -> list[Diges
         named: The tensors of the call, by where they stand in it; not under any dispatch mode.
         rule: Filled in at the first call, followed afterwards.
     """
-    tensors = {path: tensor for path, tensor in named if tensor.dim() and not tensor.is_sparse}
+    tensors = {
+        path: tensor.movedim(rule.axis, 0) if rule.axis else tensor
+        for path, tensor in named
+        if tensor.dim() > rule.axis and not tensor.is_sparse
+    }
     if rule.paths:
         tensors = {path: tensor for path, tensor in tensors.items() if path in rule.paths}
     if not tensors:

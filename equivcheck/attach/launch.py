@@ -29,7 +29,7 @@ INJECT = Path(__file__).with_name("inject")
 GRACE = 5.0
 _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=")
 # Beyond this much output of a script only the end is read again.
-TAIL = 64 * 1024
+TAIL = 1024 * 1024
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any, NoReturn
 
 import torch
@@ -38,6 +38,8 @@ from equivcheck.result import environment
 
 # Time between two times of writing, in units of what the last one took.
 WRITING = 50.0
+# Left in a run's folder by every process that was reached, whether it trains or not.
+ATTACHED = "attached"
 _OURS = str(Path(__file__).parents[1]) + os.sep
 
 
@@ -45,6 +47,7 @@ def attach() -> None:
     """Start watching this process, as the specification that its environment names asks for."""
     path = Path(os.environ["EQUIVCHECK_SPEC"])
     try:
+        path.with_name(ATTACHED).touch()
         Attachment(Spec.read(path)).start()
     except Exception:  # noqa: BLE001 - a script that is watched must not fail for that; its run is refused later
         failed = path.parent / f"failed-{os.getpid()}.txt"
@@ -71,6 +74,7 @@ class Attachment:
         self.facts = Facts(
             promoted=spec.promoted,
             command=list(getattr(sys, "orig_argv", sys.argv)),
+            launched=spec.launched,
             environment=environment(),
             started=time.time(),
         )
@@ -170,6 +174,8 @@ class Attachment:
         if self._is_done or os.getpid() != self._pid:
             return False
         if self._is_over(keys):
+            # They were recognised and will not be used: no other run is to wait for them.
+            del self.recorder.samples.digests[-len(keys) :]
             self._over()
             return False
         self._passed += len(keys)
@@ -199,6 +205,8 @@ class Attachment:
         return self._passed >= total or (self._reached_last and all(key[0] for key in keys))
 
     def _called(self, named: list[tuple[str, torch.Tensor]], rows: int, joins: bool) -> None:
+        if not self.facts.shapes:
+            self.facts.shapes = {path: list(tensor.shape) for path, tensor in named}
         if not joins or not self.facts.counts:
             self.facts.counts.append({})
         for label, count in counted(named, rows).items():
@@ -260,6 +268,7 @@ class Attachment:
                 for name, dtype in self._promotion.lowered.items()
             }
         recording.seconds = time.perf_counter() - self._began
+        self.facts.environment["packages"] = _packages()
         self.facts.digests = recorder.samples.digests
         self.facts.rule = self.rule.as_dict()
         self.facts.reduction = self._reduction.found or ""
@@ -312,6 +321,16 @@ def _own_folder(output: Path, rank: int) -> Path:
             continue
         return folder
     raise FileExistsError(str(output))
+
+
+def _packages() -> dict[str, str]:
+    """Return the versions of what the script has imported, as the packages themselves say."""
+    found = {}
+    for name, module in list(sys.modules.items()):
+        version = vars(module).get("__version__") if isinstance(module, ModuleType) else None
+        if isinstance(version, str) and "." not in name and not name.startswith("_"):
+            found[name] = version
+    return dict(sorted(found.items()))
 
 
 def _coarsest(dtypes: set[torch.dtype]) -> str:

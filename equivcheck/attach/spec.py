@@ -1,4 +1,7 @@
-"""What a watched process is asked to do: written by whoever starts it, read by the process itself."""
+"""What a watched process is asked to do: written by whoever starts it, read by the process itself.
+
+Imported without torch, so that a script that is only recorded starts at once.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from equivcheck import tensorfile
-from equivcheck.attach.codec import Unencodable, decode, encode
-from equivcheck.interventions import Intervention
-from equivcheck.recording import Place
 from equivcheck.result import write_text
+
+if TYPE_CHECKING:
+    import torch
+
+    from equivcheck.interventions import Intervention
+    from equivcheck.recording import Place
 
 __all__ = ["Spec", "adopt_states", "states_of"]
 
@@ -49,6 +52,7 @@ class Spec:
         perturbation: Which signs a control's roundings have.
         seed_offset: Random numbers drawn in a forward are others.
         length: What `len(loader)` says.
+        launched: The command line, as it is to be typed again.
     """
 
     role: str
@@ -71,15 +75,23 @@ class Spec:
     perturbation: int = 0
     seed_offset: int = 0
     length: int | None = None
+    launched: str = ""
 
     def write(self, path: Path) -> None:
         """Write the specification, and the tensors of its interventions beside it."""
-        tensors: dict[str, torch.Tensor] = {}
         fields = {
             each.name: getattr(self, each.name)
             for each in dataclasses.fields(self)
             if each.name != "interventions"
         }
+        if self.observer == "watch":
+            # Nothing but text and numbers.
+            write_text(path, json.dumps({"fields": fields, "interventions": []}))
+            return
+        from equivcheck import tensorfile  # noqa: PLC0415 - torch is loaded where there are tensors
+        from equivcheck.attach.codec import encode  # noqa: PLC0415
+
+        tensors: dict[str, torch.Tensor] = {}
         body = {
             "fields": encode(fields, tensors),
             "interventions": states_of(self.interventions, tensors),
@@ -90,8 +102,12 @@ class Spec:
     @classmethod
     def read(cls, path: Path) -> Spec:
         """Read what `write` wrote."""
+        from equivcheck import tensorfile  # noqa: PLC0415 - as above
+        from equivcheck.attach.codec import decode  # noqa: PLC0415
+
         body = json.loads(path.read_text(encoding="utf-8"))
-        tensors, _ = tensorfile.load(path.with_suffix(".safetensors"))
+        beside = path.with_suffix(".safetensors")
+        tensors = tensorfile.load(beside)[0] if beside.exists() else {}
         spec = cls(**decode(body["fields"], tensors))
         made = [_class(entry["class"]) for entry in body["interventions"]]
         spec.interventions = [each.__new__(each) for each in made]
@@ -103,6 +119,8 @@ def states_of(
     interventions: Sequence[Intervention], tensors: dict[str, torch.Tensor]
 ) -> list[dict[str, Any]]:
     """Return what each intervention knows, JSON-ready; what only lives in one process is left out."""
+    from equivcheck.attach.codec import Unencodable, encode  # noqa: PLC0415 - as above
+
     found = []
     for index, each in enumerate(interventions):
         kind = type(each)
@@ -124,6 +142,8 @@ def adopt_states(
     tensors: dict[str, torch.Tensor],
 ) -> None:
     """Let interventions know what `states_of` returned of their like in another process."""
+    from equivcheck.attach.codec import decode  # noqa: PLC0415 - as above
+
     for each, entry in zip(interventions, states, strict=True):
         for name, value in entry["state"].items():
             [found] = decode(value, tensors, known=interventions).values()
@@ -131,6 +151,8 @@ def adopt_states(
 
 
 def _class(name: str) -> type[Intervention]:
+    from equivcheck.interventions import Intervention  # noqa: PLC0415 - as above
+
     module, _, attribute = name.partition(":")
     if not module.startswith("equivcheck."):
         raise ValueError(f"{name} is no intervention")

@@ -46,12 +46,14 @@ class Facts:
         traceback, error: Of the exception that ended the script.
         digests: The numbers that every sample is recognised by, in order.
         rule: How samples were recognised.
+        shapes: Of the tensors of the first forward, by where they stand in the call.
         counts: Per forward, what its rows hold that may be counted, by label.
         reduction: What the loss of the first backward did to its terms: mean, sum, or "" where that is not seen.
         contributions: Per backward, what it added at the sampled coordinates, float64.
         after: Per optimizer step, the parameters after it at the sampled coordinates, float64.
         environment: Versions.
         command: What the process was started as.
+        launched: The command line that started all of them; empty where that is not kept.
         promoted: Computed in float64.
         started: Seconds since the epoch.
         states: What interventions know after the run, in order.
@@ -65,12 +67,14 @@ class Facts:
     traceback: str = ""
     digests: list[tuple[int, int]] = field(default_factory=list)
     rule: dict[str, Any] = field(default_factory=dict)
+    shapes: dict[str, list[int]] = field(default_factory=dict)
     counts: list[dict[str, int]] = field(default_factory=list)
     reduction: str = ""
     contributions: list[dict[str, torch.Tensor]] = field(default_factory=list)
     after: list[dict[str, torch.Tensor]] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)
     command: list[str] = field(default_factory=list)
+    launched: str = ""
     promoted: bool = False
     started: float = 0.0
     states: list[Intervention] = field(default_factory=list)

@@ -151,7 +151,13 @@ class ProcessRecorder(Recorder):
 
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             # While dynamo traces it sees the original alone, so that compiled graphs stay whole.
-            if compiling() or self._inside or not torch.is_grad_enabled():
+            # What is computed again during a backward (checkpointed parts) has been seen.
+            if (
+                compiling()
+                or self._inside
+                or self.backward.is_running
+                or not torch.is_grad_enabled()
+            ):
                 return original(module, *args, **kwargs)
             self._inside = True
             try:

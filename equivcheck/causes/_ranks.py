@@ -79,8 +79,8 @@ It changes with the topology, not with K.""",
         code="EQ505",
         name="rank-divergence",
         summary="the ranks hold different parameters although their gradients were equal",
-        because="they started from different parameters, or something only some ranks do changes "
-        "them",
+        because="the ranks started from different parameters, or something that only some ranks do "
+        "changes them",
         mathematics="theta_r != theta_s for ranks r, s that should be replicas.",
         detected="parameters differ between ranks before or after a step with equal gradients",
         proved="with the parameters broadcast from rank 0 the ranks stay together",

@@ -50,8 +50,9 @@ def execute(options: argparse.Namespace) -> int:
             say(out, text.line(case, paint))
         if words.failed(case) or options.verbose:
             say(out, "\n" + text.block(case, paint))
-        for note in case["notes"]:
-            say(out, f"note: {note}")
+        else:
+            for note in case["notes"]:
+                say(out, f"note: {note}")
         say(out, "\n" + text.summary(result))
         outputs.finish(result, stdout)
     return int(result["exit_code"])

@@ -49,17 +49,17 @@ class Journal:
     def resume(self) -> dict[str, dict[str, Any]]:
         """Return the cases that are finished, by id, and make the journal ready for more.
 
+        Without a journal nothing is finished: a workflow may resume whatever there is, its first run included.
+
         Raises:
-            UsageError: There is nothing to resume, or it was a run of other code or settings.
+            UsageError: It was a run of other code or settings.
         """
-        if self.path is None or not self.path.exists():
-            raise UsageError(
-                f"nothing-to-resume: there is no {self.path or 'journal'}",
-                expected="what an earlier run of the same targets has left beside its result",
-                fix="the same command without --resume",
-            )
-        lines = list(_whole_lines(self.path))
-        header = lines[0] if lines else {}
+        lines = list(_whole_lines(self.path)) if self.path and self.path.exists() else []
+        if not lines:
+            self.begin()
+            return {}
+        assert self.path is not None
+        header = lines[0]
         for name, value in self._header.items():
             if header.get(name) != value:
                 raise UsageError(

@@ -35,9 +35,8 @@ def execute(options: argparse.Namespace) -> int:
         out = sys.stderr
     else:
         results.write(options.json, whole)
-    for case in whole["cases"]:
-        if words.failed(case):
-            print("\n" + text.block(case), file=out)
+    for block in text.blocks(filter(words.failed, whole["cases"])):
+        print("\n" + block, file=out)
     shown = matrix.render(whole)
     for part in (shown, *text.remarks(whole), "\n" + text.summary(whole)):
         if part:
@@ -52,8 +51,10 @@ def merged(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         parts: Results by the path they were read from.
 
     Raises:
-        UsageError: Two of them have the same case and disagree about it, or were made by other versions.
+        UsageError: Two of them have the same case and disagree about it, were made by other versions, or are no
+            shards of one run.
     """
+    _refuse_other_shards(parts)
     cases: dict[str, Mapping[str, Any]] = {}
     origin: dict[str, str] = {}
     for path, part in parts.items():
@@ -77,12 +78,19 @@ def merged(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     notes = list(dict.fromkeys(note for part in parts.values() for note in part.get("notes") or ()))
     if absent:
         notes.append(f"partial: there is no result of shard {', '.join(absent)}")
+    planned = max((part.get("planned") or 0 for part in parts.values()), default=0)
+    if planned > len(cases) and not absent:
+        notes.append(
+            f"partial: {planned - len(cases)} of {planned} cases are in none of the results"
+        )
     targets = dict.fromkeys(word for part in parts.values() for word in part["target"].split())
     whole = results.assemble(
         list(cases.values()),
         target=" ".join(targets),
         notes=notes,
-        interrupted=bool(absent) or any(part.get("interrupted") for part in parts.values()),
+        interrupted=planned > len(cases)
+        or bool(absent)
+        or any(part.get("interrupted") for part in parts.values()),
     )
     whole["environment"] = next(iter(parts.values()))["environment"]
     return whole
@@ -90,6 +98,40 @@ def merged(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 def _decided(case: Mapping[str, Any]) -> tuple[Any, ...]:
     return (*(case.get(name) for name in _DECIDING), sorted(words.codes(case)))
+
+
+def _refuse_other_shards(parts: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse shards that are no parts of one run: what is missing between them would not be seen."""
+    shards = {path: part["shard"] for path, part in parts.items() if part.get("shard")}
+    if len({shard.partition("/")[2] for shard in shards.values()}) > 1:
+        raise UsageError(
+            f"shards of other runs: {', '.join(shards.values())}",
+            where=", ".join(shards),
+            expected="I/N with the same N",
+            fix="merge the shards of one run first",
+        )
+    found: dict[str, str] = {}
+    for path, shard in shards.items():
+        if shard in found:
+            raise UsageError(
+                f"shard {shard} is there twice",
+                where=f"{found[shard]} and {path}",
+                expected="one result of each shard",
+                fix="leave one of them out",
+            )
+        found[shard] = path
+    owner: dict[str, str] = {}
+    for path, shard in shards.items():
+        for case in parts[path]["cases"]:
+            other = owner.setdefault(str(case["id"]), path)
+            if other != path:
+                raise UsageError(
+                    f"shards overlap: case {case['id']} is in {shards[other]} and in {shard}",
+                    where=f"{other} and {path}",
+                    expected="shards of one list of cases, which have none in common",
+                    because="they were made with other targets, another -k or other suites",
+                    fix="the same command with each --shard",
+                )
 
 
 def _refuse_other_versions(parts: Mapping[str, Mapping[str, Any]]) -> None:

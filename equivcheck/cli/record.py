@@ -11,11 +11,14 @@ with another recording, made on another machine or by other versions:
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import shutil
 import sys
 from pathlib import Path
 
+from equivcheck.attach.launch import launch, words_of
+from equivcheck.attach.spec import Spec
 from equivcheck.cli.parser import add_options, flags
 from equivcheck.config import resolve
 from equivcheck.errors import UsageError
@@ -43,10 +46,6 @@ def execute(options: argparse.Namespace) -> int:
             expected="a new folder, or one that equivcheck record wrote",
             fix="-o another-folder",
         )
-    from equivcheck.attach.launch import launch, words_of  # noqa: PLC0415 - torch is loaded only to run
-    from equivcheck.attach.spec import Spec  # noqa: PLC0415
-    from equivcheck.attach.store import load  # noqa: PLC0415
-
     words, variables = words_of(_quoted(options.words))
     shutil.rmtree(target, ignore_errors=True)
     spec = Spec(
@@ -57,6 +56,7 @@ def execute(options: argparse.Namespace) -> int:
         neutral=options.float64,
         ends=False,
         optimizer_steps=settings["optimizer_steps"],
+        launched=_quoted(options.words),
     )
     try:
         ended = launch(
@@ -76,10 +76,9 @@ def execute(options: argparse.Namespace) -> int:
     if not ranks:
         print("nothing recorded: no forward of a model that is trained was seen", file=sys.stderr)
     else:
-        recording, facts = load(ranks[0], finished=False)
+        steps, size = _seen(ranks[0])
         print(
-            f"recorded {len(recording.steps)} optimizer steps of {facts.world_size} "
-            f"rank{'s' * (facts.world_size > 1)} in {target}",
+            f"recorded {steps} optimizer steps of {size} rank{'s' * (size > 1)} in {target}",
             file=sys.stderr,
         )
     return ended.code if ended.code >= 0 else 128 - ended.code
@@ -87,6 +86,16 @@ def execute(options: argparse.Namespace) -> int:
 
 def _is_ours(folder: Path) -> bool:
     return not any(folder.iterdir()) or (folder / "spec.json").exists()
+
+
+def _seen(rank: Path) -> tuple[int, int]:
+    """Return the optimizer steps of a rank and the world size; torch, which takes a second to load, is not needed."""
+    path = rank / "recording.json"
+    if not path.exists():
+        return 0, 1  # ended before it had anything to write
+    whole = json.loads((rank / "recording.json").read_text(encoding="utf-8"))
+    body = json.loads(whole["body"])
+    return len(body["recording"]["steps"]), int(body["facts"]["world_size"])
 
 
 def _quoted(words: list[str]) -> str:

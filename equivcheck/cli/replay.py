@@ -71,4 +71,10 @@ def _recorded(prefix: str, path: str) -> Mapping[str, Any]:
             expected="one of " + ", ".join(f"{case['id']} ({words.label(case)})" for case in known),
         )
     case: Mapping[str, Any] = found[0]
+    if "recordings" in case:
+        raise UsageError(
+            f"a-comparison: case {case['id']} compared two recordings; there is nothing to run again",
+            where=path,
+            fix=str(case.get("replay", "")) or None,
+        )
     return case

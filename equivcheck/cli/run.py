@@ -7,7 +7,6 @@ package.module:ATTRIBUTE with build(), batches() and train(...).
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Generator, Mapping
@@ -23,6 +22,8 @@ from equivcheck.cli.parser import add_options, flags
 from equivcheck.cli.screen import Progress, colored, own_stdout, say
 from equivcheck.config import OPTIONS, Settings, resolve
 from equivcheck.errors import EquivcheckError, UsageError
+from equivcheck.ranks import launched
+from equivcheck.ranks.launched import Launch
 from equivcheck.report import matrix, text, words
 from equivcheck.workers import one_thread, side_by_side
 
@@ -54,9 +55,23 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> int:
-    """Run the cases and return the exit code of the whole."""
-    refuse_launchers()
+    """Run the cases and return the exit code of the whole, the same in every process of a launched group."""
+    launch = launched.found()
+    if launch is None:
+        return _execute(options)
+    from equivcheck.ranks import hosts  # noqa: PLC0415 - torch is loaded only to run
+
+    if launch.rank:
+        return hosts.serve(launch)
+    with hosts.Hosts(launch) as others:
+        others.code = _execute(options, launch)
+        return others.code
+
+
+def _execute(options: argparse.Namespace, launch: Launch | None = None) -> int:
     settings = resolve(flags(options))
+    if launch is not None:
+        settings = launched_settings(options, settings, launch)
     if options.open and not settings["html"]:
         options.html = str(LATEST / "report.html")
         settings = resolve(flags(options))
@@ -114,20 +129,40 @@ def _scripts(options: argparse.Namespace, settings: Settings) -> list[Any]:
     )
 
 
-def refuse_launchers() -> None:
-    """Refuse to run once per process of a group that torchrun started.
+def launched_settings(options: argparse.Namespace, settings: Settings, launch: Launch) -> Settings:
+    """Return the settings of a run in a launched group: as many ranks as it has processes.
 
     Raises:
-        UsageError: This process is one of several.
+        UsageError: Something was asked for that a launched group cannot do.
     """
-    size = os.environ.get("WORLD_SIZE", "1")
-    if "TORCHELASTIC_RUN_ID" in os.environ and size != "1":
+    size = launch.world_size
+    told = f"WORLD_SIZE is {size}: a launcher has started this process as one of {size}"
+    if options.full or options.accumulated or options.versions:
         raise UsageError(
-            f"started-by-torchrun: this is rank {os.environ.get('RANK', '?')} of {size} processes",
-            expected="one process, which starts the ranks itself",
-            because="ranks on several machines are not supported in this version",
-            fix=f"equivcheck run ... --world-size {size}",
+            "command lines in a launched group",
+            where=told,
+            expected="one process, and launchers inside the command lines",
+            fix="equivcheck run --full 'torchrun ...' --accumulated 'torchrun ...'",
         )
+    if settings.stated("world_size") and settings["world_size"] != (size,):
+        shown = ",".join(map(str, settings["world_size"]))
+        raise UsageError(
+            f"{OPTIONS['world_size'].flag} {shown} in a group of {size} processes",
+            where=f"{settings.origins['world_size']}; {told}",
+            expected=f"{OPTIONS['world_size'].flag} {size}, or nothing",
+            because="each process of the group is one rank",
+            fix=f"start {shown.split(',')[0]} processes, or none: equivcheck starts ranks by itself",
+        )
+    if settings["jobs"] > 1:
+        raise UsageError(
+            f"{OPTIONS['jobs'].flag} {settings['jobs']} in a group of {size} processes",
+            where=f"{settings.origins['jobs']}; {told}",
+            expected=f"{OPTIONS['jobs'].flag} 1",
+            because="every case needs all ranks of the group",
+        )
+    return Settings(
+        {**settings.values, "world_size": (size,)}, {**settings.origins, "world_size": "WORLD_SIZE"}
+    )
 
 
 def refuse_targets(targets: list[str]) -> None:
@@ -157,7 +192,7 @@ class _Run:
         self._interrupted = False
         self._shown_target: str | None = None
         self._order: dict[str, int] = {}
-        self._ran = 0
+        self._ran = self._planned = 0
         self._seconds = self._saved = self._cost = 0.0
         self._journal = Journal(
             outputs.result_path,
@@ -181,6 +216,7 @@ class _Run:
             if planned and not jobs:
                 known = ", ".join(job.case.label for job in planned[:8])
                 self._notes.append(f"-k {self._options.select} matches none of: {known}")
+            self._planned = len(jobs)
             self._run(selection.shard_of(jobs, self._options.shard))
         except KeyboardInterrupt:
             self._interrupted = True
@@ -202,15 +238,20 @@ class _Run:
             interrupted=self._interrupted,
         )
         whole["shard"] = self._options.shard
+        if self._options.shard:
+            whole["planned"] = self._planned
         whole["counts"] = matrix.counts(self._cases)
         whole["matrix"] = matrix.table(whole["cases"])
         return whole
 
     def tell(self, result: Mapping[str, Any]) -> None:
         """Print the blocks of what failed, the notes and the summary."""
-        for case in result["cases"]:
-            if words.failed(case) or self._options.verbose:
-                say(self._out, "\n" + text.block(case, self._paint))
+        if self._options.verbose:
+            blocks = [text.block(case, self._paint) for case in result["cases"]]
+        else:
+            blocks = text.blocks(filter(words.failed, result["cases"]), self._paint)
+        for block in blocks:
+            say(self._out, "\n" + block)
         if shown := matrix.render(result, self._paint):
             say(self._out, shown)
         for remark in text.remarks(result):
@@ -228,7 +269,11 @@ class _Run:
         self._cases += [done[identity] for identity in self._order if identity in done]
         left = [job for job in jobs if job.case.id not in done]
         if self._options.resume:
-            self._notes.append(f"resumed: {len(self._cases)} cases were finished before")
+            self._notes.append(
+                f"resumed: {len(self._cases)} cases were finished before"
+                if done
+                else "resumed: nothing was finished before, so that all cases run"
+            )
         progress = Progress(len(jobs), len(self._cases), quiet=self._options.quiet)
         began = time.monotonic()
         with progress.shown(), closing(self._finished(left, progress)) as finished:
@@ -258,10 +303,13 @@ class _Run:
                 begun=lambda job: progress.begin(job.case.label),
             )
             return
-        for job in jobs:
-            progress.begin(job.case.label)
-            with one_thread() if job.theory is not None else nullcontext():
-                yield from outcomes([job], timeout=timeout, progress=progress)
+        from equivcheck.ranks.team import kept  # noqa: PLC0415 - torch is loaded only to run
+
+        with kept():
+            for job in jobs:
+                progress.begin(job.case.label)
+                with one_thread() if job.theory is not None else nullcontext():
+                    yield from outcomes([job], timeout=timeout, progress=progress)
 
     def _save(self) -> None:
         """Write the result so far, but spend no more than a small part of the run on it.

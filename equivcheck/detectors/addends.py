@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from equivcheck.attribution import predict, solve
 from equivcheck.errors import EquivcheckError
+from equivcheck.experiment import ByPlace
 from equivcheck.fit import Attribution
 from equivcheck.interventions import Addend, Addends, Intervention, ordinal_of
+from equivcheck.recording import Place
 from equivcheck.view import Suspicion, View
 
 Component = tuple[int, tuple[int, ...]]
 Gradient = dict[str, torch.Tensor]
-ByPlace = dict[tuple[int, int], dict[Component, Gradient]]
 
 # One addend with another factor than the rest is the side term, however large its gradient is.
 _FACTORS = ("EQ101", "EQ102")
@@ -73,14 +74,15 @@ def suspect(view: View) -> list[Suspicion]:
     if any(each is False for each in wrong.values()):
         return []  # Something that no factor explains.
     found = {component: each for component, each in wrong.items() if isinstance(each, _Wrong)}
-    if not found or (len(found) == len(wrong) and len({each.rule for each in found.values()}) == 1):
-        return []  # Nothing is wrong; or the whole loss is, in one way.
+    alike = len(found) == len(wrong) and len({each.rule for each in found.values()}) == 1
+    if not found or (alike and all(view.spans(each, reference=True) for each in view.attributions)):
+        return []  # Nothing is wrong; or the whole loss is, in one way, with weights of its own.
     main = max(parts.components, key=lambda c: _size(view, c, parts))
     if len(found) == 1 and len(wrong) > 1 and main in found and found[main].rule in _FACTORS:
         main = next(component for component in parts.components if component != main)
     by_code: dict[str, list[Component]] = {}
     for component, each in found.items():
-        code = "EQ107" if each.same else each.rule if component == main else "EQ106"
+        code = "EQ107" if each.same else each.rule if component == main or alike else "EQ106"
         by_code.setdefault(code, []).append(component)
     suspicions = []
     for code, components in by_code.items():
@@ -122,10 +124,42 @@ def _parts(view: View) -> Parts | None:
         alone = _taken(view, "pieces")
         if max((len(each) for each in alone.values()), default=0) < 2:
             return None
-        return Parts(alone, _taken(view, "candidate"), _taken(view, "reference"))
+        whole = _taken(view, "reference")
+        parts = Parts(view.experiment.addends_alone(alone, whole), _taken(view, "candidate"), whole)
     except (EquivcheckError, RuntimeError):
         # A graph that cannot be walked twice has no addends to tell apart.
         return None
+    return parts if view.experiment.crew is None else _reduced(view, parts)
+
+
+def _reduced(view: View, parts: Parts) -> Parts | None:
+    """Return the addends as they are in gradients that the ranks have reduced; None if no factor makes them so.
+
+    What a rank's backward gives is its own: the reduction takes the mean of the ranks, or their sum. Which, the
+    gradients show in which all addends are together.
+    """
+    factor: float | None = None
+    for each in view.attributions:
+        cycle = view.cycle_of(each.matched)
+        total = torch.zeros_like(each.candidate)
+        for component in parts.components:
+            mine = parts.pieces(each, cycle, component, accumulated=True)
+            if mine is None:
+                return None
+            total += mine.sum(0)
+        size = float(total @ total)
+        if factor is None and size:
+            factor = float(each.candidate @ total) / size
+        rest = each.candidate - (factor or 0.0) * total
+        if not float(rest.norm()) <= view.tolerance(each) * float(each.candidate.norm()):
+            return None
+    if not factor:
+        return None
+    for by_component in parts.accumulated.values():
+        for gradient in by_component.values():
+            for tensor in gradient.values():
+                tensor.mul_(factor)
+    return parts
 
 
 def spanned(view: View) -> bool:
@@ -186,19 +220,32 @@ def _taken(view: View, role: str) -> ByPlace:
     taker = Addends()
     taker.both = role != "candidate"
     chosen = (*view.chosen, taker)
+    found: ByPlace = {}
     if role == "reference":
-        places = experiment.reference(chosen).places(view.cycles)
+        _sort(found, experiment.reference(chosen).places(view.cycles), taker.taken, (role, 0))
     elif role == "pieces":
         places = experiment.pieces_recording(chosen).places(view.cycles)
+        _sort(found, places, taker.taken, (role, 0))
     else:
         experiment.candidate(chosen)
-        places = view.places
-    found: ByPlace = {}
-    for index, (place, by_path) in enumerate(zip(places, taker.taken.get(role, []), strict=False)):
-        here = found.setdefault((place.cycle, place.micro_step), {})
+        written = experiment.candidate()
+        for rank, each in enumerate(written.ranks or [written]):
+            _sort(found, each.places(view.cycles), taker.taken, (role, rank))
+    return found
+
+
+def _sort(
+    found: ByPlace,
+    places: Sequence[Place],
+    taken: Mapping[tuple[str, int], Sequence[Mapping[tuple[int, ...], Gradient]]],
+    key: tuple[str, int],
+) -> None:
+    """Sort what one rank's backwards gave into its place: the micro-batches of rank 0 come first, then rank 1's."""
+    for index, (place, by_path) in enumerate(zip(places, taken.get(key, ()), strict=False)):
+        position = key[1] * place.micro_steps + place.micro_step
+        here = found.setdefault((place.cycle, position), {})
         for path, gradients in by_path.items():
             here[ordinal_of(places, index), path] = gradients
-    return found
 
 
 def _same(view: View, component: Component, parts: Parts) -> bool:
@@ -249,12 +296,14 @@ def _wrong(view: View, component: Component, parts: Parts) -> _Wrong | bool | No
         if float((total - target).norm()) <= limit * size:
             continue
         right = [1.0 / k] * k if same else solve(matrix, target).solution
+        steps, ranks = each.micro_steps, each.ranks
+        is_tail = steps != view.steps
         wrongs: list[tuple[str, list[float]]] = [
-            ("EQ101", [1.0] * k),
-            ("EQ101", [x * k for x in right]),
-            ("EQ105" if k != view.steps else "EQ102", [x / k for x in right]),
-            ("EQ105" if k != view.steps else "EQ103", [1.0 / view.steps] * k),
-            ("EQ105" if k != view.steps else "EQ102", [x * k / view.steps for x in right]),
+            ("EQ101", [1.0 / ranks] * k),
+            ("EQ101", [x * steps for x in right]),
+            ("EQ105" if is_tail else "EQ102", [x / steps for x in right]),
+            ("EQ105" if is_tail else "EQ103", [1.0 / (view.steps * ranks)] * k),
+            ("EQ105" if is_tail else "EQ102", [x * steps / view.steps for x in right]),
             ("EQ103", [1.0 / k] * k),
         ]
         for values in view.counts().values():

@@ -41,7 +41,7 @@ def suspect(view: View) -> list[Suspicion]:
         enough = not view.experiment.judgement((*view.chosen, ration)).first("learning_rates")
     if not found or not enough:
         found += _counted(view)
-    found += _other_length(view, finding.matched)
+    found += _divided_by_ranks(view, finding.matched) or _other_length(view, finding.matched)
     found += _horizon(view, finding.matched, finding.relative, quiet=bool(calls or extra))
     return found
 
@@ -116,6 +116,42 @@ def _at_counts(view: View, alone: list[list[float]]) -> Suspicion | None:
                 }
                 return Suspicion("EQ307", [], evidence, 0, 25, proved=True, explains=UPDATES)
     return None
+
+
+def _divided_by_ranks(view: View, step: int) -> list[Suspicion]:
+    """EQ507 by prediction: the full batch has these rates if its horizon is divided by the number of ranks."""
+    experiment = view.experiment
+    size, steps = experiment.case.world_size, len(experiment.data.rows)
+    mine = _rates(view.candidate)
+    if size == 1 or not mine:
+        return []
+    for horizon in sorted({steps // size, -(-steps // size)} - {steps, 0}):
+        try:
+            other = experiment.reference_of_horizon(horizon)
+        except EquivcheckError:
+            continue
+        if mine == _rates(other)[: len(mine)] and not _by_steps(view, mine):
+            evidence = {
+                "rule": f"the horizon is {horizon} optimizer steps, not {steps}: 1 / {size}"
+            }
+            return [Suspicion("EQ507", [], evidence, step, 27, proved=True, explains=UPDATES)]
+    return []
+
+
+def _by_steps(view: View, rates: list[list[float]]) -> bool:
+    """Return whether a horizon is divided by K, which is the number of ranks here: it then changes with K."""
+    case, rows = view.experiment.case, view.experiment.data.rows
+    other = 2 if view.steps != 2 else 3
+    if case.world_size != view.steps or other * case.shares > min(rows):
+        return False
+    try:
+        return _rates(view.experiment.at(other)) != rates
+    except EquivcheckError:
+        return False
+
+
+def _rates(recording: Recording) -> list[list[float]]:
+    return [each.learning_rates for each in recording.steps]
 
 
 def _other_length(view: View, step: int) -> list[Suspicion]:

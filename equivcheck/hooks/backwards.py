@@ -46,6 +46,11 @@ class Backwards(Hooks):
         """
         return len(self.recording.backwards) if self.repeated is None else self.repeated
 
+    @property
+    def is_running(self) -> bool:
+        """Whether a root backward is under way."""
+        return self._depth > 0
+
     def _watched(self, engine: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(engine)
         def run_backward(outputs: Any, *args: Any, **kwargs: Any) -> Any:

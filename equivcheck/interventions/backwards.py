@@ -98,13 +98,13 @@ class Addends(Intervention):
     """Takes, at every backward, the gradient of each addend of the loss alone. Changes nothing.
 
     Attributes:
-        taken: Per backward, the sampled gradient of every addend, by path.
+        taken: By role and rank, per backward, the sampled gradient of every addend, by path.
     """
 
     name = "take addends"
 
     def __init__(self) -> None:
-        self.taken: dict[str, list[dict[tuple[int, ...], dict[str, torch.Tensor]]]] = {}
+        self.taken: dict[tuple[str, int], list[dict[tuple[int, ...], dict[str, torch.Tensor]]]] = {}
 
     @contextmanager
     def around_backward(self, recorder: Recorder, outputs: Sequence[Any]) -> Iterator[None]:
@@ -117,8 +117,15 @@ class Addends(Intervention):
                     for name, g in zip(parameters, gradients, strict=True)
                     if g is not None
                 }
-        self.taken.setdefault(recorder.recording.role, []).append(found)
+        self.taken.setdefault((recorder.recording.role, recorder.rank), []).append(found)
         yield
+
+    def gathered(self) -> Any:
+        return {key: taken for key, taken in self.taken.items() if key[0] == "candidate"}
+
+    def take_back(self, by_rank: Sequence[Any]) -> None:
+        for each in by_rank:
+            self.taken.update(each)
 
 
 def ordinal_of(schedule: Sequence[Place], index: int) -> int:

@@ -125,7 +125,7 @@ class Restitute(AtStep[torch.Tensor]):
     def _change(self, parameter: torch.Tensor, change: torch.Tensor) -> None:
         if change.numel() != parameter.numel():
             return
-        extra = change.view(parameter.shape).to(parameter.dtype)
+        extra = change.view(parameter.shape).to(parameter.device, parameter.dtype)
         parameter.grad = extra.clone() if parameter.grad is None else parameter.grad + extra
 
 

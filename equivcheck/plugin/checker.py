@@ -137,6 +137,7 @@ class Checker:
 
     def _options(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return options by name: the call's over the marker's over the settings'."""
+        __tracebackhide__ = True
         settings = self._session.settings
         chosen = {name: settings[name] for name in (*KEYWORDS, "train") if name in OPTIONS}
         if not settings.stated("accumulation_steps"):
@@ -154,6 +155,7 @@ def refuse_unknown(given: Mapping[str, Any], where: str) -> None:
     Raises:
         UsageError: With the closest option, and where the mistake is.
     """
+    __tracebackhide__ = True
     for name in given:
         if name not in KEYWORDS:
             guess = closest(name, KEYWORDS)

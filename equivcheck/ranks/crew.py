@@ -1,29 +1,22 @@
 """The ranks of one case, as their parent sees them: start, run, watch, end.
 
-One set of processes serves every run of a case, each of which executes the user's code anew. A run in which a rank
-fails ends all of them; the next run starts others.
+One set of processes serves every run of a case, each of which executes the user's code anew, and the cases after it. A
+run in which a rank fails ends all of them; the next run starts others.
 """
 
 from __future__ import annotations
 
-import os
 import signal
-import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from multiprocessing import connection as connections
-from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerProcess
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from equivcheck.errors import StepError, TimedOut, UsageError
-from equivcheck.ranks import group, server, wire, worker
-from equivcheck.ranks.status import RETURNED, Board, Standing
-from equivcheck.ranks.worker import Failure, Setup
+from equivcheck.ranks import team
+from equivcheck.ranks.status import RETURNED, Standing
+from equivcheck.ranks.team import Rank, Team
 
 if TYPE_CHECKING:
     from equivcheck.case import Case
@@ -51,19 +44,8 @@ _OF_A_PEER: Final = (
 
 
 @dataclass
-class _Rank:
-    process: ForkServerProcess
-    connection: Connection
-    failure: Failure | None = None
-    died: int | None = None
-    done: tuple[Recording, list[Any]] | None = None
-    ready: bool = False
-    answer: tuple[list[str], int] | None = None
-
-
-@dataclass
 class Crew:
-    """R rank processes for one case, started when they are first needed.
+    """The ranks of one case, started when they are first needed.
 
     Attributes:
         subject: Code under test.
@@ -78,43 +60,18 @@ class Crew:
     device: str = "cpu"
     ends_at: float | None = None
     timeout: float | None = None
-    _ranks: list[_Rank] = field(default_factory=list)
-    _folder: tempfile.TemporaryDirectory[str] | None = None
-    _arena: wire.Arena | None = None
-    _board: Board | None = None
-    _number: int = 0
+    _team: Team | None = None
 
     def start(self) -> None:
-        """Start the processes, without waiting for them."""
-        if self._ranks:
-            return
-        self._folder = tempfile.TemporaryDirectory(prefix="equivcheck-ranks-")
-        folder = Path(self._folder.name)
-        self._arena = wire.Arena(folder / "arena")
-        self._board = Board(folder / "board", self.world_size)
-        port = group.free_port()
-        subject = wire.dumps(("subject", 0, self.subject))
-        for rank in range(self.world_size):
-            variables = group.environment(
-                rank, self.world_size, rank, self.world_size, "127.0.0.1", port
-            )
-            if "GLOO_SOCKET_IFNAME" not in os.environ and sys.platform == "linux":
-                variables["GLOO_SOCKET_IFNAME"] = "lo"  # no look-up of this machine's name
-            setup = Setup(
-                folder=str(folder),
-                rank=rank,
-                world_size=self.world_size,
-                environment=variables,
-                search_path=list(sys.path),
-                cwd=str(Path.cwd()),
-                device=self.device,
-                slot=rank,
-            )
-            mine, theirs = connections.Pipe()
-            process = server.start(worker.main, theirs, setup)
-            theirs.close()
-            mine.send_bytes(subject)
-            self._ranks.append(_Rank(process, mine))
+        """Start the processes, without waiting for them, or take some that another case has left."""
+        if self._team is None:
+            self._team = team.taken(self.world_size, self.device)
+            self._team.take_up(self.subject)
+
+    @property
+    def _ranks(self) -> list[Rank]:
+        assert self._team is not None
+        return self._team.ranks
 
     def run(
         self, case: Case, runs: Sequence[Run], observer: Observer
@@ -131,18 +88,12 @@ class Crew:
             UsageError: The call or the target is wrong.
         """
         self.start()
-        assert self._arena is not None
-        self._number += 1
-        for each in self._ranks:
-            each.done = each.failure = each.answer = None
+        assert self._team is not None
         try:
-            message = self._arena.dumps(("run", self._number, case, list(runs), observer))
-            for each in self._ranks:
-                with suppress(BrokenPipeError, ConnectionError):
-                    each.connection.send_bytes(message)
+            self._team.send(case, list(runs), observer)
             self._wait(runs[0].role)
         except BaseException:
-            self.close()
+            self._end()
             raise
         finished = [each.done for each in self._ranks if each.done is not None]
         return [recording for recording, _ in finished], [gathered for _, gathered in finished]
@@ -150,19 +101,20 @@ class Crew:
     # ---- waiting -------------------------------------------------------------------------------
 
     def _wait(self, role: str) -> None:
+        assert self._team is not None
         limit = None
         if self.ends_at is not None:
             left = max(self.ends_at - time.monotonic(), 0.1)
             limit = time.monotonic() + left - min(TO_TELL[0] * left, TO_TELL[1])
-        quiet_since, last = time.monotonic(), self._activity()
+        quiet_since, last = time.monotonic(), self._team.activity()
         while any(each.done is None for each in self._ranks):
             left = 1.0 if limit is None else min(1.0, limit - time.monotonic())
             if left <= 0:
                 raise self._late(role, self.timeout or 0.0)
-            self._hear(left)
+            self._team.hear(left)
             if any(each.failure is not None or each.died is not None for each in self._ranks):
                 raise self._failed(role)
-            now = self._activity()
+            now = self._team.activity()
             if now != last:
                 quiet_since, last = time.monotonic(), now
             if time.monotonic() - quiet_since > (STALLED if self._all_ready() else _START):
@@ -171,58 +123,14 @@ class Crew:
     def _all_ready(self) -> bool:
         return all(each.ready for each in self._ranks)
 
-    def _hear(self, seconds: float) -> None:
-        """Take what ranks say within so many seconds; return after the first."""
-        pending = [each for each in self._ranks if each.died is None]
-        by_object: dict[Any, _Rank] = {each.connection: each for each in pending}
-        by_object |= {each.process.sentinel: each for each in pending}
-        for heard in connections.wait(list(by_object), seconds):
-            each = by_object[heard]
-            if heard is each.connection:
-                self._take(each)
-        for each in pending:
-            if each.died is None and each.process.exitcode is not None:
-                while each.connection.poll():  # What it said last counts.
-                    if not self._take(each):
-                        break
-                each.died = each.process.exitcode
-
-    def _take(self, rank: _Rank) -> bool:
-        try:
-            kind, number, content = wire.loads(rank.connection.recv_bytes())
-        except (EOFError, OSError):
-            if rank.died is None:
-                rank.process.join(1.0)
-                rank.died = rank.process.exitcode if rank.process.exitcode is not None else -1
-            return False
-        if kind == "ready":
-            rank.ready = True
-        elif number != self._number:
-            return True
-        elif kind == "where":
-            rank.answer = content
-        elif kind == "done":
-            rank.done = content
-        else:
-            rank.failure = content
-        return True
-
-    def _activity(self) -> tuple[Any, ...]:
-        """Return something that changes while any rank computes or gets on."""
-        assert self._board is not None
-        standings = [self._board.read(i).events for i in range(self.world_size)]
-        times = [_processor_time(each.process.pid) for each in self._ranks]
-        return (*standings, *times)
-
     # ---- what went wrong -----------------------------------------------------------------------
 
     def _standing(self, rank: int) -> Standing:
-        assert self._board is not None
-        return self._board.read(rank)
+        return self._ranks[rank].link.standing()
 
     def _place(self, role: str, rank: int) -> str:
         standing = self._standing(rank)
-        if standing.run != self._number:
+        if self._team is None or standing.run != self._team.number:
             return f"{role}, rank {rank}, before build()"
         return (
             f"{role}, rank {rank}, optimizer_step {standing.optimizer_step}, "
@@ -230,11 +138,12 @@ class Crew:
         )
 
     def _failed(self, role: str) -> Exception:
+        assert self._team is not None
         until = time.monotonic() + GRACE
         while (left := until - time.monotonic()) > 0 and any(
             each.failure is None and each.died is None and each.done is None for each in self._ranks
         ):
-            self._hear(left)
+            self._team.hear(left)
         rank = self._first()
         each = self._ranks[rank]
         others = [r for r in range(self.world_size) if r != rank]
@@ -261,6 +170,8 @@ class Crew:
             fix=failure.fix,
         )
         error.user_traceback = failure.user_traceback
+        if isinstance(error, StepError):
+            error.optimizer_step = self._standing(rank).optimizer_step
         return error
 
     def _first(self) -> int:
@@ -283,16 +194,13 @@ class Crew:
         return min(r for r, failure in chosen.items() if failure.message == earliest.message)
 
     def _dead(self, role: str, rank: int, code: int, stopped: str | None) -> StepError:
-        how = (
-            f"was killed by signal {-code} ({_signal_name(-code)})"
-            if code < 0
-            else f"ended with exit code {code}"
-        )
-        because = (
-            "killed from outside, or by the system for lack of memory"
-            if code == -signal.SIGKILL
-            else None
-        )
+        how, because = f"ended with exit code {code}", None
+        if self._ranks[rank].link.lost:
+            how, because = "has gone", "the process that its launcher started, or its machine, has"
+        elif code < 0:
+            how = f"was killed by signal {-code} ({_signal_name(-code)})"
+        if code == -signal.SIGKILL:
+            because = "killed from outside, or by the system for lack of memory"
         return StepError(
             f"rank-died: rank {rank} {how}",
             where=self._place(role, rank),
@@ -304,13 +212,13 @@ class Crew:
         """Say which rank the others were waiting for, and where each stands."""
         for each in self._ranks:
             if each.done is None and each.died is None:
-                with suppress(BrokenPipeError, OSError):
-                    each.connection.send_bytes(b"where")
+                each.link.send(b"where")
+        assert self._team is not None
         until = time.monotonic() + TO_TELL[1] / 3
         while (left := until - time.monotonic()) > 0 and any(
             each.answer is None and each.done is None and each.died is None for each in self._ranks
         ):
-            self._hear(left)
+            self._team.hear(left)
         rank, why = self._waited_for()
         lines = []
         for r, each in enumerate(self._ranks):
@@ -363,38 +271,16 @@ class Crew:
     # ---- ending --------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """End every rank, with what it has started, and remove the files."""
-        for each in self._ranks:
-            _end(each.process)
-        for each in self._ranks:
-            each.process.join(5.0)
-            each.connection.close()
-        self._ranks = []
-        if self._board is not None:
-            self._board.close()
-            self._board = None
-        if self._arena is not None:
-            self._arena.close()
-            self._arena = None
-        if self._folder is not None:
-            self._folder.cleanup()
-            self._folder = None
+        """Let go of the ranks: the next case may have them, if there is one and they are sound."""
+        if self._team is not None:
+            found, self._team = self._team, None
+            team.given_back(found)
 
-
-def _end(process: ForkServerProcess) -> None:
-    """Kill a rank and the processes of its session."""
-    pid = process.pid
-    if pid is None:
-        return
-    if process.exitcode is None:
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(pid, signal.SIGKILL)
-        with suppress(ProcessLookupError):
-            process.kill()
-    else:
-        # The rank itself is gone; what it started may still be there, in a group that has its number.
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(pid, signal.SIGKILL)
+    def _end(self) -> None:
+        """End every rank, with what it has started."""
+        if self._team is not None:
+            found, self._team = self._team, None
+            found.close()
 
 
 def _named(ranks: Sequence[int]) -> str:
@@ -413,12 +299,3 @@ def _signal_name(number: int) -> str:
     with suppress(ValueError):
         return signal.Signals(number).name
     return "unknown"
-
-
-def _processor_time(pid: int | None) -> int:
-    """Return the processor time that a process has used, in ticks; 0 where that is not known."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
-        return int(fields[11]) + int(fields[12])
-    except (OSError, IndexError, ValueError):
-        return 0

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import socket
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import FileStore, Store
+from torch._C._distributed_c10d import FileStore, PrefixStore, Store, TCPStore
 from torch.distributed import distributed_c10d
 
 from equivcheck.recording import Collective
@@ -71,17 +73,32 @@ def join(rank: int, world_size: int, device: str, store: Store) -> None:
     Args:
         rank: r.
         world_size: R.
-        device: "cpu" is gloo; "cuda" nccl, with gloo for what lies on the cpu.
+        device: "cpu" is gloo; "cuda" nccl, with gloo for what lies on the cpu, if every rank has a GPU of its own.
         store: Where the ranks meet.
     """
-    backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+    backend = backend_of(device)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=NEVER)
     _keep()
+
+
+def backend_of(device: str) -> str:
+    """Return the backend by what is there: nccl wants a GPU for each rank of this machine, gloo takes what it gets."""
+    if device == "cpu":
+        return "gloo"
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    enough = dist.is_nccl_available() and torch.cuda.device_count() >= here
+    return "cpu:gloo,cuda:nccl" if enough else "gloo"
 
 
 def meet(folder: Path, world_size: int) -> Store:
     """Return a store in a folder that all ranks of one machine share."""
     return FileStore(str(folder / "rendezvous"), world_size)
+
+
+def meet_at(address: str, port: int, prefix: str) -> Store:
+    """Return the store of a launched group, under names of these ranks' own."""
+    store = TCPStore(address, port, is_master=False, wait_for_workers=False)
+    return PrefixStore(prefix, store)
 
 
 def _keep() -> None:
@@ -113,17 +130,19 @@ def issued() -> int:
     return total
 
 
+def count() -> int:
+    """Return the number of groups that this rank belongs to, those of the user's code among them."""
+    return len(distributed_c10d._world.pg_map)
+
+
 def flight(since: int) -> list[Collective]:
     """Return the collectives issued since a time, in order, from torch's flight recorder.
 
     Args:
         since: Nanoseconds, as of `time.time_ns`.
     """
-    dump = getattr(torch._C._distributed_c10d, "_dump_fr_trace_json", None)
-    if dump is None:  # torch < 2.7
-        return []
     found = []
-    for entry in json.loads(dump()).get("entries", ()):
+    for entry in _recorded():
         at = int(entry["time_created_ns"])
         if at >= since:
             kind = str(entry["profiling_name"]).rpartition(":")[2]
@@ -135,7 +154,15 @@ def flight(since: int) -> list[Collective]:
                     at=at,
                 )
             )
-    return found
+    return sorted(found, key=lambda each: each.at)
+
+
+def _recorded() -> Iterator[dict[str, Any]]:
+    """Yield the entries of torch's flight recorders: gloo has one, nccl another; torch < 2.7 has none for gloo."""
+    for name in ("_dump_fr_trace_json", "_dump_nccl_trace_json"):
+        dump = getattr(torch._C._distributed_c10d, name, None)
+        if dump is not None:
+            yield from json.loads(dump()).get("entries", ())
 
 
 def _size(shapes: list[list[int]], dtypes: list[str]) -> int:

@@ -48,6 +48,7 @@ class Setup:
         cwd: Its working folder.
         device: "cpu" or "cuda".
         slot: Place on the board: the rank on this machine.
+        store: Address, port and prefix of the store in which the ranks meet; None for a file in the folder.
     """
 
     folder: str
@@ -58,6 +59,7 @@ class Setup:
     cwd: str
     device: str
     slot: int
+    store: tuple[str, int, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ class _Worker:
         self._inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         folder = Path(setup.folder)
         self._board = Board(folder / "board")
-        self._mapped = wire.Mapped(folder / "arena")
+        self._mapped: wire.Mapped | None = None
         self._events = 0
         self._number = 0
         self._main = threading.get_ident()
@@ -127,7 +129,11 @@ class _Worker:
         threading.Thread(target=self._listen, daemon=True).start()
         if setup.device == "cuda":
             torch.cuda.set_device(int(setup.environment["LOCAL_RANK"]) % torch.cuda.device_count())
-        store = group.meet(Path(setup.folder), setup.world_size)
+        store = (
+            group.meet(Path(setup.folder), setup.world_size)
+            if setup.store is None
+            else group.meet_at(*setup.store)
+        )
         group.join(setup.rank, setup.world_size, setup.device, store)
         gc.freeze()  # What is loaded now stays: collecting later looks at the runs' own objects only.
         self._send(("ready", 0, None))
@@ -136,7 +142,11 @@ class _Worker:
             message = self._inbox.get()
             kind, number, *content = wire.loads(message, self._mapped)
             if kind == "subject":
-                [subject] = content
+                subject, arena, place = content
+                self._mapped = wire.Mapped(Path(setup.folder) / arena)
+                if place is not None:
+                    sys.path[:] = place[0]
+                    os.chdir(place[1])
                 continue
             assert subject is not None
             self._number = number
@@ -188,7 +198,8 @@ class _Worker:
             self._stand(RETURNED, recording)
             recording.collectives = group.flight(started)
             gathered = [each.gathered() for each in run.interventions]
-            self._send(("done", self._number, (recording, gathered)))
+            traffic = group.issued(), group.count()
+            self._send(("done", self._number, (recording, gathered, traffic)))
         except EquivcheckError as error:
             self._send(("failed", self._number, _failure(error)))
         except Exception as error:  # noqa: BLE001 - it is a fault of ours and must be told

@@ -50,7 +50,24 @@ def commands(result: Mapping[str, Any]) -> list[str]:
     if len(shown) > LIMIT:
         left = len(shown) - LIMIT + 1
         shown = [*shown[: LIMIT - 1], f"::error title=equivcheck::{left} more causes in the log"]
-    return shown
+    return [*shown, *_warnings(result)]
+
+
+def _warnings(result: Mapping[str, Any]) -> list[str]:
+    """Return workflow commands for what a case is warned of, one per kind of warning."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for case in result["cases"]:
+        for each in case.get("warnings") or ():
+            found.setdefault(each["code"], case)
+    shown = []
+    for code, case in found.items():
+        [told, *_] = [t for t in text.warnings({"cases": [case]}) if t.startswith(code)]
+        title, _, rest = told.partition(": ")
+        shown.append(
+            f"::warning {_place(case)}title={_property(text.printable(title))}::"
+            f"{_data(text.printable(rest or title))}"
+        )
+    return shown[:LIMIT]
 
 
 def _place(case: Mapping[str, Any]) -> str:

@@ -45,7 +45,8 @@ TITLES = {
 # What a template may ask of an error or of a trial; older results have fewer keys.
 _ERROR = dict.fromkeys(("type", "message", "where", "expected", "because", "fix", "traceback"))
 _TRIAL = {"codes": (), "put_right": (), "relative": None, "within_noise": False}
-_NUMBER = re.compile(r"\d[\d.]*e[+-]\d+")
+_BREAKS = re.compile(r"[._](?=\w)")
+_NUMBER = re.compile(r"\d[\d.]*e[+-]\d+|--\w[\w-]*(?: EQ\d+)?")
 NAMED = 2  # causes in a title; more are counted
 ROWS = 100  # of a table, before the script adds more
 
@@ -104,11 +105,24 @@ def embedded(value: Any) -> str:
 
 
 def prose(value: str) -> Any:
-    """Return text for a page whose numbers stay on one line: a browser would break 1e-16 at its hyphen."""
+    """Return text for a page whose numbers and options stay on one line: a browser breaks 1e-16 at its hyphen."""
     from markupsafe import Markup, escape  # noqa: PLC0415 - comes with the templates
 
     safe = str(escape(text.printable(value)))
     return Markup(_NUMBER.sub(r'<span class="nb">\g<0></span>', safe))  # noqa: S704 - escaped just above
+
+
+def capital(value: str) -> str:
+    """Return text that begins with a capital."""
+    return value[:1].upper() + value[1:]
+
+
+def breakable(value: str) -> Any:
+    """Return a dotted name that a narrow page breaks after its dots and underscores, and may be copied whole."""
+    from markupsafe import Markup, escape  # noqa: PLC0415 - comes with the templates
+
+    safe = str(escape(text.printable(value)))
+    return Markup(_BREAKS.sub(r"\g<0><wbr>", safe))  # noqa: S704 - escaped just above
 
 
 def _early() -> str:
@@ -126,6 +140,7 @@ def _render(result: Mapping[str, Any], reduced: Reduced, data: str) -> str:
     sections = [_section(case) for case in cases if case["id"] in detailed]
     sections.sort(key=lambda section: not section["failed"])
     failing = [case for case in result["cases"] if words.failed(case)]
+    groups = _groups(result["cases"], detailed)
     first = next(
         (s for s in sections if words.failed(s["case"])), sections[0] if sections else None
     )
@@ -136,13 +151,15 @@ def _render(result: Mapping[str, Any], reduced: Reduced, data: str) -> str:
         mark=MARKS.get(result["verdict"], ""),
         counts=Counter(case["verdict"] for case in result["cases"]).most_common(),
         summary=text.summary(result),
-        groups=_groups(result["cases"], detailed),
+        groups=groups,
+        only_warned=all(group["status"] == "warning" for group in groups),
         matrix=_matrix(result["cases"][: len(cases)], detailed),
         sections=sections,
         first=first,
         single=len(result["cases"]) == 1,
         reduced=reduced.notes,
         remarks=_remarks(result),
+        warned=[group for group in groups if group["status"] == "warning"],
         environment=list((result.get("environment") or {}).items()),
         data=data,
     )
@@ -189,8 +206,13 @@ def _title(result: Mapping[str, Any], failing: Sequence[Mapping[str, Any]]) -> s
 
 
 def _remarks(result: Mapping[str, Any]) -> list[str]:
+    """Return the notes; a warning has a card of its own."""
+    plain = {
+        **result,
+        "cases": [{k: v for k, v in c.items() if k != "warnings"} for c in result["cases"]],
+    }
     return [
-        remark.removeprefix("\nnote  ").replace("\n      ", " ") for remark in text.remarks(result)
+        remark.removeprefix("\nnote  ").replace("\n      ", " ") for remark in text.remarks(plain)
     ][:50]
 
 
@@ -208,7 +230,7 @@ def _section(case: Mapping[str, Any]) -> dict[str, Any]:
             for name, panel in panels.of(case).items()
             if panel
         },
-        "replay": f"equivcheck replay {case['id']}",
+        "replay": case.get("replay", f"equivcheck replay {case['id']}"),
         "told": words.margin(case),
         "error": _ERROR | case["error"] if case.get("error") else None,
         "notes": list(case.get("notes") or ()),
@@ -221,16 +243,17 @@ def _section(case: Mapping[str, Any]) -> dict[str, Any]:
 def _groups(cases: Sequence[Mapping[str, Any]], detailed: set[str]) -> list[dict[str, Any]]:
     """Return the causes of all cases, each once, with the cases that have it; proved ones first."""
     found: dict[str, dict[str, Any]] = {}
-    for case in filter(words.codes, cases):
-        for cause in panels.causes(case):
+    for case in cases:
+        for cause in (*panels.causes(case), *panels.warnings(case)):
             group = found.setdefault(cause["code"], {**cause, "cases": [], "of": case})
             if case["id"] in detailed and group["of"]["id"] not in detailed:
                 group.update(cause, of=case)
             group["cases"].append(
                 {"id": case["id"], "label": words.label(case), "failed": words.failed(case)}
             )
+    certain = {"proved": 0, "warning": 2}
     order = sorted(
-        found.values(), key=lambda g: (g["status"] != "proved", -len(g["cases"]), g["code"])
+        found.values(), key=lambda g: (certain.get(g["status"], 1), -len(g["cases"]), g["code"])
     )
     for group in order:
         group["more"] = max(0, len(group["cases"]) - 40)
@@ -312,6 +335,9 @@ def _templates() -> Environment:
         event_words=panels.event_in_words,
         weights_line=words.weights_line,
         prose=prose,
+        breakable=breakable,
+        capital=capital,
+        put_right=words.put_right,
     )
     found.globals.update(MARKS=MARKS, TITLES=TITLES, ROWS=ROWS, CAUSES=CAUSES, LEGEND=LEGEND)
     return found

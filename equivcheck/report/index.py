@@ -8,6 +8,7 @@ from typing import Any
 from equivcheck.causes import CAUSES
 from equivcheck.report import html, words
 
+REST = "Correct loops, and several subjects on one page"
 FAMILIES = {
     "0": "Unexplained",
     "1": "Weights of the loss",
@@ -28,17 +29,23 @@ def page(results: Mapping[str, Mapping[str, Any]]) -> str:
     """
     families: dict[str, list[dict[str, Any]]] = {}
     for file, result in results.items():
-        code = file.split(".")[0]
+        code = file.split(".")[0].split("-")[0]
         cause = CAUSES.get(code)
         case = next(iter(result["cases"]), None)
-        families.setdefault(FAMILIES.get(code[2:3], "Other"), []).append(
+        families.setdefault(FAMILIES.get(code[2:3], REST), []).append(
             {
                 "file": file,
                 "code": code,
                 "name": cause.name if cause else "",
                 "summary": cause.summary if cause else "",
                 "verdict": result["verdict"],
-                "headline": words.headline(case) if case else "",
+                "headline": _number(code, words.headline(case)) if case else "",
             }
         )
     return html.write("index.html", families=list(families.items()))
+
+
+def _number(code: str, headline: str) -> str:
+    """Return what a headline says after the code and name, which stand above it already."""
+    told = headline.split(": ", 1)[-1] if headline.startswith(code) else headline
+    return html.capital(told.split(" (accumulation_steps=")[0])

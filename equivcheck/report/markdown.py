@@ -11,7 +11,7 @@ LIMIT = 60_000  # bytes; GitHub cuts comments at 64 kB and drops summaries above
 
 
 def render(result: Mapping[str, Any]) -> str:
-    """Return verdict, one row per case, and the block of every failing case, within `LIMIT`."""
+    """Return verdict, one row per case, warnings, and the block of every finding, within `LIMIT`."""
     lines = [
         f"### equivcheck: {result['verdict']}",
         "",
@@ -26,10 +26,13 @@ def render(result: Mapping[str, Any]) -> str:
     if len(page.splitlines()) < len(lines):
         left = len(lines) - len(page.splitlines())
         page += f"\n{left} more cases in the result.\n"
-    for number, case in enumerate(filter(words.failed, result["cases"])):
-        more = f"\n```text\n{text.block(case).replace('```', '` ` `')}\n```\n"
+    warned = [f"- {_cell(told)}" for told in text.warnings(result)]
+    if warned:
+        page += "\n" + "\n".join(warned[:20]) + "\n"
+    for number, block in enumerate(text.blocks(filter(words.failed, result["cases"]))):
+        more = f"\n```text\n{block.replace('```', '` ` `')}\n```\n"
         if len((page + more).encode()) > LIMIT:
-            return f"{page}\nShortened after {number} failing cases.\n"
+            return f"{page}\nShortened after {number} findings.\n"
         page += more
     return f"{page}\n{text.summary(result)}\n"
 

@@ -22,9 +22,9 @@ class Decades:
     def over(cls, values: Iterable[float | None], low: int = -17, high: int = 0) -> Decades:
         """Return an axis that holds all positive values, and at least the decades given."""
         found = [math.log10(v) for v in values if v is not None and v > 0 and math.isfinite(v)]
-        return cls(
-            min([low, *(math.floor(x) for x in found)]), max([high, *(math.ceil(x) for x in found)])
-        )
+        # A tenth of a decade of room, so that no mark stands over the edge.
+        ends = [math.floor(x) for x in found], [math.ceil(x + 0.1) for x in found]
+        return cls(min([low, *ends[0]]), max([high, *ends[1]]))
 
     def place(self, value: float | None) -> float:
         """Return where a value stands, 0 to 100; infinity at the right end."""

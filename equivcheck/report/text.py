@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from equivcheck.causes import name_of
@@ -14,6 +14,8 @@ from equivcheck.result import case_exit_code, missing_causes
 
 WIDTH = 80
 _INDENT = 12  # "  evidence  "
+_ALSO = 20  # lines for cases that share a block
+_ALSO_WIDTHS = (12, 11, 8, 11)  # of the columns beside the label's
 _STYLES = {0: "32", 1: "31;1", 3: "31;1", 4: "33", 70: "35;1"}
 
 Paint = Callable[[str, str], str]
@@ -60,13 +62,34 @@ def line(case: Mapping[str, Any], paint: Paint = plain) -> str:
     return f"{left}{paint(f'{verdict:<15}', _style(case))}{rest}".rstrip()
 
 
-def block(case: Mapping[str, Any], paint: Paint = plain) -> str:
-    """Return everything that a reader needs to act on one failing case."""
-    rows = list(_rows(case))
+def blocks(
+    cases: Iterable[Mapping[str, Any]], paint: Paint = plain, width: int = WIDTH
+) -> list[str]:
+    """Return a block for each finding: cases of one subject with the same verdict and causes share one."""
+    alike: dict[tuple[object, ...], list[Mapping[str, Any]]] = {}
+    for case in cases:
+        alike.setdefault(_finding(case), []).append(case)
+    return [block(first, paint, width, others) for first, *others in alike.values()]
+
+
+def block(
+    case: Mapping[str, Any],
+    paint: Paint = plain,
+    width: int = WIDTH,
+    others: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """Return everything that a reader needs to act on one failing case.
+
+    Args:
+        case: What the block shows in full.
+        paint: Colours the headline.
+        width: Columns of what follows the headline; paths and commands stay whole, to be copied.
+        others: Further cases with the same finding; each gets a line with its own numbers.
+    """
     first, *rest = textwrap.wrap(printable(words.headline(case)), WIDTH) or [""]
     lines = [paint(first, _style(case)), *rest]
-    for title, content in rows:
-        lines += _row(title, content)
+    for title, content in _rows(case, width, others):
+        lines += _row(title, content, width)
     return "\n".join(lines)
 
 
@@ -94,16 +117,25 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
     """Return notes and warnings, each once; a failing case's notes are in its block."""
     said: dict[str, None] = dict.fromkeys(result.get("notes") or ())
     for case in result["cases"]:
-        place = f"{case.get('target', '')} {words.label(case)}"
         if not words.failed(case):
             said.update(dict.fromkeys(case.get("notes") or ()))
-        for warning in case.get("warnings") or ():
-            name = warning.get("name") or name_of(warning["code"])
-            said[f"warning {warning['code']} {name} ({place})"] = None
+    said.update(dict.fromkeys(f"warning {each}" for each in warnings(result)))
     fill = functools.partial(
         textwrap.fill, width=WIDTH, initial_indent="note  ", subsequent_indent=" " * 6
     )
     return ["\n" + fill(printable(remark)) for remark in said]
+
+
+def warnings(result: Mapping[str, Any]) -> list[str]:
+    """Return each warning in a line: its code, where, what was measured, and the fix."""
+    found = []
+    for case in result["cases"]:
+        place = f"{case.get('target', '')} {words.label(case)}"
+        for each in case.get("warnings") or ():
+            name = each.get("name") or name_of(each["code"])
+            told = "; ".join(filter(None, [words.warning(each), words.fix(each)]))
+            found.append(f"{each['code']} {name} ({place})" + (f": {told}" if told else ""))
+    return found
 
 
 def render(result: Mapping[str, Any], paint: Paint = plain) -> str:
@@ -119,27 +151,83 @@ def render(result: Mapping[str, Any], paint: Paint = plain) -> str:
             lines += ["", printable(previous)]
         lines.append(line(case, paint))
     parts.append("\n".join(lines))
-    parts += ["\n" + block(case, paint) for case in cases if words.failed(case)]
+    parts += ["\n" + each for each in blocks(filter(words.failed, cases), paint)]
     parts += [*remarks(result), "\n" + summary(result)]
     return "\n".join(parts)
 
 
-def _rows(case: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    causes = case.get("causes") or ()
+def _finding(case: Mapping[str, Any]) -> tuple[object, ...]:
+    """Return what a block says of a case apart from its numbers: equal ones are one finding."""
+    error = case.get("error") or {}
+    return (
+        *(case.get("target"), case.get("workload"), case["verdict"]),
+        tuple((c["code"], c.get("status"), words.because(c), words.fix(c)) for c in _causes(case)),
+        tuple(missing_causes(case)),
+        *(case.get(key) for key in ("because", "fix")),
+        *(error.get(key) for key in ("type", "message", "where", "because", "fix")),
+    )
+
+
+def _causes(case: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    return case.get("causes") or ()
+
+
+def _rows(
+    case: Mapping[str, Any], width: int, others: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[str, str]]:
+    causes = _causes(case)
     step = causes[0].get("optimizer_step") if causes else None
     where = f"case {case['id']}  {case.get('target', '')}  {words.label(case)}"
     yield "where", where + (f"  first at optimizer_step {step}" if step is not None else "")
+    if others:
+        yield "also", _also(others, width - _INDENT)
     if case["verdict"] == "error":
         yield from _error_rows(case.get("error") or {})
     else:
-        yield from _finding_rows(case)
-    for note in case.get("notes") or ():
+        yield from _finding_rows(case, width)
+    for note in dict.fromkeys(note for each in (case, *others) for note in each.get("notes") or ()):
         yield "note", note
     again = case.get("replay", f"equivcheck replay {case['id']}")
     if again:  # none for a subject that only the program that made it has
         yield "replay", again
     if causes:
         yield "learn", f"equivcheck explain {causes[0]['code']}"
+
+
+def _also(cases: Sequence[Mapping[str, Any]], width: int) -> str:
+    """Return a line for each case that has the same finding: how far it is off, and how far when put right."""
+    rows = [("case", "", "difference", "scale", "put right")]
+    identity, *numbers = _ALSO_WIDTHS
+    widths = (identity, width - sum(_ALSO_WIDTHS), *numbers)
+    for case in cases[:_ALSO]:
+        far = words.farthest(case)
+        gradients = (case.get("divergence") or {}).get("gradients") or {}
+        shown = far is not None and far[0] == "gradients"
+        rows.append(
+            (
+                str(case["id"]),
+                words.label(case),
+                words.number(far[1]) if far is not None else "-",
+                words.factor(gradients.get("scale")) if shown else "-",
+                next((words.number(left) for left in _left(case)), "-"),
+            )
+        )
+    # A column that says nothing is left out.
+    kept = [i for i in range(5) if i < 2 or any(row[i] != "-" for row in rows[1:])]
+    lines = [
+        "".join(f"{_cut(row[i], widths[i] - 1):{'<>'[i > 1]}{widths[i]}}" for i in kept).rstrip()
+        for row in rows
+    ]
+    more = len(cases) - _ALSO
+    return "\n".join([*lines, *([f"{more} more in the result"] if more > 0 else [])])
+
+
+def _left(case: Mapping[str, Any]) -> Iterator[float]:
+    """Yield what is left of the difference with each cause put right."""
+    for cause in _causes(case):
+        done = (cause.get("evidence") or {}).get("intervention")
+        if isinstance(done, Mapping) and done.get("relative_after") is not None:
+            yield done["relative_after"]
 
 
 def _error_rows(error: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -158,7 +246,7 @@ def _error_rows(error: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "traceback", error["traceback"].rstrip()
 
 
-def _finding_rows(case: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _finding_rows(case: Mapping[str, Any], width: int) -> Iterator[tuple[str, str]]:
     gradients = (case.get("divergence") or {}).get("gradients") or {}
     if gradients.get("relative") is not None:
         noise = words.number(gradients.get("control"))
@@ -193,28 +281,31 @@ def _finding_rows(case: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "declared", f"{', '.join(absent)}, not found"
     rows = words.worst_parameters(case, 5)
     if case["verdict"] in ("divergent", "precision-loss") and rows:
-        table = [f"{'worst parameters':<36}{'relative':>9}{'scale':>9}{'cosine':>9}"]
+        room = min(36, width - _INDENT - 3 * 9)
+        table = [f"{'worst parameters':<{room}}{'relative':>9}{'scale':>9}{'cosine':>9}"]
         for row in rows:
             scale, cosine = words.factor(row.get("scale")), words.factor(row.get("cosine"))
-            name = _cut(str(row["name"]), 35)
-            table.append(f"{name:<36}{words.number(row.get('relative')):>9}{scale:>9}{cosine:>9}")
+            name = _cut(str(row["name"]), room - 1)
+            table.append(
+                f"{name:<{room}}{words.number(row.get('relative')):>9}{scale:>9}{cosine:>9}"
+            )
         more = len(case["per_parameter"]) - len(rows)
         yield "gradients", "\n".join(table) + (f"\n{more} more in the result" if more > 0 else "")
 
 
-def _row(title: str, content: str) -> list[str]:
+def _row(title: str, content: str, width: int) -> list[str]:
     lines: list[str] = []
     for piece in printable(content).splitlines() or [""]:
-        body = [piece] if len(piece) <= WIDTH - _INDENT else _wrapped(piece)
+        body = [piece] if len(piece) <= width - _INDENT else _wrapped(piece, width)
         lines += body
     first, *rest = lines
     return [f"  {title:<9} {first}".rstrip(), *((" " * _INDENT + text).rstrip() for text in rest)]
 
 
-def _wrapped(text: str) -> list[str]:
+def _wrapped(text: str, width: int) -> list[str]:
     return textwrap.wrap(
         text,
-        WIDTH - _INDENT,
+        width - _INDENT,
         break_long_words=False,  # a path or command stays one word, to be copied
         break_on_hyphens=False,
         replace_whitespace=False,

@@ -33,7 +33,13 @@ PUT_RIGHT = {
     "rewind": "the state set back to the start of its cycle before each micro-batch",
     "freeze": "the statistics of the full batch in both runs",
     "widen": "the gradients accumulated in float64",
+    "rescale at the step": "the gradients multiplied at the step by what they lack",
     "synchronise": "one reduction over the ranks at the end of the cycle",
+    "synchronise once": "one reduction over the ranks at the end of the cycle",
+    "broadcast": "one rank's parameters and buffers given to all",
+    "find unused parameters": "DDP told to look for unused parameters",
+    "clip by the norm of the whole": "the clip by the norm of the whole gradient",
+    "scale parts": "each rank's part clipped by the norm of the whole gradient",
 }
 # Kinds of findings, as the quantity that a reader knows them by.
 SHOWN_AS = {
@@ -45,6 +51,24 @@ SHOWN_AS = {
     "state": "optimizer_state",
     "buffers": "buffers",
     "shadows": "shadow_weights",
+}
+# Kinds of findings that are no quantity of their own, as what an intervention puts right of them.
+MEASURED = {"samples": "share of other samples", "none": "share of absent gradients"}
+MARGINS = {
+    "": "nothing compared",
+    "samples": "other samples in an optimizer step",
+    "none": "gradients absent in one run",
+}
+# What a detector's key says to someone who has not read the detector.
+TOLD = {
+    "times": "counts, times what it should",
+    "same_in_every_micro_batch": "the same in every micro-batch",
+    "calls_inside_cycles": "calls inside cycles, all in all",
+    "micro_step": "first after micro_step",
+    "spread_between_ranks": "largest difference between ranks",
+    "of": "of the",
+    "accumulation": "lost by accumulating",
+    "unit_roundoffs": "the same, in unit roundoffs",
 }
 SHOUTED = {"divergent": "DIVERGENT", "precision-loss": "PRECISION-LOSS", "error": "ERROR"}
 
@@ -64,6 +88,16 @@ def factor(value: float | None) -> str:
 def times(value: float) -> str:
     """Return a ratio that may span many decades: `57x`, `2e+14x`."""
     return f"{value:.2g}x" if value < 100 else f"{value:.0f}x" if value < 1e5 else f"{value:.0e}x"
+
+
+def size(count: float) -> str:
+    """Return a number of bytes with three digits at most: `980 bytes`, `24.6 kB`."""
+    unit, *larger = "bytes", "kB", "MB", "GB", "TB"
+    for each in larger:
+        if count < 999.5:
+            break
+        count, unit = count / 1000, each
+    return f"{count:.3g} {unit}"
 
 
 def label(case: Mapping[str, Any]) -> str:
@@ -96,7 +130,7 @@ def farthest(case: Mapping[str, Any]) -> tuple[str, float] | None:
     for name, size in found.items():
         if size is not None:
             return name, size
-    if not known:
+    if not known or case.get("findings"):  # what differs is no number
         return None
     return max(known, key=lambda pair: pair[1]) if failed(case) else known[0]
 
@@ -104,13 +138,14 @@ def farthest(case: Mapping[str, Any]) -> tuple[str, float] | None:
 def margin(case: Mapping[str, Any]) -> str:
     """Return measured difference and its distance from the noise allowed, in words."""
     far = farthest(case)
-    if far is None:
-        return "nothing compared"
-    name, relative = far
     if differs(case, "samples"):
         seen = case.get("optimizer_steps_seen") or {}
         if seen.get("accumulated") != seen.get("full_batch"):
             return f"{seen.get('accumulated')} optimizer steps, not {seen.get('full_batch')}"
+    if far is None:
+        kinds = {each["kind"] for each in case.get("findings") or ()}
+        return MARGINS.get("samples" if "samples" in kinds else min(kinds, default=""), "differs")
+    name, relative = far
     loss = case.get("precision_loss") or {}
     if case["verdict"] == "precision-loss" and loss:
         return f"accumulating loses {number(loss.get('accumulation'))}"
@@ -161,6 +196,23 @@ def headline(case: Mapping[str, Any]) -> str:
     return f"{code} {name}: {size} ({label(case)})"
 
 
+def warning(found: Mapping[str, Any]) -> str:
+    """Return what a warning measured, in words; empty for one that says no numbers."""
+    told = found.get("evidence") or {}
+    if told.get("count") is None or told.get("bytes") is None:
+        return ""
+    few = (
+        f", where {_reductions(told['minimum_count'])} ({size(told['minimum_bytes'])}) would do"
+        if told.get("minimum_count") is not None and told.get("minimum_bytes") is not None
+        else ""
+    )
+    return f"{_reductions(told['count'])} ({size(told['bytes'])}) per optimizer step{few}"
+
+
+def _reductions(count: int) -> str:
+    return f"{count} reduction{'' if count == 1 else 's'}"
+
+
 def sentence(text: str) -> str:
     """Return text as a sentence; a name of code at its start keeps its case."""
     first = text.split(" ", 1)[0]
@@ -185,6 +237,25 @@ def put_right(names: Sequence[Any]) -> str:
     return " and ".join(PUT_RIGHT.get(str(name), f"“{name}”") for name in dict.fromkeys(names))
 
 
+def measured_by(case: Mapping[str, Any], cause: Mapping[str, Any]) -> str:
+    """Return what an intervention's divergence before it is a divergence of; empty where it is the gradients'.
+
+    It is the largest of all that was found to differ.
+    """
+    before = ((cause.get("evidence") or {}).get("intervention") or {}).get("relative_before")
+    if before is None:
+        return ""
+    sizes: dict[str, float] = {}
+    for each in case.get("findings") or ():
+        sizes[each["kind"]] = max(sizes.get(each["kind"], 0.0), each.get("relative") or 0.0)
+    same = [kind for kind, size in sizes.items() if abs(size - before) <= 1e-3 * abs(before)]
+    if not same or "gradients" in same or "applied" in same:
+        return ""
+    # Where rates and what follows from them are off by the same number, the rates are named.
+    kind = "learning_rates" if "learning_rates" in same else same[0]
+    return MEASURED.get(kind, SHOWN_AS.get(kind, kind)).replace("_", " ")
+
+
 def evidence(case: Mapping[str, Any], cause: Mapping[str, Any]) -> list[str]:
     """Return what proves a cause or speaks for it, one statement per item."""
     lines = []
@@ -192,7 +263,10 @@ def evidence(case: Mapping[str, Any], cause: Mapping[str, Any]) -> list[str]:
     if isinstance(done, Mapping):
         what = " + ".join(dict.fromkeys(str(each) for each in done.get("put_right") or ()))
         before, after = (number(done.get(f"relative_{when}")) for when in ("before", "after"))
-        lines.append(f"put right ({what}): {before} -> {after}, within noise")
+        of = measured_by(case, cause)
+        lines.append(
+            f"put right ({what}): {of}{' ' if of else ''}{before} -> {after}, within noise"
+        )
         if done.get("logged_after") is not None:
             log = number(done["logged_after"])
             lines.append(f"the logged losses have the same fault: {log} is left in them")
@@ -220,7 +294,7 @@ def arguments(case: Mapping[str, Any], cause: Mapping[str, Any]) -> list[str]:
 def facts(cause: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the numbers and places that a detector found, as pairs of text."""
     return [
-        (key.replace("_", " "), _value(value))
+        (TOLD.get(key, key.replace("_", " ")), _value(value))
         for key, value in (cause.get("evidence") or {}).items()
         if key not in SHOWN_ELSEWHERE and _printable(value)
     ]
@@ -267,6 +341,8 @@ def _printable(value: Any) -> bool:
 
 
 def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, list):
         return " ".join(_value(each) for each in value)
     return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -17,35 +17,26 @@ K micro-batches per cycle, R ranks.
 
 from __future__ import annotations
 
-import shutil
-import signal
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from equivcheck.attach.launch import Ended, launch
-from equivcheck.attach.server import SHARED
 from equivcheck.attach.spec import Spec
-from equivcheck.attach.store import Facts, load, with_kept
+from equivcheck.attach.store import Facts, with_kept
 from equivcheck.case import Case
-from equivcheck.errors import InternalError, StepError, UsageError
-from equivcheck.experiment import Experiment, Interventions
+from equivcheck.errors import UsageError
+from equivcheck.experiment import ByPlace, Experiment, Interventions
 from equivcheck.feed import Data, Key
 from equivcheck.fit import Attribution
-from equivcheck.interventions import Addends, Intervention
-from equivcheck.ranks.merge import merged
 from equivcheck.recording import Place, Recording, Step
-from equivcheck.scripts.merge import together
-from equivcheck.scripts.pieces import attribution_of, pieces_of
+from equivcheck.scripts.pieces import addends_of, attribution_of, pieces_of
+from equivcheck.scripts.printed import differing
+from equivcheck.scripts.runner import Runner, other_versions
+from equivcheck.scripts.samples import first_difference
 
 if TYPE_CHECKING:
     from equivcheck.scripts.target import Command, Script
-
-# What a process that is torn down badly ends with, after everything was seen: an abort in a destructor.
-_TORN_DOWN = {-signal.SIGABRT, 128 + signal.SIGABRT}
 
 
 class ScriptData(Data):
@@ -102,14 +93,12 @@ class ScriptExperiment(Experiment):
         self._keepers = []
         self.has_objective = False
         self.wants = set()
-        self._folder = Path(tempfile.mkdtemp(prefix="equivcheck-"))
-        self._count = 0
-        self._facts: dict[int, list[Facts]] = {}
-        self._folders: dict[int, Path] = {}
+        self._runner = Runner(progress, self._note)
+        self._axis = 0
 
     def close(self) -> None:
         """Remove what was kept on disk."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._runner.close()
 
     # ---- running -------------------------------------------------------------------------------
 
@@ -125,13 +114,10 @@ class ScriptExperiment(Experiment):
         **fields: Any,
     ) -> Recording:
         """Run a command line in one role and return what its processes did, as one recording."""
-        self._progress(role)
-        self._count += 1
-        folder = self._folder / f"{self._count:03d}-{role}"
         native = role.startswith("native")
         spec = Spec(
             role,
-            str(folder / "ranks"),
+            "",
             observer,
             promoted=self.is_promoted and not native,
             native=native and self.is_promoted,
@@ -140,20 +126,6 @@ class ScriptExperiment(Experiment):
             interventions=list(interventions),
             **fields,
         )
-        known = against or self._cache.get(("reference", ()))
-        if known is not None:
-            facts = self._facts[id(known)]
-            pairs = [
-                (digest, place * each.world_size + each.rank)
-                for each in facts
-                for place, digest in enumerate(each.digests)
-            ]
-            pairs.sort(key=lambda pair: pair[1])
-            spec.digests, spec.numbers = [p[0] for p in pairs], [p[1] for p in pairs]
-            spec.step_samples = [sorted(n for _, n in step.samples) for step in known.steps]
-            spec.rule = facts[0].rule
-        if against is not None:
-            spec.reference = str(self._folders[id(against)])
         if any(each.shorter for each in interventions):
             tail = self.data.tail
             spec.stop_cycle = min(
@@ -162,84 +134,16 @@ class ScriptExperiment(Experiment):
         lengths = [each.length for each in interventions if each.length is not None]
         if lengths:
             spec.length = lengths[0]
-        ended = launch(
-            list(command.words),
-            spec,
-            folder,
-            variables=dict(command.variables),
-            server=SHARED,
-        )
-        recording = self._read(folder / "ranks", role, ended, command, interventions)
+        known = against or self._cache.get(("reference", ()))
+        recording, ended = self._runner.run(spec, command, known, against)
         recording.seconds = ended.seconds
         self.runs.append({"role": role, "seconds": ended.seconds})
         return recording
 
-    def _read(
-        self,
-        folder: Path,
-        role: str,
-        ended: Ended,
-        command: Command,
-        interventions: Interventions,
-    ) -> Recording:
-        if ended.failures:
-            raise InternalError(ended.failures[0])
-        ranks, facts = [], []
-        for each in sorted(
-            folder.glob("rank-*"), key=lambda path: int(path.name[5:].split(".")[0])
-        ):
-            if "." in each.name:
-                self._note(f"{command.text}: a second training process of one rank was left out")
-                continue
-            learned: Sequence[Intervention] = interventions if each.name == "rank-0" else ()
-            recording, fact = load(each, finished=False, learned=learned)
-            if fact.ended == "running" and not ended.code:
-                raise UsageError(
-                    f"recording-cut-short: {each.name} of {role} ends after optimizer step {len(recording.steps)}",
-                    where=command.text,
-                    because="a process was killed, although its command ended well",
-                )
-            ranks.append(recording)
-            facts.append(fact)
-        self._refuse_failed(role, ended, command, ranks, facts)
-        if not ranks:
-            return Recording(role=role)
-        against = self._cache.get(("reference", ()))
-        if len(ranks) == 1:
-            whole = ranks[0]
-        elif against is None or role == "reference":
-            whole = together(ranks)
-        else:
-            whole = merged(ranks, against)
-        self._facts[id(whole)] = facts
-        self._folders[id(whole)] = folder
-        return whole
-
-    def _refuse_failed(
-        self,
-        role: str,
-        ended: Ended,
-        command: Command,
-        ranks: list[Recording],
-        facts: list[Facts],
-    ) -> None:
-        """Raise what the script raised; an abort after everything was seen is none of its faults."""
-        broken = next((each for each in facts if each.error), None)
-        if not ended.code and broken is None:
-            return
-        whole = bool(facts) and all(each.ended in {"exit", "limit"} for each in facts)
-        if broken is None and whole and ended.code in _TORN_DOWN:
-            self._note(f"{role}: the command aborted when everything had been seen ({ended.code})")
-            return
-        steps = max((len(each.steps) for each in ranks), default=0)
-        said = broken.error.splitlines()[0] if broken else f"exit code {ended.code}"
-        rank = f", rank {broken.rank}" if broken and broken.world_size > 1 else ""
-        raise StepError(
-            f"script-raised: {said}"[:100],
-            where=f"{role}{rank}, optimizer_step {steps}: {command.text}",
-            because=None if broken else "the command ended with an exit code that is not 0",
-            user_traceback=broken.traceback if broken else ended.output[-4000:],
-        )
+    def _facts_of(self, recording: Recording | None) -> list[Facts]:
+        """Return what is known of every rank of a run besides its recording."""
+        run = self._runner.runs.get(id(recording))
+        return run.facts if run is not None else []
 
     def _note(self, note: str) -> None:
         if note not in self.notes:
@@ -252,9 +156,13 @@ class ScriptExperiment(Experiment):
         interventions = tuple(each for each in interventions if each.both)
 
         def make() -> Recording:
-            found = self._run("reference", self.script.full, "write", interventions=interventions)
-            if id(found) in self._folders:
-                with_kept(self._folders[id(found)] / "rank-0", found)
+            rule = {"axis": self._axis} if self._axis else {}
+            found = self._run(
+                "reference", self.script.full, "write", interventions=interventions, rule=rule
+            )
+            run = self._runner.runs.get(id(found))
+            if run is not None:
+                with_kept(run.folder / "rank-0", found)
             return found
 
         return self._once(("reference", interventions), make)
@@ -320,6 +228,10 @@ class ScriptExperiment(Experiment):
 
         found = self._once(("candidate", interventions), make)
         if not interventions and ("measured",) not in self._cache:
+            if self._is_time_first(found):
+                self._axis = 1
+                self._cache.clear()
+                return self.candidate()
             self._cache["measured",] = True
             self.case = replace(
                 self.case,
@@ -327,6 +239,22 @@ class ScriptExperiment(Experiment):
                 world_size=max(len(found.ranks), 1),
             )
         return found
+
+    def _is_time_first(self, candidate: Recording) -> bool:
+        """Return whether no sample is known because it is dimension 1 of what enters the model that holds them."""
+        if self._axis or not candidate.fetched:
+            return False
+        if any(not is_other for keys in candidate.fetched for is_other, _ in keys):
+            return False
+        [full, *_], [mine, *_] = self._facts_of(self.reference()), self._facts_of(candidate)
+        pairs = [
+            (full.shapes[path], mine.shapes[path])
+            for path in full.rule["paths"]
+            if path in full.shapes and path in mine.shapes
+        ]
+        return bool(pairs) and all(
+            len(a) == len(b) > 1 and a[0] == b[0] and a[1] != b[1] for a, b in pairs
+        )
 
     def candidate_again(self) -> Recording:
         """Return the accumulated run once more."""
@@ -372,14 +300,8 @@ class ScriptExperiment(Experiment):
         return {}
 
     def pieces_recording(self, interventions: Interventions = ()) -> Recording:
-        """Return the accumulated run in which every micro-batch starts from its cycle's state.
-
-        Raises:
-            UsageError: Addends are asked for: what a backward of this run starts from is scaled already.
-        """
+        """Return the accumulated run in which every micro-batch starts from its cycle's state."""
         interventions = tuple(each for each in interventions if each.both)
-        if any(isinstance(each, Addends) for each in interventions):
-            raise UsageError("the addends of a script's loss are not taken")
         return self._once(
             ("pieces", interventions),
             lambda: self._run(
@@ -390,6 +312,12 @@ class ScriptExperiment(Experiment):
                 interventions=interventions,
                 schedule=self.schedule(),
             ),
+        )
+
+    def addends_alone(self, alone: ByPlace, whole: ByPlace) -> ByPlace:
+        """Return the addends of the micro-batches alone: what each adds, scaled as the full batch has it."""
+        return addends_of(
+            alone, whole, is_sum=self._facts_of(self.reference())[0].reduction == "sum"
         )
 
     # ---- geometry ------------------------------------------------------------------------------
@@ -468,7 +396,7 @@ class ScriptExperiment(Experiment):
         cycles, candidate = self.cycles(), self.candidate()
         counted: dict[int, list[dict[str, int]]] = {}
         ranks = candidate.ranks or [candidate]
-        for rank, facts in zip(ranks, self._facts.get(id(candidate), []), strict=False):
+        for rank, facts in zip(ranks, self._facts_of(candidate), strict=False):
             for keys, counts in zip(rank.fetched, facts.counts, strict=False):
                 cycle = cycles.get(keys[0], -1)
                 if cycle >= 0:
@@ -487,7 +415,7 @@ class ScriptExperiment(Experiment):
 
     def terms(self) -> int:
         """Return the length of the longest sum behind a gradient: rows times the length of a row."""
-        facts = self._facts.get(id(self.reference()), [])
+        facts = self._facts_of(self.reference())
         length = max((int(each.rule.get("row_length", 1)) for each in facts), default=1)
         return max(self.data.rows, default=1) * length
 
@@ -500,7 +428,7 @@ class ScriptExperiment(Experiment):
     def facts(self) -> dict[str, Any]:
         """Return the commands, and what they have shown of the case."""
         candidate = self._cache.get(("candidate", ()))
-        ranks = self._facts.get(id(candidate), [])
+        ranks = self._facts_of(candidate)
         found: dict[str, Any] = {
             "full_command": self.script.full.text,
             "accumulated_command": self.script.accumulated.text,
@@ -510,9 +438,11 @@ class ScriptExperiment(Experiment):
             found["accumulation_steps"] = self.case.accumulation_steps
             found["world_size"] = ranks[0].world_size
             found["environments"] = {
-                "full_batch": self._facts[id(self.reference())][0].environment,
+                "full_batch": self._facts_of(self.reference())[0].environment,
                 "accumulated": ranks[0].environment,
             }
+            for name, one, other in other_versions(**found["environments"]):
+                self._note(f"{name} {one} in the full batch's environment, {other} in the other")
             if any(each.ended == "limit" for each in ranks):
                 found["ended_after_optimizer_steps"] = len(self.reference().steps)
         return found
@@ -521,47 +451,22 @@ class ScriptExperiment(Experiment):
         """Return how the samples differ, with the first optimizer step in which they do; empty if they do not."""
         if any(step.matched is None for step in self.control().steps):
             return {}  # The full batch does not take the same samples twice: no run is like another.
-        cycles, wanted = self.cycles(), self._cycle_samples()
-        order = {step.index: place for place, step in enumerate(self._firsts())}
-        seen: list[set[Key]] = [set() for _ in wanted]
-        candidate = self.candidate()
-        found: list[dict[str, Any]] = []
-        for number, rank in enumerate(candidate.ranks or [candidate]):
-            furthest = 0
-            for index, keys in enumerate(rank.fetched):
-                places = {order[cycles[key]] if key in cycles else -1 for key in keys}
-                here = max(places)
-                if -1 in places or len(places) > 1 or here < furthest:
-                    step = min((each for each in places if each >= 0), default=furthest)
-                    found.append(
-                        {
-                            "optimizer_step": step,
-                            "micro_batch": index,
-                            "rank": number,
-                            "rows": len(keys),
-                            "never_used_by_the_full_batch": sum(k not in cycles for k in keys),
-                        }
-                    )
-                    break
-                furthest = max(furthest, here)
-                seen[here].update(keys)
-        if not found:
-            tail = self.data.tail
-            for place, (mine, samples) in enumerate(zip(seen, wanted, strict=True)):
-                missing = {number for _, number in samples - mine}
-                if missing and not missing <= tail:
-                    found.append(
-                        {
-                            "optimizer_step": place,
-                            "rows": len(samples),
-                            "not_used_by_the_accumulated_run": len(missing),
-                        }
-                    )
-                    break
-        if not found:
-            return {}
-        first = min(found, key=lambda each: each["optimizer_step"])
-        return {**first, "recognised_by": self._recognised_by()}
+        firsts = self._firsts()
+        found = first_difference(firsts, self.candidate(), self.cycles(), self.data.tail)
+        return {**found, "recognised_by": self._recognised_by()} if found else {}
+
+    def printed(self) -> dict[str, Any] | None:
+        """Return how a loss that both commands print at every optimizer step differs."""
+        reference, candidate = self.reference(), self.candidate()
+        found = differing(
+            self._runner.runs[id(reference)].printed,
+            self._runner.runs[id(candidate)].printed,
+            candidate,
+            len(self._cycle_samples()),
+            self.case.accumulation_steps,
+        )
+        # One of several ranks may print the loss of its own share: the truth about what it saw.
+        return None if found and not found["exact"] and candidate.ranks else found
 
     def _firsts(self) -> list[Step]:
         """Return the first step of the full batch for every set of samples."""
@@ -571,7 +476,7 @@ class ScriptExperiment(Experiment):
         return list(found.values())
 
     def _recognised_by(self) -> list[str]:
-        facts = self._facts.get(id(self.reference()), [])
+        facts = self._facts_of(self.reference())
         return list(facts[0].rule.get("paths", [])) if facts else []
 
     def attributions(self, interventions: Interventions = ()) -> list[Attribution]:
@@ -579,9 +484,9 @@ class ScriptExperiment(Experiment):
 
         def make() -> list[Attribution]:
             alone = self.pieces_recording(interventions)
-            facts = self._facts.get(id(alone), [])
+            facts = self._facts_of(alone)
             reference, candidate = self.reference(interventions), self.candidate(interventions)
-            is_sum = self._facts[id(self.reference())][0].reduction == "sum"
+            is_sum = self._facts_of(self.reference())[0].reduction == "sum"
             cycles = self.cycles(interventions)
             pieces = pieces_of(alone, facts, cycles)
             found = []

@@ -12,11 +12,12 @@ import torch
 
 from equivcheck.attach.store import Facts
 from equivcheck.attribution import Weights, solve
+from equivcheck.experiment import ByPlace
 from equivcheck.feed import Key
-from equivcheck.fit import Attribution, attribute, sampled
+from equivcheck.fit import BEYOND_ROUNDING, Attribution, attribute, sampled
 from equivcheck.recording import Kept, Recording, Step
 
-__all__ = ["attribution_of", "pieces_of"]
+__all__ = ["addends_of", "attribution_of", "pieces_of"]
 
 Coordinates = dict[str, torch.Tensor]
 
@@ -75,6 +76,42 @@ def attribution_of(
     factor = total / wanted
     matrix = raw.pieces * factor
     return replace(raw, pieces=matrix, v=_scaled(raw.v, factor), w=solve(matrix, raw.candidate))
+
+
+def addends_of(alone: ByPlace, whole: ByPlace, *, is_sum: bool) -> ByPlace:
+    """Return the addends of each micro-batch alone, scaled by what the full batch makes of each of them.
+
+    One that is the same in every micro-batch is a penalty on the weights: the full batch has it once.
+
+    Args:
+        alone: What each addend adds in the accumulated run, with whatever factor the loop gives it.
+        whole: The same of the full batch.
+        is_sum: The full batch's loss is a sum over its samples.
+    """
+    found = {place: dict(by_component) for place, by_component in alone.items()}
+    for cycle in sorted({cycle for cycle, _ in alone}):
+        places = sorted(place for place in alone if place[0] == cycle)
+        for component, target in whole.get((cycle, 0), {}).items():
+            mine = [alone[place].get(component) for place in places]
+            rows = [_flat(each, target) for each in mine if each is not None]
+            if len(rows) < len(mine):
+                continue
+            matrix = torch.stack(rows)
+            total = sum(solve(matrix, _flat(target, target)).solution)
+            is_same = float((matrix - matrix[0]).norm()) <= BEYOND_ROUNDING * float(matrix.norm())
+            factor = total / (len(rows) if is_sum and not is_same else 1)
+            if not factor:
+                continue
+            for place in places:
+                found[place][component] = {
+                    name: values * factor for name, values in alone[place][component].items()
+                }
+    return found
+
+
+def _flat(gradient: Coordinates, like: Coordinates) -> torch.Tensor:
+    parts = [gradient.get(name, torch.zeros_like(values)) for name, values in like.items()]
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
 
 
 def _scaled(weights: Weights, factor: float) -> Weights:

@@ -6,6 +6,7 @@ both runs started it from the same parameters; after the first difference they n
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ from typing import Any, Final
 import torch
 
 from equivcheck.attach.digests import Digest
-from equivcheck.attach.store import load
+from equivcheck.attach.store import Facts, load
 from equivcheck.attach.watch import Samples
 from equivcheck.case import Case
 from equivcheck.decide import blank, conclude
@@ -125,13 +126,13 @@ class RecordedExperiment(ScriptExperiment):
             rekeyed(each, full)
             _compared(full, each)
         self._cache["candidate", ()] = accumulated.recording
-        self._facts = {
+        self._facts_by = {
             id(each.recording): each.facts
             for each in (full, accumulated, *([control] if control else []))
         }
+        self._cache["measured",] = True
         if not accumulated.recording.steps:
             return
-        self._cache["measured",] = True
         self.case = replace(
             case,
             accumulation_steps=self._accumulation_steps(accumulated.recording),
@@ -141,8 +142,14 @@ class RecordedExperiment(ScriptExperiment):
     def close(self) -> None:
         """Keep the recordings: they are not ours."""
 
+    def _facts_of(self, recording: Recording | None) -> list[Facts]:
+        return self._facts_by.get(id(recording), [])
+
     def _run(self, role: str, *_: Any, **__: Any) -> Recording:
         raise UsageError(f"a recording cannot be run again: {role}")
+
+    def printed(self) -> None:
+        """Return nothing: a recording leaves what is printed to the command."""
 
     def control(self, _which: int = 0, *, seed_offset: int = 0, permuted: bool = True) -> Recording:  # noqa: ARG002
         """Return the control, empty if none was recorded."""
@@ -278,10 +285,31 @@ def compare_recordings(
         )
     if first.recording.dropout or second.recording.dropout:
         entry["notes"].append("dropout was on in a recording")
+    entry["replay"] = _again(full, accumulated, control, expect)
     entry.update(experiment.facts())
     _decide(experiment, entry, tuple(expect), progress)
+    if entry["causes"] and all(each["status"] == "suspected" for each in entry["causes"]):
+        entry["notes"].append(f"nothing was run again; to prove a cause: {_proof(first, second)}")
     entry["seconds"] = time.perf_counter() - started
     return entry
+
+
+def _again(full: str, accumulated: str, control: str | None, expect: Sequence[str]) -> str:
+    """Return the command line that compares the same recordings again."""
+    words = ["equivcheck", "compare", full, accumulated]
+    if control:
+        words += ["--control", control]
+    for each in expect:
+        words += ["--expect", each]
+    return shlex.join(words)
+
+
+def _proof(first: Recorded, second: Recorded) -> str:
+    """Return the command line that runs what was recorded, with things put right."""
+    commands = [
+        each.facts[0].launched or shlex.join(each.facts[0].command) for each in (first, second)
+    ]
+    return shlex.join(["equivcheck", "run", "--full", commands[0], "--accumulated", commands[1]])
 
 
 def _decide(

@@ -146,6 +146,59 @@ def test_a_loop_with_neighbours_is_embedded_by_its_path(search, tmp_path):
     assert stands_alone(tmp_path / "repro.py")[0] == 1
 
 
+# Each rank divides by its own rows: a mean of ranks, right wherever they have equally many.
+RANKS = """
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+def build():
+    return nn.Linear(3, 1)
+
+def batches():
+    return [{"x": torch.randn(8, 3), "y": torch.randn(8, 1)} for _ in range(2)]
+
+def train(model, loader, accumulation_steps, world_size):
+    if world_size > 1:
+        model = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    cycle = []
+    for step, batch in enumerate(loader):
+        cycle.append(batch)
+        if len(cycle) == accumulation_steps or step + 1 == len(loader):
+            rows = sum(len(each["x"]) for each in cycle)
+            for each in cycle:
+                loss = nn.functional.mse_loss(model(each["x"]), each["y"], reduction="sum")
+                (loss / rows).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            cycle = []
+"""
+
+
+def test_a_fault_of_ranks_is_found_and_shrunk(search, tmp_path):
+    """One rank is right in every cut; two are wrong where they have unequal shares, and no single process shows it."""
+    code, printed = search(RANKS, "--world-size", "1,2", "--strategy", "ddp", "--split", "even")
+    [case] = json.loads((tmp_path / "reports/latest/result.json").read_text("utf-8"))["cases"]
+
+    assert code == 1
+    assert (case["world_size"], case["strategy"], case["accumulation_steps"]) == (2, "ddp", 2)
+    assert [cause["code"] for cause in case["causes"]] == ["EQ501"]
+    assert case["rows"] == "0:0-4"  # five rows: three and two
+    assert "--world-size 2 --strategy ddp" in printed.out
+    assert "repro     none: the case needs 2 processes" in printed.out
+    assert not (tmp_path / "repro.py").exists()
+
+
+def test_ranks_that_are_right_pass(search):
+    """In every number of ranks that was asked for."""
+    right = RANKS.replace("(loss / rows).backward()", "(loss * world_size / 8).backward()")
+    code, printed = search(right, "--world-size", "1,2", "--strategy", "ddp", "--cases", "8")
+
+    assert code == 0
+    assert "8 cases, no failure; 8 equivalent" in printed.out
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

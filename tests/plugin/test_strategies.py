@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
+
 import pytest
 from hypothesis import HealthCheck, Phase, find, given, settings
 from hypothesis import strategies as st
@@ -70,6 +73,45 @@ def test_cuts_fit_their_batches(drawn):
         assert sum(sizes) == rows
         assert min(sizes) >= 1
     assert how.keywords == {"accumulation_steps": how.accumulation_steps, "split": how.split}
+
+
+def _valid(batches, sizes):
+    """Return the numbers of valid tokens of each micro-batch of the first full batch, row by row."""
+    rows = iter(batches.valid[0]) if isinstance(batches, Tokens) else iter(())
+    return [list(itertools.islice(rows, size)) for size in sizes]
+
+
+ODD = {
+    "ragged tokens": lambda b, sizes: any(len(set(part)) > 1 for part in _valid(b, sizes)),
+    "padding down to one valid token": lambda b, sizes: 1 in map(sum, _valid(b, sizes)),
+    "an all-ignored micro-batch": lambda b, sizes: (
+        isinstance(b, Tokens) and 0 in map(sum, _valid(b, sizes))
+    ),
+    "class imbalance": lambda b, _: (
+        isinstance(b, Classes)
+        and max(Counter(b.labels[0]).values()) >= 0.8 * len(b.labels[0]) >= 4
+        and len(set(b.labels[0])) > 1
+    ),
+    "a batch that K does not divide": lambda b, sizes: b.rows[0] % len(sizes) > 0,
+    "a micro-batch of one row": lambda b, sizes: 1 in sizes,
+    "a shorter last batch": lambda b, _: len(b.rows) > 1 and b.rows[-1] < b.rows[0],
+}
+
+
+def test_every_odd_cut_occurs():
+    """Each sort of batch and cut that is promised is among a hundred drawn ones, not only in principle."""
+    seen = Counter()
+
+    @settings(max_examples=100, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+    @given(strategies.batches().flatmap(lambda b: st.tuples(st.just(b), strategies.cuts(b))))
+    def collect(drawn):
+        batches, how = drawn
+        sizes = cut(batches.rows[0], how.accumulation_steps, how.split)
+        seen.update(name for name, is_it in ODD.items() if is_it(batches, sizes))
+
+    collect()
+    assert set(ODD) == set(seen)
+    assert min(seen.values()) >= 2, seen
 
 
 @pytest.mark.parametrize(

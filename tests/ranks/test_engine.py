@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import textwrap
+from contextlib import suppress
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.tensor import Shard
 
 import equivcheck
 from equivcheck.differences import Sums
-from equivcheck.parts import Holdings
-from equivcheck.ranks import wire
+from equivcheck.parts import Holdings, Part, _window, itself, positions
+from equivcheck.ranks import team, wire
 from equivcheck.ranks.crew import _named
 from equivcheck.ranks.merge import merged
 from equivcheck.ranks.status import RUNNING, Board, Standing
-from equivcheck.recording import Recording, Step
+from equivcheck.recording import Kept, Recording, Step
+from equivcheck.shelf import Shelf
 
 LOOP = """
 import os, signal, time
@@ -69,35 +75,140 @@ def test_a_correct_loop_on_two_ranks_is_equivalent(tmp_path):
     assert (evidence["count"], evidence["minimum_count"], evidence["proved"]) == (2, 1, True)
 
 
+def ranks_left():
+    """Return the ids of processes that the fork server has started and that have not ended."""
+    server = forkserver._forkserver._forkserver_pid
+    found = []
+    for each in Path("/proc").iterdir():
+        if each.name.isdigit():
+            with suppress(OSError):
+                fields = (each / "stat").read_text(encoding="ascii").rpartition(")")[2].split()
+                if fields[0] != "Z" and int(fields[1]) == server:
+                    found.append(int(each.name))
+    return found
+
+
 @pytest.mark.parametrize(
     ("fault", "told", "because"),
     [
         ("os.kill(os.getpid(), signal.SIGKILL)", "rank 1 was killed by signal 9", "lack of memory"),
         ("raise ValueError('bad row')", "train-raised: ValueError: bad row", "rank 0 stopped"),
-        ("raise MemoryError", "train-raised: MemoryError", "rank 0 stopped because rank 1 failed"),
+        ("torch.empty(2**55)", "DefaultCPUAllocator", "rank 0 stopped because rank 1 failed"),
         ("os._exit(7)", "rank 1 ended with exit code 7", "rank 0 stopped"),
     ],
     ids=["killed", "raises", "memory", "exits"],
 )
 def test_a_rank_that_fails_is_named_with_its_step(tmp_path, fault, told, because):
-    """The case is an error, and no rank is left."""
+    """The case is an error, and no process is left."""
     case = case_of(tmp_path, fault, timeout=100)
 
     assert case["verdict"] == "error"
     assert told in case["error"]["message"]
     assert "rank 1, optimizer_step 1" in case["error"]["where"]
     assert because in case["error"]["because"]
+    assert ranks_left() == []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["time.sleep(1000)", "continue"], ids=["hangs", "skips"])
-def test_a_rank_that_others_wait_for_is_named_in_time(tmp_path, fault):
-    """Ranks that wait for each other end with the time that was allowed."""
-    case = case_of(tmp_path, fault, timeout=60)
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("time.sleep(1000)", "rank 1 is behind"),
+        ("dist.all_reduce(torch.ones(1)); dist.all_reduce(torch.ones(1))", "rank"),
+        ("continue", "rank 1"),
+    ],
+    ids=["hangs", "in-a-collective", "other-micro-batches"],
+)
+def test_a_rank_that_others_wait_for_is_named_in_time(tmp_path, fault, told):
+    """Ranks that wait for each other end with the time that was allowed; who is behind is said, and where."""
+    case = case_of(tmp_path, fault, timeout=30)
 
     assert case["verdict"] == "error"
-    assert "rank" in case["error"]["message"]
-    assert case["seconds"] < 65
+    assert told in case["error"]["message"], case["error"]
+    assert "optimizer_step" in case["error"]["where"]
+    assert case["seconds"] < 33
+    assert ranks_left() == []
+
+
+def test_finished_cases_outlive_a_rank_that_fails(tmp_path):
+    """The case before and the case after are decided: others take the place of ranks that have ended."""
+    path = tmp_path / "subject.py"
+    fault = "if accumulation_steps == 2: os.kill(os.getpid(), signal.SIGKILL)"
+    path.write_text(textwrap.dedent(LOOP).format(fault=fault), encoding="utf-8")
+
+    found = equivcheck.measure(
+        str(path), accumulation_steps=[1, 2, 4], world_size=2, strategy="ddp"
+    )
+
+    assert [case["verdict"] for case in found.cases] == ["equivalent", "error", "equivalent"]
+    assert ranks_left() == []
+
+
+def test_ranks_are_kept_from_one_case_to_the_next(tmp_path):
+    """The same processes serve case after case inside the block, and none is left after it."""
+    path = tmp_path / "subject.py"
+    path.write_text(textwrap.dedent(LOOP).format(fault="pass"), encoding="utf-8")
+    named = {"accumulation_steps": 2, "world_size": 2, "strategy": "ddp"}
+
+    with team.kept():
+        first = equivcheck.measure(str(path), **named), ranks_left()
+        second = equivcheck.measure(str(path), **named), ranks_left()
+    left = ranks_left()
+
+    assert [found.verdict for found, _ in (first, second)] == ["equivalent", "equivalent"]
+    assert len(first[1]) == 2
+    assert sorted(first[1]) == sorted(second[1])
+    assert left == []
+
+
+@pytest.mark.parametrize(
+    ("traffic", "sound"),
+    [([(4, 1), (4, 1)], True), ([(4, 1), (5, 1)], False), ([(4, 99), (4, 99)], False)],
+    ids=["alike", "one-more", "groups"],
+)
+def test_ranks_that_are_out_of_step_are_not_kept(traffic, sound):
+    """A collective that only one rank has issued, or groups upon groups, would reach into the next case."""
+    found = object.__new__(team.Team)
+    found.ranks = [team.Rank(None, traffic=each) for each in traffic]
+
+    assert found.is_sound is sound
+
+
+def test_sampled_coordinates_are_found_in_every_kind_of_part():
+    """Windows are found by arithmetic, with nothing as large as the parameter; other parts by marking all of it."""
+    shapes = [(7, 5), (16, 3), (12,), (4, 6, 5), (1, 9)]
+    by_arithmetic = 0
+    for shape, ranks in itertools.product(shapes, (2, 4)):
+        size = math.prod(shape)
+        chosen = torch.randperm(size)[:6].sort().values
+        for dim, rank in itertools.product(range(len(shape)), range(ranks)):
+            cuts = [shard(dim, rank, ranks), shard(dim, rank, ranks, then=(dim + 1) % len(shape))]
+            for cut in [*cuts, lambda whole: whole.flatten()[3:8], lambda whole: whole.flip(0)]:
+                part = Part("w", torch.zeros(1), itself, cut, ("part",))
+                sampled, mine, count = positions(part, chosen, shape)
+                whole = torch.arange(size).view(shape)
+
+                assert count == len(chosen)
+                assert torch.equal(cut(whole).flatten()[mine], chosen[sampled])
+                assert set(sampled.tolist()) == {
+                    i for i, c in enumerate(chosen.tolist()) if bool((cut(whole) == c).any())
+                }
+                by_arithmetic += _window(part, shape) is not None
+    assert by_arithmetic > 50
+
+
+def shard(dim, rank, ranks, then=None):
+    """Return what cuts a rank's shard out, and of that a half along another dimension."""
+
+    def cut(whole):
+        pieces, _ = Shard(dim)._split_tensor(whole, ranks, with_padding=False, contiguous=False)
+        found = pieces[rank]
+        if then is not None:
+            halves, _ = Shard(then)._split_tensor(found, 2, with_padding=False, contiguous=False)
+            found = halves[0]
+        return found
+
+    return cut
 
 
 def test_messages_keep_what_is_one_and_the_same_tensor(tmp_path):
@@ -115,6 +226,28 @@ def test_messages_keep_what_is_one_and_the_same_tensor(tmp_path):
     assert len(message) < 4000
     assert (tmp_path / "arena").stat().st_size == large.nbytes
     assert torch.equal(wire.loads(again, wire.Mapped(tmp_path / "arena")), large)
+
+
+def test_the_memory_of_a_reference_is_given_back_and_nothing_else(tmp_path):
+    """Beyond what is kept in memory too: released tensors are read again, and what was written to others stays."""
+    shelf, arena = Shelf(), wire.Arena(tmp_path / "arena")
+    first, second = (shelf.keep(torch.randn(5_000_000, dtype=torch.float64)) for _ in range(2))
+    kept = Kept(
+        {"w": first}, {"w": first}, {"w": second}, {}, {"w": {"step": 1}}, {}, release=shelf.release
+    )
+    batch = torch.randn(5000)
+
+    message = arena.dumps((kept, batch))
+    found, other = wire.loads(message, wire.Mapped(tmp_path / "arena"))
+    other.zero_()
+    found.release()
+
+    assert found.gradients["w"] is found.applied["w"]
+    assert torch.equal(found.gradients["w"], first)
+    assert torch.equal(found.after["w"], second)
+    assert not other.any()
+    shelf.close()
+    arena.close()
 
 
 def test_a_closure_travels_by_value():

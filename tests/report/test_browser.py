@@ -41,7 +41,9 @@ def test_every_example_opens(visit, name):
     assert quiet(page) == ([], [])
     assert all(more <= 0 for more in wider.values()), wider
     if name not in ("index", "several"):
-        assert page.locator("h1").inner_text() == words.headline(load(name)["cases"][0])
+        assert page.locator("h1").inner_text() == html.capital(
+            words.headline(load(name)["cases"][0])
+        )
 
 
 @pytest.mark.parametrize("name", ["EQ306", "several", "equivalent"])
@@ -358,6 +360,6 @@ def test_results_of_every_past_version_render(visit, path):
     page = visit(html.render(result))
 
     assert quiet(page) == ([], [])
-    assert page.locator("h1").inner_text() == words.headline(result["cases"][0])
+    assert page.locator("h1").inner_text() == html.capital(words.headline(result["cases"][0]))
     if result["cases"][0].get("per_parameter"):
         assert page.locator("table.params tbody tr").count() > 0

@@ -54,10 +54,63 @@ def test_the_index_links_every_example():
 
 
 def test_there_is_an_example_of_every_mutant():
-    """One per cause that one process can show."""
-    mutants = (HERE.parents[1] / "fixtures" / "mutants").glob("eq*.py")
+    """One per cause that one process can show, and per cause that takes several."""
+    mutants = HERE.parents[1] / "fixtures" / "mutants"
+    files = [*mutants.glob("eq*.py"), *(mutants / "ranks").glob("eq5*.py")]
 
-    assert {path.name[:5].upper() for path in mutants} <= set(NAMES)
+    assert {path.name[:5].upper() for path in files} <= set(NAMES)
+
+
+def test_cases_with_one_finding_share_a_block():
+    """The first in full, the others in a line each with their own numbers; another finding has its own block."""
+    cases = [case for case in load("several")["cases"] if words.failed(case)]
+    found = text.blocks(cases)
+
+    assert len(found) == 2
+    first, second = cases[:2]
+    assert found[0].startswith(text.block(first).splitlines()[0])
+    [line] = [each for each in found[0].splitlines() if second["id"] in each]
+    assert line.split() == [second["id"], "K=4", "3.0e+00", "4.000", line.split()[-1]]
+    assert max(map(len, found[0].splitlines())) <= text.WIDTH
+    assert text.blocks(cases[:1]) == [text.block(first)]
+
+
+@pytest.mark.parametrize(
+    ("key", "other"), [("verdict", "precision-loss"), ("target", "other.py"), ("workload", "w")]
+)
+def test_other_findings_have_blocks_of_their_own(key, other):
+    """Cases of another subject, or with another verdict, are not put together."""
+    case = load("EQ101")["cases"][0]
+
+    assert len(text.blocks([case, {**case, "id": "0123456789", key: other}])) == 2
+    assert len(text.blocks([case, {**case, "id": "0123456789"}])) == 1
+
+
+def test_notes_of_all_cases_are_in_their_block():
+    """None is lost, and none is said twice."""
+    case = load("EQ101")["cases"][0]
+    both = [{**case, "notes": ["first", "shared"]}, {**case, "notes": ["shared", "second"]}]
+
+    [found] = text.blocks(both)
+
+    assert [found.count(f"note      {each}\n") for each in ("first", "shared", "second")] == [
+        1,
+        1,
+        1,
+    ]
+
+
+def test_a_warning_says_what_was_measured():
+    """Counts and bytes, in the text, the page, the summary and the annotation of a workflow."""
+    found = load("EQ503")
+    told = "4 reductions (98.5 kB) per optimizer step, where 1 reduction (24.6 kB) would do"
+
+    assert found["cases"][0]["verdict"] == "equivalent"
+    for shown in (text.render(found), markdown.render(found), html.render(found)):
+        assert told in " ".join(unescape(shown).split())
+    [command] = github.commands(found)
+    assert command.startswith("::warning ")
+    assert told in command
 
 
 def paths(value, place=()):

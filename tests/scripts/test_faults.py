@@ -25,6 +25,16 @@ def test_a_right_script_is_equivalent(decide):
     assert "dropout was switched off in every run" in entry["notes"]
 
 
+@pytest.mark.parametrize("steps", [2, pytest.param(4, marks=slow)])
+def test_a_script_that_trains_for_longer_is_ended(decide, steps):
+    """Every role sees the same optimizer steps, and what comes after them is waited for by none."""
+    entry = decide(command("classify"), command("classify", *ACCUMULATED), optimizer_steps=steps)
+
+    assert entry["verdict"] == "equivalent", told(entry)
+    assert entry["optimizer_steps_seen"] == {"full_batch": steps, "accumulated": steps}
+    assert entry["ended_after_optimizer_steps"] == steps
+
+
 @pytest.mark.parametrize(
     ("mistake", "code"),
     [
@@ -50,14 +60,18 @@ def test_a_planted_fault_is_proved(decide, mistake, code):
     assert causes(entry) == [(code, "proved")], told(entry)
 
 
-def test_other_samples_are_no_divergence(decide):
+@pytest.mark.parametrize(
+    ("mistake", "step"),
+    [("shuffle-by-batch-size", 0), pytest.param("shuffle-later", 3, marks=slow)],
+)
+def test_other_samples_are_no_divergence(decide, mistake, step):
     """A shuffle that depends on the batch size gives other samples to the same optimizer step."""
-    fault = ("--mistake", "shuffle-by-batch-size")
+    fault = ("--mistake", mistake)
     entry = decide(command("classify", *fault), command("classify", *ACCUMULATED, *fault))
 
     assert entry["verdict"] == "invalid", told(entry)
     assert causes(entry) == [("EQ601", "proved")]
-    assert entry["causes"][0]["optimizer_step"] == 0
+    assert entry["causes"][0]["optimizer_step"] == step
 
 
 def test_an_unseeded_script_cannot_be_decided(decide):
@@ -121,3 +135,56 @@ def test_a_coarse_buffer_is_a_loss_of_precision(decide):
     )
 
     assert (entry["verdict"], causes(entry)) == ("precision-loss", [("EQ401", "proved")])
+
+
+@pytest.mark.parametrize(
+    ("mistake", "code"),
+    [
+        pytest.param(None, None, marks=slow),
+        ("auxiliary-undivided", "EQ106"),
+        pytest.param("penalty-undivided", "EQ107", marks=slow),
+        pytest.param("penalty-by-itself", "EQ107", marks=slow),
+    ],
+)
+def test_one_addend_with_a_wrong_factor_is_told_from_the_others(decide, mistake, code):
+    """A loss of three addends: the main one, an auxiliary one, a penalty that is the same in every micro-batch."""
+    fault = ("--mistake", mistake) if mistake else ()
+    entry = decide(command("multitask", *fault), command("multitask", *ACCUMULATED, *fault))
+
+    assert causes(entry) == ([(code, "proved")] if code else []), told(entry)
+    assert entry["verdict"] == ("divergent" if code else "equivalent")
+    assert entry["warnings"] == []
+
+
+@pytest.mark.parametrize(
+    ("mistake", "rule"),
+    [
+        ("log-divided-twice", "divided by accumulation_steps once too often"),
+        pytest.param("log-summed", "summed, not averaged", marks=slow),
+    ],
+)
+def test_a_printed_loss_that_is_a_multiple_of_the_true_one_is_wrong(decide, mistake, rule):
+    fault = ("--mistake", mistake)
+    entry = decide(command("multitask", *fault), command("multitask", *ACCUMULATED, *fault))
+
+    assert (entry["verdict"], causes(entry)) == ("divergent", [("EQ701", "proved")]), told(entry)
+    assert entry["causes"][0]["evidence"]["rule"] == rule
+    assert entry["headline"].startswith("EQ701 logged-loss: printed losses differ by")
+
+
+@slow
+@pytest.mark.parametrize("expect", [(), ("EQ701",)], ids=["", "expected"])
+def test_a_printed_loss_of_the_last_micro_batch_is_a_warning(decide, expect):
+    """Many print it and know it; who declares the cause takes the printed number for the log."""
+    fault = ("--mistake", "log-last")
+    entry = decide(
+        command("multitask", *fault), command("multitask", *ACCUMULATED, *fault), expect=expect
+    )
+
+    if expect:
+        assert (entry["verdict"], causes(entry)) == ("expected", [("EQ701", "proved")])
+        return
+    assert (entry["verdict"], causes(entry)) == ("equivalent", [])
+    [warning] = entry["warnings"]
+    assert warning["code"] == "EQ701"
+    assert warning["evidence"]["rule"] == "the last backward's loss, times accumulation_steps"

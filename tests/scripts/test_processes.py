@@ -192,6 +192,18 @@ def test_recordings_are_made_and_compared(tmp_path):
     code, output = run("compare", "full", "faulty", "--json", "result.json")
     assert code == 1
     assert "EQ101 missing-division (suspected)" in output
+    told = " ".join(output.split())
+    assert "replay equivcheck compare full faulty learn" in told
+    for name, extra in (
+        ("full", ""),
+        ("accumulated", " --batch-size 4 --accum 4 --mistake missing-division"),
+    ):
+        assert f"--{name} '{command('classify')}{extra}'" in told
+    code, output = run("replay", "", "--result", "result.json")
+    assert code == 2
+    assert re.search(
+        r"there is nothing to run again\n.*\n +fix +equivcheck compare full faulty", output
+    )
 
     path = tmp_path / "faulty" / "rank-0" / "recording.safetensors"
     path.write_bytes(path.read_bytes()[:-100])

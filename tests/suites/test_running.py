@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from equivcheck.api import plan
 from equivcheck.config import OPTIONS
 from equivcheck.errors import UsageError
 from equivcheck.report import matrix, text
+from equivcheck.subject import executed_again, module_at
 from equivcheck.suite import bundled, expanded, read_suite
 
 FIXTURES = bundled("fixtures")
@@ -41,6 +43,32 @@ WORKLOADS = [
         **{{**PARTS, "build": part("{FIXTURES}/models/normed.py:Normed", norm="batch_1d")}},
     ),
 ]
+"""
+STEP = """
+import torch
+from fixtures.rates import NAME, RATE
+
+assert NAME == "FOLDER", NAME
+
+
+def build():
+    return torch.nn.Linear(2, 1)
+
+
+def batches():
+    return [{"x": torch.randn(8, 2)}]
+
+
+def train(model, loader, accumulation_steps):
+    from fixtures import rates  # while it trains, too
+
+    assert rates.NAME == "FOLDER"
+    stepper = torch.optim.SGD(model.parameters(), RATE)
+    for step, batch in enumerate(loader):
+        (model(batch["x"]).square().mean() / accumulation_steps).backward()
+        if (step + 1) % accumulation_steps == 0:
+            stepper.step()
+            stepper.zero_grad()
 """
 HANGING = """
 import os, signal, time
@@ -158,14 +186,60 @@ def test_a_file_of_the_user_named_like_a_module_does_not_reach_the_workers(tmp_p
     assert (0, False) == (done.returncode, "imported" in done.stdout + done.stderr)
 
 
-def test_a_killed_run_is_resumed(suite):
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_packages_of_the_user_are_not_taken_for_ours(suite, jobs):
+    """A project may have `fixtures` and `suites` as well, and be where the command was started."""
+    for name in ("fixtures", "suites"):
+        (suite / name / "models").mkdir(parents=True)
+        for folder in (suite / name, suite / name / "models"):
+            (folder / "__init__.py").write_text("OWN = 1\n", encoding="utf-8")
+    loop = (FIXTURES / "suite_trainers" / "naive.py").read_text(encoding="utf-8")
+    own = "from fixtures.models import OWN\nimport suites\n"
+    (suite / "loop.py").write_text(loop.replace("from typing", own + "from typing", 1), "utf-8")
+
+    done = cli(
+        suite, "run", "suite:loss_normalization", "--train", "loop.py:train", "-j", jobs,
+        "-k", "workload=mean and split=even and accumulation_steps=2",
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_packages_of_the_same_name_in_two_folders(tmp_path):
+    """Each target imports its own, in one run."""
+    for folder, rate in (("one", "0.1"), ("other", "0.2")):
+        package = tmp_path / folder / "fixtures"
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text("", encoding="utf-8")
+        (package / "rates.py").write_text(f"RATE = {rate}\nNAME = {folder!r}\n", encoding="utf-8")
+        (package / "step.py").write_text(STEP.replace("FOLDER", folder), encoding="utf-8")
+
+    done = cli(tmp_path, "run", "one/fixtures/step.py", "other/fixtures/step.py")
+
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_resume_without_a_journal_starts(suite):
+    """A workflow that always resumes has a first run too; that it was one is said."""
+    done = cli(suite, "run", "mine.py", "-k", "right", "--json", "r.json", "--resume")
+    again = cli(suite, "run", "mine.py", "-k", "right", "--json", "r.json", "--resume")
+
+    assert (done.returncode, again.returncode) == (0, 0)
+    assert "resumed: nothing was finished before" in done.stdout
+    assert "resumed: 2 cases were finished before" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("more", "total"), [(("-j", "2"), 8), (("-j", "1"), 8), (("-j", "2", "--shard", "2/2"), 4)]
+)
+def test_a_killed_run_is_resumed(suite, more, total):
     """No case is lost and none is run twice."""
-    run = [sys.executable, "-m", "equivcheck", "run", "mine.py", "--json", "r.json", "-j", "2"]
+    run = [sys.executable, "-m", "equivcheck", "run", "mine.py", "--json", "r.json", *more]
     process = subprocess.Popen(run, cwd=suite, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     journal = suite / "r.jsonl"
     end = time.monotonic() + 120
     while time.monotonic() < end:
-        if journal.exists() and len(journal.read_text(encoding="utf-8").splitlines()) >= 3:
+        if journal.exists() and len(journal.read_text(encoding="utf-8").splitlines()) >= 2:
             break
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
@@ -174,11 +248,11 @@ def test_a_killed_run_is_resumed(suite):
         stream.write('{"id": "cut off')
     before = [json.loads(line) for line in journal.read_text(encoding="utf-8").splitlines()[1:-1]]
 
-    resumed = cli(suite, "run", "mine.py", "--json", "r.json", "-j", "2", "--resume")
+    resumed = cli(suite, *run[3:], "--resume")
     lines = [json.loads(line) for line in journal.read_text(encoding="utf-8").splitlines()[1:]]
 
     assert resumed.returncode == 1
-    assert len(lines) == len({line["id"] for line in lines}) == 8
+    assert len(lines) == len({line["id"] for line in lines}) == total
     assert lines[: len(before)] == before
     assert cases(suite / "r.json").keys() == {line["id"] for line in lines}
     (suite / "mine.py").write_text(SUITE + "\n", encoding="utf-8")
@@ -197,6 +271,85 @@ def test_results_that_disagree_are_refused(suite):
     assert merged.returncode == 2
     assert "disagree about case" in merged.stderr
     assert not (suite / "c.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("shards", "told"),
+    [
+        (("1/2", "1/3"), "shards of other runs: 1/2, 1/3"),
+        (("1/2", "1/2"), "shard 1/2 is there twice"),
+        (("1/2", "2/2"), "shards overlap: case"),
+    ],
+    ids=["other-counts", "twice", "overlapping"],
+)
+def test_shards_that_are_no_parts_of_one_run_are_refused(tmp_path, shards, told):
+    """Which files they are is said, and nothing is written."""
+    case = {"id": "0123456789", "verdict": "equivalent", "causes": [], "target": "suite:amp"}
+    paths = []
+    for number, shard in enumerate(shards):
+        whole = results.assemble([case], target="suite:amp")
+        paths.append(tmp_path / f"{number}.json")
+        results.write(paths[-1], {**whole, "shard": shard, "planned": 2})
+
+    merged = cli(tmp_path, "merge", *map(str, paths), "--json", "all.json")
+
+    assert merged.returncode == 2
+    assert told in merged.stderr
+    assert "1.json" in merged.stderr
+    assert not (tmp_path / "all.json").exists()
+
+
+def test_a_shard_that_lacks_cases_is_no_whole(suite):
+    """All shards are there, and one was made with fewer cases: the merged result is partial, and says so."""
+    for shard in ("1/2", "2/2"):
+        cli(suite, "run", "mine.py", "-k", "right", "--shard", shard, "--json", f"{shard[0]}.json")
+    other = json.loads((suite / "2.json").read_text(encoding="utf-8"))
+    (suite / "2.json").write_text(json.dumps({**other, "cases": []}), encoding="utf-8")
+
+    merged = cli(suite, "merge", "1.json", "2.json", "--json", "-")
+
+    assert merged.returncode == 130
+    assert "1 of 2 cases are in none of the results" in json.loads(merged.stdout)["notes"][-1]
+
+
+def test_every_scheduler_and_optimizer_of_torch_has_a_row():
+    """Those that a newer torch brings are missed here."""
+    import torch
+
+    def used(target):
+        suite = bundled("suites").joinpath(f"{target}.py").read_text(encoding="utf-8")
+        text = (FIXTURES / "schedules.py").read_text(encoding="utf-8")
+        text += (FIXTURES / "trainers" / "lbfgs.py").read_text(encoding="utf-8")
+        return set(re.findall(r"\w+", suite + text))
+
+    schedulers = {
+        name
+        for name, kind in vars(torch.optim.lr_scheduler).items()
+        if isinstance(kind, type) and issubclass(kind, torch.optim.lr_scheduler.LRScheduler)
+    } - {"LRScheduler", "_LRScheduler"}
+    optimizers = {
+        name
+        for name, kind in vars(torch.optim).items()
+        if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
+    } - {"Optimizer"}
+
+    assert len(schedulers) > 12
+    assert len(optimizers) > 12
+    assert schedulers - used("schedulers") == set()
+    assert optimizers - used("optimizers") == set()
+
+
+def test_the_digits_are_those_of_scikit_learn():
+    """What is kept beside the fixtures, so that a wheel needs nothing else, is the data set that it says it is."""
+    import torch
+    from sklearn.datasets import load_digits
+
+    [module] = executed_again([module_at(str(FIXTURES / "batches" / "digits.py"))])
+    images, classes = module._digits()
+    theirs = load_digits()
+
+    assert torch.equal(images, torch.tensor(theirs.data, dtype=torch.float32) / 16)
+    assert torch.equal(classes, torch.tensor(theirs.target))
 
 
 def test_there_are_five_hundred_cases():

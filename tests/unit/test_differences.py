@@ -279,6 +279,14 @@ def test_many_pairs_of_every_size_and_kind(monkeypatch):
     assert sum((m.count for m in measured), 0) == 347
 
 
+def test_many_pairs_may_have_overflowed():
+    """What is not finite is seen in its own pair, without a warning: a test suite makes errors of those."""
+    both = torch.tensor([math.inf, -math.inf])  # their sum is no number
+    found = sums_many([(torch.ones(2), both), (torch.ones(2), torch.ones(2))])
+
+    assert [each.finite for each in found] == [False, True]
+
+
 def test_the_difference_is_json():
     measured = sums(torch.ones(4), 2 * torch.ones(4))
 

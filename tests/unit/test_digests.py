@@ -119,3 +119,12 @@ def test_what_has_no_rows_is_left_out():
 def test_a_call_without_tensors_has_no_rows():
     assert row_digests([], Rule()) == []
     assert row_digests([("args.0", torch.tensor(3.0))], Rule()) == []
+
+
+def test_samples_may_stand_in_dimension_one():
+    """Models that take time first: [T, B, C]."""
+    rows = torch.randn(5, 8, 3)
+    whole = digests(rows, Rule(axis=1))
+
+    assert whole == digests(rows.transpose(0, 1))
+    assert [each for part in rows.split(2, dim=1) for each in digests(part, Rule(axis=1))] == whole

@@ -11,6 +11,7 @@ const make = (name, props, ...children) => {
   e.append(...children);
   return e;
 };
+const breakable = (name) => name.split(/(?<=[._])(?=\w)/).flatMap((part, i) => i ? [make("wbr", {}), part] : [part]);
 const say = (text) => { const e = $("#said"); if (e) e.textContent = text; };
 const sci = (v) => v == null ? "-" : v === 0 ? "0" : v.toExponential(1).replace(/e([+-])(\d)$/, "e$10$2");
 const four = (v) => v == null ? "-" : v.toPrecision(4);
@@ -180,7 +181,7 @@ function peek(id) {
   box.replaceChildren(
     make("b", {textContent: c.headline ? `${c.verdict}: ${c.headline}` : c.verdict}),
     make("p", {className: "quiet small", textContent: [c.target, c.workload, `K=${c.accumulation_steps}`, `case ${c.id}`, ...d.map(([n, v]) => `${n} ${sci(v.relative)}, noise ${sci(v.control)}`)].filter(Boolean).join(" · ")}),
-    make("code", {textContent: `equivcheck replay ${c.id}`}));
+    make("code", {textContent: c.replay === undefined ? `equivcheck replay ${c.id}` : c.replay || ""}));
 }
 
 // Tables -------------------------------------------------------------------------------------------
@@ -200,7 +201,7 @@ function grow(id, count) {
       return td;
     };
     const row = make("tr", {id: `${id}/${r.name}`, className: !r.zero && r.multiple > limit ? "beyond" : "", tabIndex: -1},
-      make("th", {scope: "row"}, make("code", {textContent: r.name})),
+      make("th", {scope: "row"}, make("code", {}, ...breakable(r.name))),
       cell("relative", r.zero ? -1 : r.relative == null ? Infinity : r.relative, r.zero ? "~0" : sci(r.relative)));
     if (noise) row.append(cell("× noise", r.zero ? -1 : r.multiple, r.zero ? "-" : times(r.multiple)));
     row.append(cell("scale", r.scale, four(r.scale)), cell("cosine", r.cosine, four(r.cosine)), cell("norm", r.norm, sci(r.norm)));
@@ -240,7 +241,7 @@ for (const table of $$("[data-sortable]")) {
 // Charts -------------------------------------------------------------------------------------------
 // Exact zeros have a place of their own at the foot of the axis; the data stay what they are.
 const LINES = [["gradients", "gradients"], ["parameters", "parameters"], ["losses", "losses"], ["learning_rates", "learning rates"], ["buffers", "buffers"], ["optimizer_state", "optimizer state"]];
-const COLORS = ["acc", "s1", "s2", "s3", "s4", "s4"];
+const COLORS = ["acc", "s1", "s2", "s3", "s5", "s4"];
 const sync = window.uPlot && uPlot.sync("steps");
 function chart(holder) {
   const id = holder.dataset.chart.split(":")[0], s = (cases.get(id) || {}).steps;
@@ -261,7 +262,7 @@ function chart(holder) {
   }
   const known = columns.slice(1).flat().filter((v) => v > 0).map(Math.log10);
   const low = Math.min(-17, Math.floor(Math.min(...known))), high = Math.max(0, Math.ceil(Math.max(...known)));
-  const foot = 10 ** low, fwd = (v) => v > foot ? Math.log10(v) : low, every = Math.max(1, Math.ceil((high - low) / 6));
+  const foot = 10 ** low, base = 10 ** (low - .4), fwd = (v) => v > foot ? Math.log10(v) : v === base ? low - .4 : low, every = Math.max(1, Math.ceil((high - low) / 6));
   const splits = [foot];
   for (let e = high; e > low; e -= every) splits.push(10 ** e);
   splits.sort((a, b) => a - b);
@@ -271,9 +272,11 @@ function chart(holder) {
   const u = new uPlot({
     width: Math.max(200, box.clientWidth), height: innerWidth < 600 ? 230 : 280,
     cursor: {sync: {key: sync.key}, drag: {x: true, y: false}}, legend: {live: true},
-    scales: {x: {time: false}, y: {distr: 100, fwd, bwd: (v) => 10 ** v, range: [foot, 10 ** high]}},
+    scales: {x: {time: false}, y: {distr: 100, fwd, bwd: (v) => 10 ** v, range: [base, 10 ** high]}},
     axes: [{...axis, size: 28, space: 60, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000]}, {...axis, size: 50, splits: () => splits, filter: (u, v) => v, values: (u, vs) => vs.map((v) => v <= foot ? "0" : v === 1 ? "1" : `1e${Math.round(Math.log10(v))}`)}],
+    hooks: {setLegend: [(u) => u.root.querySelector(".u-legend").classList.toggle("idle", u.cursor.idx == null)]},
     series}, columns, box);
+  series.forEach((s, i) => { if (s.label === "noise" || s.label === "limit") $$(".u-marker", u.root)[i].classList.add(s.label); });
   api.charts[holder.dataset.chart] = u;
   holder.style.display = "none";
   new ResizeObserver(() => { const w = box.clientWidth; if (w && w !== u.width) u.setSize({width: w, height: u.height}); }).observe(box);
@@ -287,7 +290,7 @@ $$("[data-chart],[data-cells]").forEach((e) => { if (e.dataset.cells) e.hidden =
 async function cells(box) {
   const c = cases.get(box.dataset.cells), m = c && c.cells;
   const columns = m ? m.optimizer_step.length : 0;
-  if (!m || m.names.length * columns < 40 || m.names.length < 13 || !window.DecompressionStream) { box.hidden = true; return; }
+  if (!m || m.names.length * columns < 400 || !window.DecompressionStream) { box.hidden = true; return; }
   const packed = Uint8Array.from(atob(m.zlib_base64), (x) => x.charCodeAt(0));
   const bytes = new Uint8Array(await new Response(new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"))).arrayBuffer());
   const canvas = make("canvas", {width: columns, height: m.names.length}), told = make("p", {className: "quiet small"});

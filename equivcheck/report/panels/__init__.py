@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from equivcheck.report.panels._panel import Panel, short
-from equivcheck.report.panels.causes import causes, proof, ruler
+from equivcheck.report.panels.causes import causes, proof, ruler, warnings
 from equivcheck.report.panels.measured import control, precision, ranks
 from equivcheck.report.panels.parameters import heatmap, parameters
 from equivcheck.report.panels.start import start
@@ -28,6 +28,7 @@ __all__ = [
     "short",
     "start",
     "walk",
+    "warnings",
     "weights",
 ]
 

@@ -52,7 +52,7 @@ def _precision_in_words(case: Mapping[str, Any], whole: Mapping[str, Any]) -> st
 
 
 def ranks(case: Mapping[str, Any]) -> Panel:
-    """Return what is known of each rank; None with one process."""
+    """Return what is known of each rank, and what they sent each other; None with one process."""
     given = case.get("ranks")
     if not given and (case.get("world_size") or 1) < 2:
         return None
@@ -60,14 +60,91 @@ def ranks(case: Mapping[str, Any]) -> Panel:
     rows = [each for each in rows if isinstance(each, Mapping)]
     titles = list(dict.fromkeys(key for row in rows for key in row if _flat(row[key])))
     facts = given if isinstance(given, Mapping) else {}
+    told = f"{case.get('world_size')} ranks, strategy {case.get('strategy')}."
+    sent = _sent(rows)
     return {
         "world_size": case.get("world_size"),
         "strategy": case.get("strategy"),
-        "titles": titles,
-        "rows": [[short(row.get(title, "")) for title in titles] for row in rows],
+        "titles": [_RANK_TITLES.get(title, title.replace("_", " ")) for title in titles],
+        "rows": [[_of_rank(title, row.get(title)) for title in titles] for row in rows],
         "facts": [(str(k).replace("_", " "), short(v)) for k, v in facts.items() if _flat(v)],
-        "told": f"{case.get('world_size')} ranks, strategy {case.get('strategy')}.",
+        "sent": sent,
+        "told": f"{told} {_sent_in_words(sent)}".strip(),
     }
+
+
+_RANK_TITLES = {"gradients": "gradients off by"}
+
+
+def _of_rank(title: str, value: Any) -> str:
+    if title == "gradients":
+        return words.number(value)
+    return f"{value:.2f}" if title == "seconds" and isinstance(value, float) else short(value)
+
+
+def _sent(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return what each rank sent in each optimizer step; equal steps, and equal ranks, in one row."""
+    found: list[dict[str, Any]] = []
+    for row in rows:
+        for each in row.get("collectives") or ():
+            kinds = each.get("kinds") or {}
+            key = (each.get("count"), each.get("bytes"), sorted(kinds.items()))
+            step, rank = each.get("optimizer_step"), row.get("rank")
+            same = next((f for f in found if f["key"] == key and rank in f["at"]), None)
+            if same is None:
+                found.append({"key": key, "at": {rank: [step]}})
+            else:
+                same["at"][rank].append(step)
+    merged: list[dict[str, Any]] = []
+    for each in found:
+        [(rank, steps)] = each["at"].items()
+        same = next((m for m in merged if (m["key"], m["steps"]) == (each["key"], steps)), None)
+        if same is None:
+            merged.append({"key": each["key"], "steps": steps, "ranks": [rank]})
+        else:
+            same["ranks"].append(rank)
+    return [
+        {
+            "steps": _runs(each["steps"]),
+            "last": each["steps"][-1],
+            "several": len(each["steps"]) > 1,
+            "ranks": "all" if len(each["ranks"]) == len(rows) else _runs(each["ranks"]),
+            "count": each["key"][0],
+            "bytes": words.size(each["key"][1] or 0),
+            "kinds": ", ".join(
+                f"{kind.replace('_', '-')} \N{MULTIPLICATION SIGN} {count}"
+                for kind, count in each["key"][2]
+            ),
+        }
+        for each in sorted(merged, key=lambda m: (m["steps"], m["ranks"]))
+    ]
+
+
+def _runs(numbers: Sequence[int]) -> str:
+    """Return `0, 2 to 5` for 0 2 3 4 5."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(
+        f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs
+    )
+
+
+def _sent_in_words(sent: Sequence[Mapping[str, Any]]) -> str:
+    if not sent:
+        return ""
+    if not any(each["count"] for each in sent):
+        return "Nothing was sent from one rank to another."
+    last = max(sent, key=lambda each: each["last"])  # the first steps set things up
+    often = "collective" if last["count"] == 1 else "collectives"
+    several = "s" if last["several"] else ""
+    return (
+        f"In optimizer_step{several} {last['steps']} each rank takes part in {last['count']} {often}, "
+        f"{last['bytes']}."
+    )
 
 
 def _flat(value: Any) -> bool:

@@ -88,7 +88,7 @@ def _start_of_an_old_result(case: Mapping[str, Any]) -> Panel:
 
 def _where_it_starts(case: Mapping[str, Any], noise: Sequence[float | None] | None) -> str:
     quiet = max((n for n in noise or () if n is not None), default=None)
-    told = f"; rounding alone makes {words.number(quiet)}" if quiet is not None else ""
+    told = f"; rounding alone makes at most {words.number(quiet)}" if quiet is not None else ""
     findings = [f for f in case.get("findings") or () if (f.get("optimizer_step") or 0) >= 0]
     if not case.get("findings"):
         if any((cause.get("evidence") or {}).get("shared") for cause in case.get("causes") or ()):
@@ -110,8 +110,14 @@ def _where_it_starts(case: Mapping[str, Any], noise: Sequence[float | None] | No
     same = [f for f in findings if f["kind"] == first["kind"]]
     sizes = [f["relative"] for f in same if f.get("relative") is not None]
     if kind == "samples":
-        said = "samples are matched otherwise: optimizer steps consumed other samples"
-        return f"From optimizer_step {first['optimizer_step']} on, {said}{told}."
+        seen = case.get("optimizer_steps_seen") or {}
+        mine, theirs = seen.get("accumulated"), seen.get("full_batch")
+        steps = (
+            f" The accumulated run made {mine} optimizer step{'' if mine == 1 else 's'}, the full batch {theirs}."
+            if mine != theirs
+            else ""
+        )
+        return f"From optimizer_step {first['optimizer_step']} on, the two runs consumed other samples{told}.{steps}"
     if kind == "none":
         return f"From optimizer_step {first['optimizer_step']} on, some gradients are absent in one run."
     size = ""

@@ -81,6 +81,7 @@ def walk(case: Mapping[str, Any]) -> Panel:
         ),
         "events": {role: both[role]["events"] for role in ("full_batch", "accumulated")},
         "left_out": sum(both[role].get("left_out", 0) for role in ("full_batch", "accumulated")),
+        "rank": 0 if (case.get("world_size") or 1) > 1 else None,
         "told": _walk_in_words(events, missing, cycle),
     }
 
@@ -119,11 +120,25 @@ def _facts(
             rows.append({"title": title, "cells": lead + cells})
     for each in [case.get("attribution") or {}, *(case.get("attributions") or ())]:
         found = each.get("candidate_weights")
-        if each.get("optimizer_step") == cycle and found and not isinstance(found[0], list):
-            if len(found) == len(columns):
-                rows.append({"title": "weight", "cells": lead + [words.factor(w) for w in found]})
+        if each.get("optimizer_step") == cycle and found:
+            own = found[0] if isinstance(found[0], list) else found  # the calls shown are rank 0's
+            if len(own) == len(columns):
+                rows.append({"title": "weight", "cells": lead + [words.factor(w) for w in own]})
             break
+    reduced = _reductions(case, cycle)
+    if any(reduced) and len(reduced) == len(columns):
+        rows.append({"title": "all-reduces", "cells": lead + [str(n or "") for n in reduced]})
     return rows
+
+
+def _reductions(case: Mapping[str, Any], cycle: int) -> Sequence[int]:
+    """Return how often rank 0 reduced after each backward of the cycle, as written."""
+    for rank in case.get("ranks") or ():
+        for each in rank.get("collectives") or () if isinstance(rank, Mapping) else ():
+            if each.get("optimizer_step") == cycle:
+                return each.get("reductions") or ()
+        break
+    return ()
 
 
 def _sum_of_losses(events: Sequence[Mapping[str, Any]]) -> str:
@@ -158,9 +173,17 @@ def _walk_in_words(
             else "is seen"
         )
         said.append(f"{CALLS[kind]} {verb} {often} inside the cycle, after micro_step {after}")
-    said += [f"{CALLS[kind]} is missing" for kind in CALLS if kind in missing]
-    if not said:
+    gone = [CALLS[kind] for kind in CALLS if kind in missing]
+    if not said and not gone:
         return (
             f"In optimizer_step {cycle} both runs make the same calls, and none inside the cycle."
         )
-    return f"In optimizer_step {cycle}, {'; '.join(said)}. The full batch has none of that."
+    told = (
+        f"In optimizer_step {cycle}, {'; '.join(said)}. The full batch has none of that."
+        if said
+        else ""
+    )
+    if gone:
+        verb = "is" if len(gone) == 1 else "are"
+        told += f" In optimizer_step {cycle}, {' and '.join(gone)} {verb} missing, which the full batch has."
+    return told.strip()

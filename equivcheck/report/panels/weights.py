@@ -8,6 +8,8 @@ from typing import Any
 from equivcheck.report import words
 from equivcheck.report.panels._panel import Panel
 
+MOST_RANKS = 8  # in a sentence
+
 
 def weights(case: Mapping[str, Any]) -> Panel:
     """Return what each micro-batch should count and what it counts, per rank."""
@@ -69,7 +71,11 @@ def _counts(case: Mapping[str, Any], theories: Sequence[Sequence[Any]]) -> list[
         numbers = [v for row in values for v in row] if _nested(values) else list(values)
         followed = len(set(numbers)) > 1 and _proportional(flat, numbers)
         if label == "rows" or followed:
-            found.append({"label": label, "values": numbers, "followed": followed})
+            each = len(theories[0]) if len(numbers) == len(flat) else len(numbers)
+            shown = " | ".join(
+                " ".join(map(str, numbers[at : at + each])) for at in range(0, len(numbers), each)
+            )
+            found.append({"label": label, "values": numbers, "shown": shown, "followed": followed})
     return found
 
 
@@ -109,11 +115,32 @@ def _weights_in_words(
             f"(residual {words.number(residuals['candidate'])}): something changed within the cycle."
         )
     else:
-        told = _ratios_in_words(bars, fine, several=len(rows) > 1)
+        told = _ranks_in_words(rows, fine) or _ratios_in_words(bars, fine, several=len(rows) > 1)
     followed = next((c["label"] for c in counts if c["followed"]), None)
     if followed:
         told += f" The right weights follow the count of {followed}."
     return told
+
+
+def _ranks_in_words(rows: Sequence[Mapping[str, Any]], fine: float) -> str:
+    """Return what is wrong between ranks; empty where there is one, or nothing wrong, or more than that."""
+    ratios = [[bar["ratio"] for bar in row["bars"]] for row in rows]
+    if len(rows) < 2 or any(r is None for row in ratios for r in row):
+        return ""
+    means = [sum(row) / len(row) for row in ratios]
+    alike = all(
+        abs(r - mean) <= fine * max(abs(mean), 1.0)
+        for row, mean in zip(ratios, means, strict=True)
+        for r in row
+    )
+    if not alike or max(means) - min(means) <= fine * max(map(abs, means)):
+        return ""
+    told = [
+        f"rank {rank} counts {words.factor(mean)} times what it should"
+        for rank, mean in enumerate(means[:MOST_RANKS])
+    ]
+    more = ", ..." if len(means) > MOST_RANKS else ""
+    return f"The micro-batches of a rank count as they should among themselves, but {', '.join(told)}{more}."
 
 
 def _ratios_in_words(bars: Sequence[Mapping[str, Any]], fine: float, *, several: bool) -> str:
