@@ -136,12 +136,9 @@ $(ENVS)/%/installed: $(STAMP)
 		--editable '.[$*]'
 	touch $@
 
-# Families whose trainers the engine records.
-RECORDED := transformers lightning deepspeed
-
 # A family whose environment cannot be made is named, and fails the target; the others still run.
 test-frameworks: $(STAMP)
-	@failed=; for family in $(RECORDED); do \
+	@failed=; for family in $(FRAMEWORKS); do \
 		echo "== $$family"; \
 		$(MAKE) --no-print-directory env-$$family && \
 		$(ENVS)/$$family/bin/python -m pytest tests/frameworks tests/scripts -m $$family -q -p no:cacheprovider || failed="$$failed $$family"; \

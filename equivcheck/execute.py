@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from equivcheck import bridges
 from equivcheck.casting import promote_module
 from equivcheck.entropy import other_seeds, watch_entropy
 from equivcheck.errors import EquivcheckError, StepError, UsageError
@@ -110,7 +111,7 @@ def execute(
     def unseeded() -> None:
         recording.unseeded = True
 
-    with process_state(), watch_entropy(unseeded):
+    with process_state(), watch_entropy(unseeded), bridges.installed():
         seed_all(case.seed)  # modules may draw while they are imported
         code = subject.fresh()
         return _execute(subject, case, run, observer, code, recording, started, watch)
@@ -147,7 +148,7 @@ def _execute(
     watch: Callable[[Recording], None] | None,
 ) -> Recording:
     seed_all(case.seed)
-    model = _build(code, subject)
+    model, bridge = _build(code, subject)
     first = next((p for p in model.parameters()), None)
     recording.dtype = str(first.dtype).removeprefix("torch.") if first is not None else "float32"
     recording.parameters = sum(p.numel() for p in model.parameters())
@@ -159,6 +160,8 @@ def _execute(
         promote_module(model)
     feed = Feed(run.data, run.micro_batches, run.orders, own_length=run.own_length)
     offers = {**code.offers, **_offers(model, feed, case, run)}
+    if bridge is not None:
+        offers["model"] = bridge.model(promoted=run.is_promoted)
     _tell_horizon(offers)
     given = arguments(code.train, offers, subject.target)
 
@@ -194,7 +197,12 @@ def _execute(
         recorder.code = code
         recorder.data = run.data
 
+        if bridge is not None:
+            stack.enter_context(bridge.watched(recorder, promoted=run.is_promoted))
+
         def fetched(keys: list[Key]) -> None:
+            if bridge is not None:
+                bridge.settle()
             recorder.fetched(keys)
             if not run.prefetches:
                 entered(keys)
@@ -204,6 +212,7 @@ def _execute(
                 observer.enter(recorder, keys[0])
 
         feed.on_fetch = fetched
+        feed.on_again = recorder.usage.unused
         if "dataset" in given:
             feed.on_own = recorder.usage.forget
             stack.enter_context(feed.watching_own())
@@ -221,6 +230,8 @@ def _execute(
             stack.enter_context(other_seeds(run.seed_offset))
         try:
             returned = _call_train(code, given)
+            if bridge is not None:
+                bridge.settle()
         except EquivcheckError:
             raise
         except (Exception, SystemExit) as error:
@@ -276,16 +287,20 @@ def _call_train(code: Code, given: Mapping[str, object]) -> Any:
     return returned
 
 
-def _build(code: Code, subject: Subject) -> nn.Module:
+def _build(code: Code, subject: Subject) -> tuple[nn.Module, bridges.Bridge | None]:
+    """Return the module that is watched, and the bridge to the model where that is another framework's."""
     try:
         model = code.build()
     except (Exception, SystemExit) as error:
         raise raised("build", error, f"build() of {subject.target}") from error
+    bridge = bridges.across(model)
+    if bridge is not None:
+        model = bridge.module
     if not isinstance(model, nn.Module):
         raise UsageError(
             f"no-module: build() returned {type(model).__name__}",
             where=subject.target,
-            expected="a torch.nn.Module",
+            expected="a torch.nn.Module, a tree of JAX arrays, or a module of flax nnx or Keras",
             fix="return model",
         )
     if not any(p.requires_grad for p in model.parameters()):
@@ -295,7 +310,7 @@ def _build(code: Code, subject: Subject) -> nn.Module:
             expected="at least one parameter with requires_grad=True",
             because="every parameter is frozen, or the model has none: nothing could be compared",
         )
-    return model
+    return model, bridge
 
 
 def _offers(model: nn.Module, feed: Feed, case: Case, run: Run) -> dict[str, object]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -651,6 +651,10 @@ class Experiment:
                 found.setdefault(key, step.index)
         return found
 
+    def cycle_of(self, step: Step, cycles: Mapping[Key, int]) -> int:
+        """Return the cycle of a reference step: two optimizers may share the samples of one. -1 if it has none."""
+        return min((cycles[key] for key in step.samples if key in cycles), default=-1)
+
     def schedule(self) -> list[Place]:
         """Return the place of every backward of the candidate as written."""
         return self.candidate().places(self.cycles())
@@ -736,7 +740,7 @@ class Experiment:
                 if step.matched is None:
                     continue
                 target = reference.steps[step.matched]
-                cycle = min((cycles[key] for key in target.samples if key in cycles), default=-1)
+                cycle = self.cycle_of(target, cycles)
                 micro = of_cycle.get(cycle, [])
                 if "dataset" in self.wants:
                     micro = [s for (o, s) in pieces if o == step.optimizer and s <= target.samples]

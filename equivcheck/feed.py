@@ -172,6 +172,7 @@ class Feed:
         on_fetch: Called with the keys of each micro-batch, or sample, before it is handed out.
         on_served: Called with the micro-batch itself.
         singly: Whether samples were taken one at a time, so that nothing tells which make up a micro-batch.
+        on_again: Asked when samples are handed out again: whether all that was handed out before was only looked at.
         on_own: Called once, when the loop is seen to batch a data set that it made of all samples.
         own_length: Length of that data set, which an earlier run may have told; None if there is none.
     """
@@ -183,6 +184,7 @@ class Feed:
     on_served: Callable[[Any], None] = lambda _: None
     _seen: Counter[int] = field(default_factory=Counter)
     singly: bool = False
+    on_again: Callable[[], bool] = lambda: False
     on_own: Callable[[], None] = lambda: None
     own_length: int | None = None
     _own: Any = None
@@ -203,6 +205,7 @@ class Feed:
         """Hand out samples of one full batch as a micro-batch of its own storage."""
         places = [self.data.locate(sample) for sample in samples]
         batch = places[0][0]
+        self._look_again(samples)
         self.on_fetch([self._key(sample) for sample in samples])
         served = take(self.data.batches[batch], [row for _, row in places])
         self.on_served(served)
@@ -215,10 +218,17 @@ class Feed:
 
     def samples(self, positions: Sequence[int]) -> list[Any]:
         """Hand out the samples of one micro-batch, each without its batch dimension."""
+        if not self._busy and len(positions) > 1:
+            self._look_again(positions)
         keys = [self._key_at(position) for position in positions]
         if not self._busy:
             self.on_fetch(keys)
         return [self._one(sample) for _, sample in keys]
+
+    def _look_again(self, samples: Sequence[int]) -> None:
+        """Forget what was handed out, where a loop begins anew: it took a batch before, to learn its shapes, say."""
+        if any(sample in self._seen for sample in samples) and self.on_again():
+            self._seen.clear()
 
     def _key_at(self, position: int) -> Key:
         """Return the key of the sample that stands at a position in this pass over the data."""
@@ -242,6 +252,7 @@ class Feed:
         def fetch(fetcher: Any, index: Any) -> Any:
             if self._busy or not isinstance(index, list) or not self._is_own(fetcher.dataset):
                 return original(fetcher, index)
+            self._look_again(index)
             keys = [self._own_key(each) for each in index]
             self.on_fetch(keys)
             self._busy = True
@@ -265,10 +276,21 @@ class Feed:
         if self._own is None:
             if isinstance(dataset, _Rows | _Samples) or not self._taken_whole():
                 return False
-            self._own, self.own_length, self.singly = dataset, len(dataset), False
+            self._own, self.own_length, self.singly = dataset, self._length(dataset), False
             self._seen.clear()
             self.on_own()
-        return dataset is self._own
+        # Keras makes its data set anew, class and all, for every iterator.
+        return dataset is self._own or (
+            type(dataset).__qualname__ == type(self._own).__qualname__
+            and self._length(dataset) == self.own_length
+        )
+
+    def _length(self, dataset: Any) -> int:
+        """Return how many rows a data set of the loop's own has: as many as there are samples, if it cannot say."""
+        try:
+            return len(dataset)
+        except TypeError:
+            return self.data.total
 
     def _taken_whole(self) -> bool:
         """Return whether every sample was taken, one at a time."""

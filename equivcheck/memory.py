@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from equivcheck import bridges
 from equivcheck.errors import UsageError
 from equivcheck.execute import process_state
 from equivcheck.feed import Data
@@ -29,11 +30,13 @@ def estimate(subject: Subject, data: Data) -> dict[str, Any]:
 
     Bytes are those of float64 parameters, gradients and optimizer state; activations are not known beforehand.
     """
-    with process_state():
+    with process_state(), bridges.installed():
         try:
             model = subject.fresh().build()
+            bridge = bridges.across(model)
         except (Exception, SystemExit):  # noqa: BLE001 - the run itself reports it, with the user's traceback
             return {"parameters": 0, "bytes": 0, "disk_bytes": 0, "seconds": 0.0}
+    model = model if bridge is None else bridge.module
     count = sum(p.numel() for p in model.parameters()) if isinstance(model, nn.Module) else 0
     needed = count * DOUBLE * COPIES
     kept = count * DOUBLE * 4 * len(data.rows)

@@ -136,8 +136,8 @@ class View:
 
     def cycle_of(self, matched: int) -> int:
         """Return the cycle of a reference step: two optimizers may share the samples of one."""
-        samples = self.reference.steps[matched].samples
-        return min((self.cycles[key] for key in samples if key in self.cycles), default=matched)
+        found = self.experiment.cycle_of(self.reference.steps[matched], self.cycles)
+        return found if found >= 0 else matched
 
     def ordinal(self, step: Step) -> int:
         """Return the number of a step of the accumulated run among those of its own optimizer."""

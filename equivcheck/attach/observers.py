@@ -111,8 +111,9 @@ class Contributor(Follower):
 
     def enter(self, recorder: Recorder, cycle: int) -> None:
         """Set the model to the state that a cycle starts from, before each of its micro-batches."""
-        if self._is_native or cycle < 0:
-            return
+        timeline = recorder.recording.timeline
+        if self._is_native or cycle < 0 or (timeline and timeline[-1].kind == "fetch"):
+            return  # A graph that has not gone backward yet was made from the state as it is.
         kept = self._reference.kept[cycle - 1] if cycle > 0 else self._reference.initial
         if kept is not None:
             set_state(recorder, None, kept)

@@ -91,8 +91,11 @@ class Attachment:
         self._passed = 0
         self._saved = self._cost = 0.0
         self._reached_last = False
+        # A second optimizer steps on what the first has used, too: the first step counts.
         self._cycle_of = {
-            number: cycle for cycle, numbers in enumerate(spec.step_samples) for number in numbers
+            number: cycle
+            for cycle, numbers in reversed([*enumerate(spec.step_samples)])
+            for number in numbers
         }
 
     # ---- starting ------------------------------------------------------------------------------

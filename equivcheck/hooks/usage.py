@@ -100,10 +100,20 @@ class Usage(Hooks):
 
     def forget(self) -> None:
         """Forget what was handed out so far: it was copied, and comes again from the copy."""
-        if not self.recording.backwards:
-            self.recording.fetched.clear()
-            self.recording.timeline = [e for e in self.recording.timeline if e.kind != "fetch"]
-            self._consumed.clear()
+        self.unused()
+
+    def unused(self) -> bool:
+        """Forget what was handed out before the first backward, and return whether there was none."""
+        if self.recording.backwards:
+            return False
+        self.recording.fetched.clear()
+        self.recording.uses.clear()
+        self.recording.timeline = [e for e in self.recording.timeline if e.kind != "fetch"]
+        self._consumed.clear()
+        self._uses_taken.clear()
+        self._served.clear()
+        self.used_last = -1
+        return True
 
     def take(self, key: str) -> list[int]:
         """Return the micro-batches that an optimizer used up since its previous step.

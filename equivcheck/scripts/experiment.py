@@ -18,7 +18,7 @@ K micro-batches per cycle, R ranks.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -43,19 +43,21 @@ class ScriptData(Data):
     """The full batches of a script: a number of rows each; epochs may end in incomplete ones all along.
 
     Args:
-        cycles: The samples of each.
+        cycles: The samples of each, and the optimizer that used them first.
     """
 
-    def __init__(self, cycles: Sequence[frozenset[Key]]) -> None:
-        super().__init__([None] * len(cycles), [len(each) for each in cycles])
+    def __init__(self, cycles: Sequence[tuple[str, frozenset[Key]]]) -> None:
+        super().__init__([None] * len(cycles), [len(samples) for _, samples in cycles])
         object.__setattr__(self, "_cycles", cycles)
 
     @property
     def tail(self) -> set[int]:
-        """The samples of every full batch that is shorter than the longest."""
-        longest = max(self.rows, default=0)
-        cycles: Sequence[frozenset[Key]] = self._cycles  # type: ignore[attr-defined]
-        return {number for each in cycles if len(each) < longest for _, number in each}
+        """The samples of every full batch that is shorter than the longest of the same optimizer."""
+        cycles: Sequence[tuple[str, frozenset[Key]]] = self._cycles  # type: ignore[attr-defined]
+        longest: dict[str, int] = {}
+        for optimizer, samples in cycles:
+            longest[optimizer] = max(longest.get(optimizer, 0), len(samples))
+        return {n for name, each in cycles if len(each) < longest[name] for _, n in each}
 
 
 class ScriptExperiment(Experiment):
@@ -325,15 +327,23 @@ class ScriptExperiment(Experiment):
     @property
     def data(self) -> Data:  # type: ignore[override]
         """The full batches, as far as a script shows them: their rows, and which are incomplete."""
-        cycles = self._cycle_samples()
-        return ScriptData(cycles)
+        steps, found = self.reference().steps, self._cycle_samples()
+        return ScriptData([(steps[cycle].optimizer, found[cycle]) for cycle in found])
 
-    def _cycle_samples(self) -> list[frozenset[Key]]:
-        return list(dict.fromkeys(step.samples for step in self.reference().steps))
+    def _cycle_samples(self) -> dict[int, frozenset[Key]]:
+        """Return, by the full batch's step that used them first, the samples: in order."""
+        found: dict[int, set[Key]] = {}
+        for key, cycle in self.cycles().items():
+            found.setdefault(cycle, set()).add(key)
+        return {cycle: frozenset(found[cycle]) for cycle in sorted(found)}
 
     def data_for(self, interventions: Interventions, *, promoted: bool) -> Data:  # noqa: ARG002 - as the base
         """Return the data of a run."""
         return self.data.shorter() if any(each.shorter for each in interventions) else self.data
+
+    def cycle_of(self, step: Step, cycles: Mapping[Key, int]) -> int:
+        """Return the cycle of a reference step: of several forwards of the same rows, the last ones."""
+        return max((cycles[key] for key in step.samples if key in cycles), default=-1)
 
     def _micro_batches(self) -> dict[int, list[list[Key]]]:
         """Return the micro-batches of the accumulated run by the full batch's step: rank 0's, then rank 1's ..."""
@@ -349,6 +359,10 @@ class ScriptExperiment(Experiment):
     def _accumulation_steps(self, candidate: Recording) -> int:
         """Return K: how many micro-batches most cycles of a rank have, per one of the full batch."""
         cycles = self.cycles()
+        if not any(candidate.fetched):
+            # No module was called: optimizer steps are matched in order, and backwards tell.
+            steps = max(len(candidate.steps), 1)
+            return max(round(len(candidate.backwards) / steps), 1)
         counts = Counter(
             cycles[keys[0]] for keys in candidate.fetched if keys and keys[0] in cycles
         )
@@ -367,7 +381,7 @@ class ScriptExperiment(Experiment):
         if accumulation_steps not in {None, self.case.accumulation_steps}:
             raise UsageError(f"accumulation_steps {accumulation_steps} is not the command line's")
         found, micro = [], self._micro_batches()
-        for cycle in range(len(data.rows)):
+        for cycle in list(self._cycle_samples())[: len(data.rows)]:
             begin, spans = 0, []
             for keys in micro.get(cycle, []):
                 spans.append((begin, begin + len(keys)))
@@ -380,7 +394,7 @@ class ScriptExperiment(Experiment):
         micro = self._micro_batches()
         return [
             [number for _, number in keys]
-            for cycle in range(len(data.rows))
+            for cycle in list(self._cycle_samples())[: len(data.rows)]
             for keys in micro.get(cycle, [])
         ]
 
@@ -390,7 +404,7 @@ class ScriptExperiment(Experiment):
         return max((len(keys) for keys in self.candidate().fetched), default=0)
 
     def counts(self, accumulation_steps: int | None) -> dict[str, list[list[float]]]:
-        """Return what each micro-batch holds of what may be counted, by label; per cycle."""
+        """Return what each micro-batch holds of what may be counted, by label; for every step of the full batch."""
         if accumulation_steps not in {None, self.case.accumulation_steps}:
             return {}
         cycles, candidate = self.cycles(), self.candidate()
@@ -405,11 +419,10 @@ class ScriptExperiment(Experiment):
         labels = [
             label for label in (every[0] if every else {}) if all(label in each for each in every)
         ]
+        # Two optimizers may step on the same samples.
+        of_step = [self.cycle_of(step, cycles) for step in self.reference().steps]
         return {
-            label: [
-                [counts[label] for counts in counted.get(cycle, [])]
-                for cycle in range(len(self.data.rows))
-            ]
+            label: [[counts[label] for counts in counted.get(cycle, [])] for cycle in of_step]
             for label in labels
         }
 
@@ -449,7 +462,10 @@ class ScriptExperiment(Experiment):
 
     def other_samples(self) -> dict[str, Any] | None:
         """Return how the samples differ, with the first optimizer step in which they do; empty if they do not."""
-        if any(step.matched is None for step in self.control().steps):
+        control = self.control()
+        if len(control.steps) < len(self.reference().steps) or any(
+            step.matched is None for step in control.steps
+        ):
             return {}  # The full batch does not take the same samples twice: no run is like another.
         firsts = self._firsts()
         found = first_difference(firsts, self.candidate(), self.cycles(), self.data.tail)
@@ -494,7 +510,7 @@ class ScriptExperiment(Experiment):
                 if step.matched is None:
                     continue
                 target = reference.steps[step.matched]
-                cycle = min((cycles[key] for key in target.samples if key in cycles), default=-1)
+                cycle = self.cycle_of(target, cycles)
                 rows = pieces.get(cycle)
                 if rows:
                     start = reference.kept[cycle - 1] if cycle > 0 else reference.initial

@@ -26,7 +26,7 @@ def first_difference(
         The step and what is known of it; empty if there is no such step.
     """
     order = {step.index: place for place, step in enumerate(firsts)}
-    seen: list[set[Key]] = [set() for _ in firsts]
+    seen: set[Key] = set()
     found: list[dict[str, Any]] = []
     for number, rank in enumerate(candidate.ranks or [candidate]):
         furthest = 0
@@ -46,10 +46,10 @@ def first_difference(
                 )
                 break
             furthest = max(furthest, here)
-            seen[here].update(keys)
+            seen.update(keys)
     if not found:
-        for place, (mine, full) in enumerate(zip(seen, firsts, strict=True)):
-            missing = {number for _, number in full.samples - mine}
+        for place, full in enumerate(firsts):
+            missing = {number for _, number in full.samples - seen}
             if missing and not missing <= tail:
                 return {
                     "optimizer_step": place,

@@ -1,16 +1,18 @@
-"""Write reports/conformance: what each framework's release does, measured, and the heads of Transformers one by one.
+"""Write reports/conformance: what each framework's release does under accumulation, measured by running it.
 
-    python tests/conformance/table.py [--envs .venvs] [--results FOLDER] [--heads heads.jsonl]
+    python tests/conformance/table.py [--envs .venvs] [--results FOLDER] [--heads heads.jsonl] [--readme README.md]
 
-Every trainer of a framework, and every faulty twin, is run by `equivcheck run` in its environment; a result that lies
-in the folder already is taken as it is. What cannot run is named with its reason.
+Every trainer of a framework, and every faulty twin, is run by `equivcheck run` in the environment of its family, in one
+process and, where its file says so, on two ranks. A family whose result lies in the folder already is taken from there.
+What a row shows (`FRAMEWORK`, `SHOWS`) stands in the trainer's own file; what came out is never written down by hand.
 """
 
 from __future__ import annotations
 
 import argparse
-import html
+import ast
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -18,71 +20,130 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+from page import page
 
 from fixtures import frameworks
 
 OUT = ROOT / "reports" / "conformance"
-# What stays out, and why: measured once and written down, not guessed.
+BEGIN, END = "<!-- begin: conformance -->", "<!-- end: conformance -->"
+ACCUMULATION_STEPS = 4
+LIMIT = 1800  # seconds for a family, on a machine that others use too
+# What cannot be had, with what it says when it is tried.
 CANNOT = {
     "Lightning FSDP": "refused on a CPU: it requires a GPU accelerator",
     "Accelerate FSDP2": "on a CPU it silently gives DistributedDataParallel, or processes that train alone",
     "SyncBatchNorm": "torch: works with GPU modules only",
     "Unsloth": "needs a GPU at import",
     "torchtitan": "its attention has no backward on a CPU",
+    "TRL GRPOTrainer": "draws completions while it trains: what it trains on depends on the order of the prompts",
 }
 DISTRIBUTIONS = {
-    "transformers": ("transformers", "accelerate", "trl", "peft"),
+    "transformers": ("transformers", "accelerate", "trl", "peft", "bitsandbytes"),
     "lightning": ("lightning",),
     "deepspeed": ("deepspeed",),
+    "jax": ("jax", "optax", "flax"),
+    "keras": ("keras",),
 }
+# Claims of accumulation (reports/claims.md) that a row of this kind speaks of.
+CLAIMS = {"schedule": "C24", "incomplete last cycle": "C25", "ragged tokens": "C14"}
+FAMILY_CLAIMS = {"deepspeed_zero": "C21", "peft": "C28", "trl": "C28", "jax": "C29"}
+
+
+def constants(path: Path) -> dict[str, Any]:
+    """Return the plain constants of a file, without importing it."""
+    found = {}
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            try:
+                found[node.targets[0].id] = ast.literal_eval(node.value)
+            except ValueError:
+                continue
+    return found
+
+
+def says(path: Path) -> str:
+    """Return the first line of a file's docstring."""
+    return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").splitlines()[0]
+
+
+def name_of(path: Path) -> str:
+    """Return how a file is called in the table: its path below `fixtures`, shortened."""
+    return str(path.relative_to(ROOT / "fixtures").with_suffix("")).partition("/")[2]
 
 
 def versions(python: Path, names: tuple[str, ...]) -> dict[str, str]:
     """Return the installed versions of some distributions."""
     code = "import json,sys,importlib.metadata as m;print(json.dumps({n:m.version(n) for n in sys.argv[1:]}))"
     done = subprocess.run([python, "-c", code, *names], capture_output=True, text=True, check=True)
-    return json.loads(done.stdout)
+    return dict(json.loads(done.stdout))
 
 
-def run(path: Path, envs: Path, results: Path) -> dict[str, Any]:
-    """Return one row: the case of a trainer at K = 4, or why there is none."""
-    family = str(frameworks.family(path))
-    row = {"trainer": path.stem, "family": family, "says": says(path)}
+def described(path: Path, ranks: int) -> dict[str, Any]:
+    """Return what a row is about, before it is run."""
+    stated = constants(path)
+    shows = list(stated.get("SHOWS", ()))
+    named = name_of(path)
+    claims = {CLAIMS[each] for each in shows if each in CLAIMS}
+    claims |= {
+        c
+        for prefix, c in FAMILY_CLAIMS.items()
+        if path.stem.startswith(prefix)
+        or f"_{prefix}" in path.stem
+        or named.startswith(f"{prefix}/")
+    }
+    return {
+        "trainer": named,
+        "family": str(frameworks.family(path)),
+        "framework": stated.get("FRAMEWORK"),
+        "shows": shows,
+        "claims": sorted(claims),
+        "world_size": ranks,
+        "says": says(path),
+    }
+
+
+def run(
+    family: str, ranks: int, paths: list[Path], envs: Path, results: Path
+) -> list[dict[str, Any]]:
+    """Return one row for each trainer of a family: its case at K = 4, or why there is none."""
+    rows = [described(path, ranks) for path in paths]
     python = envs / family / "bin" / "python"
     if not python.exists():
-        return {**row, "verdict": "cannot run here", "reason": f"no environment: make env-{family}"}
-    found = results / f"{path.stem}.json"
+        reason = f"no environment: make env-{family}"
+        return [{**row, "outcome": "cannot run here", "reason": reason} for row in rows]
+    found = results / f"{family}-{ranks}.json"
+    said = ""
     if not found.exists():
-        command = [
-            python,
-            "-m",
-            "equivcheck",
-            "run",
-            path.relative_to(ROOT),
-            "--accumulation-steps",
-            "4",
-        ]
+        command = [python, "-m", "equivcheck", "run", *(str(p.relative_to(ROOT)) for p in paths)]
+        command += ["--accumulation-steps", str(ACCUMULATION_STEPS), "-q", "--json", found]
+        command += ["--world-size", str(ranks), "--strategy", "ddp"] if ranks > 1 else []
         try:
             done = subprocess.run(
-                [*command, "-q", "--json", found],
-                cwd=ROOT,
-                check=False,
-                capture_output=True,
-                text=True,
-                timeout=900,
+                command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=LIMIT
             )
+            said = done.stderr.strip()[-300:]
         except subprocess.TimeoutExpired:
-            return {**row, "verdict": "cannot run here", "reason": "no answer in 900 s"}
-        if not found.exists():
-            return {**row, "verdict": "cannot run here", "reason": done.stderr.strip()[-200:]}
-    case = json.loads(found.read_text())["cases"][0]
+            said = f"no answer in {LIMIT} s"
+    cases = json.loads(found.read_text())["cases"] if found.exists() else []
+    by_target = {case["target"]: case for case in cases}
+    return [
+        {**row, **outcome(by_target.get(str(path.relative_to(ROOT))), said)}
+        for row, path in zip(rows, paths, strict=True)
+    ]
+
+
+def outcome(case: dict[str, Any] | None, said: str) -> dict[str, Any]:
+    """Return what a case came to, in the table's words."""
+    if case is None or case["verdict"] == "error":
+        reason = said if case is None else case["headline"]
+        return {"outcome": "cannot run here", "reason": reason}
     gradients = (case.get("divergence") or {}).get("gradients") or {}
     attribution = case.get("attribution") or {}
     return {
-        **row,
-        "verdict": case["verdict"],
-        "causes": [f"{c['code']} {c['name']} ({c['status']})" for c in case["causes"]],
+        "outcome": case["verdict"],
+        "causes": [{key: c[key] for key in ("code", "name", "status")} for c in case["causes"]],
         "relative": gradients.get("relative"),
         "control": gradients.get("control"),
         "weights": attribution.get("candidate_weights"),
@@ -92,23 +153,21 @@ def run(path: Path, envs: Path, results: Path) -> dict[str, Any]:
     }
 
 
-def says(path: Path) -> str:
-    """Return the first line of a file's docstring."""
-    return path.read_text().split('"""')[1].splitlines()[0]
-
-
 def tally(heads: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return, for each family of heads, how many there are of each outcome, and which are wrong."""
     rows = []
     for family in dict.fromkeys(each["family"] for each in heads):
         mine = [each for each in heads if each["family"] == family]
-        outcomes = Counter(each["outcome"] for each in mine)
         wrong: dict[str, list[str]] = {}
         for each in mine:
             if each["outcome"] == "divergent":
                 wrong.setdefault(each["cause"], []).append(each["head"])
+        outcomes = Counter(each["outcome"] for each in mine)
         rows.append({"family": family, "heads": len(mine), **outcomes, "divergent_by_cause": wrong})
     return rows
+
+
+# ---- renderings ----------------------------------------------------------------------------------
 
 
 def number(value: float | None) -> str:
@@ -116,29 +175,95 @@ def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.1e}"
 
 
+def verdict_of(row: dict[str, Any]) -> str:
+    """Return a row's outcome in one cell."""
+    if row["outcome"] == "divergent":
+        return " ".join(cause["code"] for cause in row["causes"]) or "divergent"
+    return str(row["outcome"])
+
+
+def compact(table: dict[str, Any]) -> str:
+    """Return what each framework does with each part of accumulation: the table of the README."""
+    columns = (
+        "full cycles",
+        "clipping",
+        "schedule",
+        "incomplete last cycle",
+        "ragged tokens",
+        "logged loss",
+    )
+    lines = [f"| framework | {' | '.join(columns)} |", f"| --- |{' --- |' * len(columns)}"]
+    named = [row for row in table["trainers"] if row["framework"]]
+    for framework in sorted({row["framework"] for row in named}):
+        cells = []
+        for column in columns:
+            shown = {
+                verdict_of(r) for r in named if r["framework"] == framework and column in r["shows"]
+            }
+            cells.append(", ".join(sorted(shown)) or "")
+        lines.append(f"| {framework} | {' | '.join(cells)} |")
+    heads = table["heads"]
+    ran = sum(row["heads"] - row.get("not run", 0) for row in heads)
+    wrong = sum(row.get("divergent", 0) for row in heads)
+    shown = ", ".join(f"{name} {version}" for name, version in table["versions"].items())
+    lines += [
+        "",
+        f"Measured at K = {ACCUMULATION_STEPS} on a CPU: {shown}. Of {ran} heads of Transformers under `Trainer`, {wrong} diverge.",
+    ]
+    return "\n".join(lines)
+
+
 def markdown(table: dict[str, Any]) -> str:
     """Return the whole report as Markdown."""
-    shown = ", ".join(f"{name} {version}" for name, version in table["versions"].items())
-    lines = ["# Conformance of the frameworks", "", f"One process, CPU, K = 4. {shown}.", ""]
+    lines = [
+        "# Conformance of the frameworks",
+        "",
+        "Made by `make conformance`.",
+        "",
+        compact(table),
+    ]
     lines += [
-        "| trainer | what it does | verdict | cause | gradients | noise |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "",
+        "A cell is the verdict, or the causes of a divergence. What a release does wrong is in [findings](../findings/README.md).",
+        "",
+    ]
+    lines += [
+        "## Every row",
+        "",
+        "Relative error of the gradients against the full batch, and of the control: its noise.",
+        "",
+    ]
+    lines += [
+        "| trainer | ranks | what it does | claims | verdict | cause | gradients | noise | weights |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in table["trainers"]:
-        cause = ", ".join(row.get("causes", [])) or row.get("reason", "")
-        lines.append(
-            f"| {row['trainer']} | {row['says']} | {row['verdict']} | {cause} | "
-            f"{number(row.get('relative'))} | {number(row.get('control'))} |"
+        causes = ", ".join(
+            f"{c['code']} {c['name']} ({c['status']})" for c in row.get("causes", [])
         )
-    lines += [
-        "",
-        "## Outside the engine: JAX and Keras",
-        "",
-        "Relative difference of the update.",
-        "",
-    ]
+        cells = [
+            row["trainer"],
+            str(row["world_size"]),
+            row["says"],
+            " ".join(row["claims"]),
+            row["outcome"],
+            causes or row.get("reason", ""),
+            number(row.get("relative")),
+            number(row.get("control")),
+            weights(row.get("weights")),
+        ]
+        lines.append(
+            "| " + " | ".join(" ".join(cell.replace("|", "/").split()) for cell in cells) + " |"
+        )
     for name, found in table["others"].items():
-        lines += [f"- {name}, {case}: {value:.1e}" for case, value in found.items()]
+        lines += [
+            "",
+            f"## {name.title()} beside the engine",
+            "",
+            "A script of its own; relative difference of the update.",
+            "",
+        ]
+        lines += [f"- {case}: {value:.1e}" for case, value in found.items()]
     lines += ["", "## Heads of Transformers under Trainer", ""]
     lines += [
         "| family | heads | equivalent | divergent | inconclusive | not run | causes |",
@@ -146,38 +271,41 @@ def markdown(table: dict[str, Any]) -> str:
     ]
     for row in table["heads"]:
         causes = "; ".join(
-            f"{cause}: {len(names)}" for cause, names in row["divergent_by_cause"].items()
+            f"{cause}: {len(found)}" for cause, found in row["divergent_by_cause"].items()
         )
-        cells = [
-            row.get(each, 0)
-            for each in ("heads", "equivalent", "divergent", "inconclusive", "not run")
-        ]
-        lines.append(f"| {row['family']} | {' | '.join(map(str, cells))} | {causes} |")
+        kinds = ("heads", "equivalent", "divergent", "inconclusive", "not run")
+        lines.append(
+            f"| {row['family']} | {' | '.join(str(row.get(k, 0)) for k in kinds)} | {causes} |"
+        )
     lines += ["", "## Cannot run here", ""]
     lines += [f"- {name}: {reason}" for name, reason in table["cannot_run_here"].items()]
     return "\n".join(lines) + "\n"
 
 
-def page(text: str) -> str:
-    """Return the Markdown as a page that needs nothing else."""
-    style = "body{font:14px/1.5 sans-serif;max-width:75em;margin:2em auto}table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:2px 8px;text-align:left}"
-    parts, table = [], []
-    for line in [*text.splitlines(), ""]:
-        if line.startswith("|"):
-            if not line.startswith("| ---"):
-                table.append([html.escape(cell.strip()) for cell in line.strip("|").split(" | ")])
-            continue
-        if table:
-            head, *body = ["".join(f"<td>{cell}</td>" for cell in row) for row in table]
-            rows = "".join(f"<tr>{row}</tr>" for row in body)
-            parts.append(f"<table><tr>{head.replace('td>', 'th>')}</tr>{rows}</table>")
-            table = []
-        level = len(line) - len(line.lstrip("#"))
-        words = html.escape(line.lstrip("# "))
-        parts.append(
-            f"<h{level}>{words}</h{level}>" if level else f"<p>{words}</p>" if words else ""
+def weights(found: Any) -> str:
+    """Return the weights that micro-batches got, those of ranks one after another."""
+    if not found:
+        return ""
+    flat = [w for each in found for w in (each if isinstance(each, list) else [each])]
+    return " ".join("?" if w is None else f"{w:.4g}" for w in flat)
+
+
+def updated(text: str, table: dict[str, Any]) -> str:
+    """Return the README with the table between its markers rewritten."""
+    block = f"{BEGIN}\n{compact(table)}\n{END}"
+    return re.sub(f"{BEGIN}.*?{END}", lambda _: block, text, flags=re.DOTALL)
+
+
+def beside(family: str, envs: Path, results: Path) -> dict[str, float]:
+    """Return what a family's own script measures, without the engine."""
+    script = Path(__file__).with_name(f"{family}_accumulation.py")
+    python, saved = envs / family / "bin" / "python", results / f"{family}-script.json"
+    if python.exists() and not (saved.exists() and saved.read_text().strip()):
+        done = subprocess.run(
+            [python, script], capture_output=True, text=True, timeout=LIMIT, check=False
         )
-    return f"<!doctype html><meta charset=utf-8><title>Conformance</title><style>{style}</style>{''.join(parts)}\n"
+        saved.write_text(done.stdout)
+    return dict(json.loads(saved.read_text() or "{}")) if saved.exists() else {}
 
 
 def main() -> None:
@@ -186,44 +314,35 @@ def main() -> None:
     parser.add_argument("--envs", type=Path, default=ROOT / ".venvs")
     parser.add_argument("--results", type=Path, default=ROOT / "reports" / "latest" / "conformance")
     parser.add_argument("--heads", type=Path, default=OUT / "heads.jsonl")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     options = parser.parse_args()
-    envs = options.envs if options.envs.is_absolute() else ROOT / options.envs
+    envs = options.envs.absolute()
     options.results.mkdir(parents=True, exist_ok=True)
     OUT.mkdir(parents=True, exist_ok=True)
-    rows = [
-        run(path, envs, options.results) for path in (*frameworks.trainers(), *frameworks.mutants())
-    ]
+    rows: list[dict[str, Any]] = []
     known: dict[str, str] = {}
+    every = [*frameworks.trainers(), *frameworks.mutants()]
     for family, names in DISTRIBUTIONS.items():
-        if (envs / family / "bin" / "python").exists():
-            known |= versions(envs / family / "bin" / "python", names)
-    others = {}
-    for family in ("jax", "keras"):
-        script = Path(__file__).with_name(f"{family}_accumulation.py")
+        mine = [path for path in every if frameworks.family(path) == family]
+        rows += run(family, 1, mine, envs, options.results)
+        on_ranks = [path for path in mine if 2 in constants(path).get("RANKS", ())]
+        rows += run(family, 2, on_ranks, envs, options.results) if on_ranks else []
         python = envs / family / "bin" / "python"
-        saved = options.results / f"{family}.json"
-        if python.exists() and not (saved.exists() and saved.read_text().strip()):
-            done = subprocess.run(
-                [python, script], capture_output=True, text=True, timeout=900, check=False
-            )
-            saved.write_text(done.stdout)
-        others[family] = json.loads(saved.read_text() or "{}") if saved.exists() else {}
-    heads = (
-        [json.loads(line) for line in options.heads.read_text().splitlines()]
-        if options.heads.exists()
-        else []
-    )
+        known |= versions(python, names) if python.exists() else {}
+    heads = options.heads.read_text().splitlines() if options.heads.exists() else []
     table = {
+        "accumulation_steps": ACCUMULATION_STEPS,
         "versions": known,
         "trainers": rows,
-        "others": others,
-        "heads": tally(heads),
+        "others": {family: beside(family, envs, options.results) for family in ("jax", "keras")},
+        "heads": tally([json.loads(line) for line in heads]),
         "cannot_run_here": CANNOT,
     }
     (OUT / "conformance.json").write_text(json.dumps(table, indent=1) + "\n")
     text = markdown(table)
     (OUT / "conformance.md").write_text(text)
     (OUT / "conformance.html").write_text(page(text))
+    options.readme.write_text(updated(options.readme.read_text(encoding="utf-8"), table))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,11 @@ pytestmark = pytest.mark.filterwarnings("default")  # a framework's warnings are
 def marked(paths: list[Path]) -> list[object]:
     """Return the trainers as parameters, each with its environment as a marker."""
     return [
-        pytest.param(path, id=path.stem, marks=getattr(pytest.mark, str(frameworks.family(path))))
+        pytest.param(
+            path,
+            id=f"{frameworks.family(path)}-{path.stem}",
+            marks=getattr(pytest.mark, str(frameworks.family(path))),
+        )
         for path in paths
     ]
 
@@ -39,10 +43,9 @@ def test_a_correct_trainer_is_equivalent(path: Path) -> None:
     case = run(path)
 
     assert case["verdict"] == "equivalent", case["headline"]
-    # A framework that asserts float32 is judged as written: then a fault of a thousandth is what can be seen.
-    assert case["detection_power"] < (1e-6 if case.get("judged") != "native" else 1e-3), case[
-        "notes"
-    ]
+    # A framework that asserts float32, or holds 4 bits, is judged as written: then a fault of a hundredth is seen.
+    limit = 1e-6 if case.get("judged") != "native" else 1e-2
+    assert case["detection_power"] < limit, case["notes"]
 
 
 @pytest.mark.parametrize("path", marked(frameworks.mutants()))
@@ -55,6 +58,7 @@ def test_a_faulty_twin_shows_its_cause(path: Path) -> None:
 
 
 def test_every_trainer_has_an_environment() -> None:
-    """The three families that the engine records are covered; JAX and Keras are measured by scripts of their own."""
+    """Every family has trainers; each is in the environment of its framework."""
     covered = {frameworks.family(path) for path in frameworks.trainers()}
+    assert covered == set(frameworks.FAMILIES)
     assert covered == {"transformers", "lightning", "deepspeed"}

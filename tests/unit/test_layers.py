@@ -36,7 +36,7 @@ LAYERS = (
             "addends",
         ),
         *("ranks", "parts"),
-        *("execute", "memory", "deadline", "strategies", "suite", "attach"),
+        *("bridges", "execute", "memory", "deadline", "strategies", "suite", "attach"),
     },
     {
         *("topology", "traffic"),

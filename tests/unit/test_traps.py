@@ -75,6 +75,16 @@ def told(case):
 EVERY_K = pytest.mark.parametrize("accumulation_steps", [2, 4])
 
 EQUIVALENT = {
+    "a first batch looked at before": """
+def train(model, loader, accumulation_steps):
+    model(next(iter(loader))["x"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for index, batch in enumerate(loader):
+        (F.cross_entropy(model(batch["x"]), batch["y"]) / accumulation_steps).backward()
+        if (index + 1) % accumulation_steps == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+""",
     "preference pairs in neighbouring rows": """
 def train(model, loader, accumulation_steps):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

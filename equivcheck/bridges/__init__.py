@@ -1,0 +1,66 @@
+"""Frameworks whose gradients torch does not make: what they do is mirrored in torch, where the recorder sees it.
+
+A bridge for a framework is one module here. Behind it recording, comparison, attribution, interventions and diagnosis
+are those of torch: a gradient that the framework computes becomes a backward of the mirror, its optimizer's update a
+step of the mirror's optimizer, and what the engine sets in the mirror (a state, a factor on a backward) comes back into
+the framework's own run.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from equivcheck.recorder import Recorder
+
+# Module that has the framework loaded, to the bridge for it. The framework is imported by the user's code, never by us.
+BRIDGES = {"jax": "equivcheck.bridges.jax", "keras": "equivcheck.bridges.keras"}
+
+
+class Bridge(Protocol):
+    """A model of a framework, and its mirror.
+
+    Attributes:
+        module: What the recorder watches.
+    """
+
+    module: nn.Module
+
+    def model(self, *, promoted: bool) -> Any:
+        """Return the model as the user's loop is given it, in float64 if promoted."""
+
+    def watched(self, recorder: Recorder, *, promoted: bool) -> Any:
+        """Return a context in which what the framework does is mirrored."""
+
+    def settle(self) -> None:
+        """Wait until everything that was begun has been seen."""
+
+
+def _loaded() -> Iterator[Any]:
+    for name, bridge in BRIDGES.items():
+        if name in sys.modules:
+            yield importlib.import_module(bridge)
+
+
+@contextmanager
+def installed() -> Iterator[None]:
+    """Let frameworks that are loaded tell their bridges what they do; they are left as they were found."""
+    with ExitStack() as stack:
+        for bridge in _loaded():
+            bridge.install(stack)
+        yield
+
+
+def across(model: Any) -> Bridge | None:
+    """Return a bridge for what `build` returned; None for a module of torch, which needs none."""
+    for module in _loaded():
+        bridge: Bridge | None = module.across(model)
+        if bridge is not None:
+            return bridge
+    return None
