@@ -273,7 +273,7 @@ def _finding_rows(case: Mapping[str, Any], width: int) -> Iterator[tuple[str, st
             yield "evidence", statement
         if words.fix(cause):
             yield "fix", words.fix(cause)
-    for title in ("because", "fix"):
+    for title in ("expected", "because", "fix"):
         if case.get(title):
             yield title, str(case[title])
     absent = missing_causes(case)
@@ -291,6 +291,15 @@ def _finding_rows(case: Mapping[str, Any], width: int) -> Iterator[tuple[str, st
             )
         more = len(case["per_parameter"]) - len(rows)
         yield "gradients", "\n".join(table) + (f"\n{more} more in the result" if more > 0 else "")
+
+
+def error_block(message: str, parts: Iterable[tuple[str, str | None]], width: int = WIDTH) -> str:
+    """Return what an error says, its parts wrapped; paths and commands stay whole, to be copied."""
+    lines = [printable(message)]
+    for title, content in parts:
+        if content:
+            lines += _row(title, content, width)
+    return "\n".join(lines)
 
 
 def _row(title: str, content: str, width: int) -> list[str]:
