@@ -43,18 +43,15 @@ class EquivcheckError(Exception):
         self.because = because
         self.fix = fix
 
-    def parts(self) -> tuple[tuple[str, str | None], ...]:
-        """Return all but the message, each with its label."""
-        return (
+    def __str__(self) -> str:
+        parts = (
             ("where", self.where),
             ("expected", self.expected),
             ("because", self.because),
             ("fix", self.fix),
         )
-
-    def __str__(self) -> str:
         lines = [self.message]
-        for label, text in self.parts():
+        for label, text in parts:
             if text:
                 first, *rest = text.splitlines()
                 lines.append(f"  {label:<9} {first}")

@@ -293,15 +293,6 @@ def _finding_rows(case: Mapping[str, Any], width: int) -> Iterator[tuple[str, st
         yield "gradients", "\n".join(table) + (f"\n{more} more in the result" if more > 0 else "")
 
 
-def error_block(message: str, parts: Iterable[tuple[str, str | None]], width: int = WIDTH) -> str:
-    """Return what an error says, its parts wrapped; paths and commands stay whole, to be copied."""
-    lines = [printable(message)]
-    for title, content in parts:
-        if content:
-            lines += _row(title, content, width)
-    return "\n".join(lines)
-
-
 def _row(title: str, content: str, width: int) -> list[str]:
     lines: list[str] = []
     for piece in printable(content).splitlines() or [""]:
