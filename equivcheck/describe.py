@@ -274,7 +274,11 @@ def headline(entry: dict[str, Any], judgement: Judgement) -> str:
     if "gradients" in kinds or "applied" in kinds:
         if scale and cosine is not None and cosine > 1 - 1e-9 and abs(scale - 1) > SHOWN:
             return f"{label}{scale:.4g}x the full_batch gradient (accumulation_steps={k})"
-        return f"{label}gradients differ by {relative:.1e} (accumulation_steps={k})"
+        what = "gradients"
+        if "gradients" not in kinds:  # What optimizers take: a clip has made them other gradients.
+            relative = max(each.relative for each in judgement.findings if each.kind == "applied")
+            what = "clipped gradients"
+        return f"{label}{what} differ by {relative:.1e} (accumulation_steps={k})"
     if "samples" in kinds:
         seen = entry["optimizer_steps_seen"]
         if seen["accumulated"] == seen["full_batch"]:

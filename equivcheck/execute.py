@@ -249,6 +249,7 @@ def _execute(
         recording.autocast = _coarsest(recorder.autocast) if recorder.autocast else ""
         recording.random_drawn = not _equal_states(states, _random_states())
         if run.is_promoted:
+            recording.asked = _coarsest(mode.asked) if mode.asked else ""
             recording.lowered = {
                 name: str(dtype).removeprefix("torch.") for name, dtype in mode.lowered.items()
             }

@@ -92,9 +92,23 @@ def judge_precision(experiment: Experiment) -> Precision:
         full_error,
         statistics.median(_errors(accumulated) or [0.0]),
         gap,
-        max(full_error, accumulation, unit),
+        max(full_error, accumulation, unit, _of_ranks(experiment)),
         loss,
     )
+
+
+def _of_ranks(experiment: Experiment) -> float:
+    """Return the roundoff of a dtype that only the ranks compute in, by a policy of their wrapper; 0 if there is none.
+
+    What one process computes with has no wrapper, and rounds less.
+    """
+    asked = {rank.asked for rank in experiment.candidate().ranks} - {""}
+    own = experiment.reference()
+    if not asked or experiment.crew is None:
+        return 0.0
+    theirs = roundoff_of(asked)
+    known = {own.asked, own.autocast, own.dtype} - {""}
+    return theirs if theirs > roundoff_of(known) else 0.0
 
 
 def _errors(recording: Recording) -> list[float]:

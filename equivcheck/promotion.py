@@ -208,6 +208,7 @@ class Promotion(_python_dispatch.TorchDispatchMode):  # type: ignore[no-untyped-
         lowered: Operators that could not be computed in float64 -> the dtype they computed in, and
             writes to low-precision tensors from outside ("in-place write to torch.bfloat16").
         working_dtype: The dtype in which code that names none draws random numbers.
+        asked: Low dtypes that the code named, as in a cast to bfloat16.
     """
 
     supports_higher_order_operators = True
@@ -216,6 +217,7 @@ class Promotion(_python_dispatch.TorchDispatchMode):  # type: ignore[no-untyped-
         super().__init__()  # type: ignore[no-untyped-call]
         self.working_dtype = working_dtype
         self.lowered: dict[str, torch.dtype] = {}
+        self.asked: set[torch.dtype] = set()
         self._routes: dict[Any, torch.dtype] = {}
 
     def __torch_dispatch__(
@@ -227,6 +229,8 @@ class Promotion(_python_dispatch.TorchDispatchMode):  # type: ignore[no-untyped-
     ) -> Any:
         """Run `func` in float64."""
         kwargs = kwargs or {}
+        if kwargs and (dtype := kwargs.get("dtype")) in PROMOTED:
+            self.asked.add(dtype)
         if not isinstance(func, torch._ops.OpOverload):  # higher-order, such as flex_attention
             return up(func(*self._entering(up(args)), **self._entering(up(kwargs))))
         operator = _operator(func)

@@ -187,6 +187,7 @@ class Recording:
         optimizers: Parameter names by optimizer.
         kept, initial: What the reference keeps: of each step, and of the state before the first.
         lowered: Operators that computed below float64, and in what dtype.
+        asked: Coarsest dtype that the code cast to, in a promoted run ("" if none).
         dropout: Whether a dropout was switched off.
         random_drawn: Whether a global random generator advanced.
         unseeded: Whether a generator was seeded by the operating system.
@@ -212,6 +213,7 @@ class Recording:
     kept: list[Kept] = field(default_factory=list)
     initial: Kept | None = None
     lowered: dict[str, str] = field(default_factory=dict)
+    asked: str = ""
     dropout: bool = False
     random_drawn: bool = False
     unseeded: bool = False

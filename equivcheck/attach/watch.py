@@ -151,13 +151,7 @@ class ProcessRecorder(Recorder):
 
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             # While dynamo traces it sees the original alone, so that compiled graphs stay whole.
-            # What is computed again during a backward (checkpointed parts) has been seen.
-            if (
-                compiling()
-                or self._inside
-                or self.backward.is_running
-                or not torch.is_grad_enabled()
-            ):
+            if compiling() or self._inside or self._is_passed_over():
                 return original(module, *args, **kwargs)
             self._inside = True
             try:
@@ -171,6 +165,17 @@ class ProcessRecorder(Recorder):
                 self._inside = False
 
         replace(self._stack, nn.Module, "__call__", call)
+
+    def _is_passed_over(self) -> bool:
+        """Return whether a call takes no samples that have not been seen.
+
+        That is so during a backward (checkpointed parts) and in a closure that an optimizer evaluates again.
+        """
+        return (
+            self.backward.is_running
+            or self.backward.repeated is not None
+            or not torch.is_grad_enabled()
+        )
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """See what enters a model that is trained; a loss, a metric or a frozen teacher is none."""

@@ -24,6 +24,7 @@ from equivcheck.config import OPTIONS, Settings, resolve
 from equivcheck.errors import EquivcheckError, UsageError
 from equivcheck.ranks import launched
 from equivcheck.ranks.launched import Launch
+from equivcheck.ranks.server import start_server
 from equivcheck.report import matrix, text, words
 from equivcheck.workers import one_thread, side_by_side
 
@@ -206,6 +207,8 @@ class _Run:
         try:
             if not self._options.quiet:
                 say(self._out, text.header(results.environment(), settings["seed"]))
+            if max(settings["world_size"]) > 1 and settings["jobs"] == 1:
+                start_server()  # It loads torch while this process does.
             planned, self._notes = plan(
                 self._options.targets,
                 settings.values,

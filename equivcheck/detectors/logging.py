@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from equivcheck.errors import EquivcheckError
 from equivcheck.interventions import Shorten
 from equivcheck.noise import SAFETY
+from equivcheck.recording import Place, Recording
 from equivcheck.view import Suspicion, View
 
 TRAINED_ON = "the sum of what was called backward on"
+AVERAGED, SUMMED = "averaged over the ranks", "summed over the ranks"
 
 
 def suspect(view: View) -> list[Suspicion]:
@@ -62,8 +66,19 @@ def _limit(view: View) -> float:
 def _roots(view: View) -> dict[str, list[float]]:
     """Return what a loop would log that takes the values it calls backward on, as they are written."""
     written = view.experiment.candidate()
+    found = _formulas(written, view.places)
+    if written.ranks and view.experiment.crew is not None:
+        each = [_formulas(rank, rank.places(view.cycles)) for rank in written.ranks]
+        for name in list(found):
+            columns = list(zip(*(formulas[name] for formulas in each), strict=False))
+            found[f"{name}, {AVERAGED}"] = [sum(column) / len(column) for column in columns]
+            found[f"{name}, {SUMMED}"] = [sum(column) for column in columns]
+    return found
+
+
+def _formulas(written: Recording, places: Sequence[Place]) -> dict[str, list[float]]:
     by_cycle: dict[int, list[float]] = {}
-    for place, backward in zip(view.places, written.backwards, strict=False):
+    for place, backward in zip(places, written.backwards, strict=False):
         by_cycle.setdefault(place.cycle, []).append(backward.loss)
     values = [by_cycle[cycle] for cycle in sorted(by_cycle)]
     return {
@@ -100,6 +115,7 @@ def _rule(view: View) -> str | None:
                 sum(each) / k for each in alone
             ],
         }
+        rules |= _last_of_ranks(view, alone)
     rules |= _roots(view)
     found = next((name for name, values in rules.items() if _close(candidate, values, limit)), None)
     if found is None and reference and all(reference):
@@ -109,10 +125,25 @@ def _rule(view: View) -> str | None:
     return found
 
 
+def _last_of_ranks(view: View, alone: list[list[float]]) -> dict[str, list[float]]:
+    """Return what is logged where every rank takes its last micro-batch's loss."""
+    shares = view.experiment.case.shares
+    if shares == 1:
+        return {}
+    last = [[sum(rank[-1:]) for rank in _of_ranks(each, shares)] for each in alone]
+    return {f"the last micro-batch's loss, {AVERAGED}": [sum(each) / len(each) for each in last]}
+
+
+def _of_ranks(values: list[float], shares: int) -> list[list[float]]:
+    size = len(values) // shares
+    return [values[rank * size : (rank + 1) * size] for rank in range(shares)]
+
+
 def explained(view: View) -> bool:
     """Return whether the weights of the gradients give the logged losses too: it is then one fault."""
     logged = view.candidate.logged
-    if logged is not None and _close(logged, _roots(view)[TRAINED_ON], _limit(view)):
+    trained_on = [values for name, values in _roots(view).items() if name.startswith(TRAINED_ON)]
+    if logged is not None and any(_close(logged, each, _limit(view)) for each in trained_on):
         return True
     alone = _alone(view)
     if alone is None or logged is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Final
 
 from equivcheck.attribution import ratio
 from equivcheck.errors import EquivcheckError
@@ -14,6 +15,8 @@ from equivcheck.verdict import overall
 from equivcheck.view import Group, Part, Suspicion, View
 
 Predict = Callable[[Attribution, Sequence[float]], list[float]]
+# Predicted weights of two ranks that agree to this are the same: they are sums of a few quotients of whole numbers.
+ALIKE: Final = 1e-12
 
 
 def suspect(view: View) -> list[Suspicion]:
@@ -93,6 +96,17 @@ def mean_of_ranks(attribution: Attribution, right: Sequence[float]) -> list[floa
     return found
 
 
+def _within_ranks(predict: Predict) -> Predict:
+    """Return what putting right the micro-batches of each rank gives, where all ranks count the same: that stays."""
+
+    def meant(attribution: Attribution, right: Sequence[float]) -> list[float]:
+        totals = [sum(weights) for weights in attribution.by_rank(predict(attribution, right))]
+        alike = max(totals) - min(totals) <= ALIKE * max(totals)
+        return mean_of_ranks(attribution, right) if alike else list(right)
+
+    return meant
+
+
 def _in_all(view: View) -> list[Suspicion]:
     found: list[Suspicion] = []
     tails_only = all(not view.full_size(each) for each in view.divergent) and any(
@@ -114,7 +128,11 @@ def _in_all(view: View) -> list[Suspicion]:
         # Between ranks is another cause, EQ501: what is put right here is within each of them.
         found += hypotheses(view, "EQ103", [_alike_in_rank], rank=15)
         found += hypotheses(view, "EQ103", sums, rank=15, meant=mean_of_ranks)
-        found += hypotheses(view, "EQ103", _shares(view), rank=15)
+        for share in _shares(view):
+            fitting = hypotheses(view, "EQ103", [share], rank=15, meant=_within_ranks(share))
+            found += fitting
+            if fitting:
+                break
     else:
         # Micro-batches alone may have the size that they have in the full batch: their weights are then 1.
         shares = [*sums, _one_each, *_shares(view)]
@@ -122,8 +140,9 @@ def _in_all(view: View) -> list[Suspicion]:
     twice: list[Predict] = [
         lambda a, v: [x / a.micro_steps for x in v],
         lambda a, v: [1.0 / (a.micro_steps * len(v))] * len(v),
-        _all_alike,
     ]
+    if view.experiment.case.shares == 1:
+        twice.append(_all_alike)
     found += hypotheses(view, "EQ102", twice, rank=14, power=-1)
     again: list[Predict] = [_scaled_again, lambda a, v: _scaled_again(a, [1.0 / len(v)] * len(v))]
     found += hypotheses(view, "EQ109", again, rank=25)

@@ -366,7 +366,9 @@ class ScriptExperiment(Experiment):
         counts = Counter(
             cycles[keys[0]] for keys in candidate.fetched if keys and keys[0] in cycles
         )
-        own = Counter(cycles[keys[0]] for keys in self.reference().fetched if keys)
+        own = Counter(
+            cycles[keys[0]] for keys in self.reference().fetched if keys and keys[0] in cycles
+        )
         shares = [count // own[cycle] for cycle, count in counts.items() if own[cycle]]
         return max(Counter(shares).most_common(1)[0][0], 1) if shares else 1
 

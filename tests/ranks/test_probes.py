@@ -174,3 +174,43 @@ def test_a_parameter_that_ddp_misses_in_the_first_of_several_steps(tmp_path):
     assert "EQ508" in [code for code, _ in codes(case)], case["headline"]
     assert case["verdict"] == "divergent"
     assert any("judged before optimizer_step 1" in note for note in case["notes"])
+
+
+WEIGHTED = """
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+def build():
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+def batches():
+    g = torch.Generator().manual_seed(0)
+    counts = [1, 2, 1, 3, 5, 4, 7, 6, 2, 9, 8, 1, 4, 4, 3, 11]
+    mask = torch.tensor([[t < n for t in range(12)] for n in counts])
+    return [(torch.randn(16, 12, 6, generator=g), torch.randn(16, 12, 3, generator=g), mask)] * 2
+
+def train(model, loader, accumulation_steps, world_size):
+    if world_size > 1:
+        model = DDP(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for i, (x, y, mask) in enumerate(loader):
+        last = (i + 1) % accumulation_steps == 0
+        if world_size > 1:
+            model.require_backward_grad_sync = last
+        loss = (model(x) - y).square().mean(-1)[mask].mean()
+        (loss / accumulation_steps).backward()
+        if last:
+            optimizer.step()
+            optimizer.zero_grad()
+"""
+
+
+def test_the_mean_of_ranks_of_means_of_micro_batches(tmp_path):
+    """Two faults, EQ103 and EQ501: each alone leaves the gradient wrong, both together bring it back."""
+    path = tmp_path / "subject.py"
+    path.write_text(WEIGHTED, encoding="utf-8")
+
+    [case] = equivcheck.measure(str(path), accumulation_steps=2, world_size=2, strategy="ddp").cases
+
+    assert sorted(codes(case)) == [("EQ103", "proved"), ("EQ501", "proved")], case["headline"]

@@ -188,3 +188,46 @@ def test_a_printed_loss_of_the_last_micro_batch_is_a_warning(decide, expect):
     [warning] = entry["warnings"]
     assert warning["code"] == "EQ701"
     assert warning["evidence"]["rule"] == "the last backward's loss, times accumulation_steps"
+
+
+@slow
+@pytest.mark.parametrize("mistake", [None, "missing-division"])
+@pytest.mark.parametrize("style", ["two-networks", "closure", "time-first", "checkpointed"])
+def test_styles_other_than_one_forward_and_one_step(decide, style, mistake):
+    """A generator and its judge, closures that are evaluated again, models that take time first, checkpoints."""
+    options = ("--style", style, *(("--mistake", mistake) if mistake else ()))
+    entry = decide(command("styles", *options), command("styles", *ACCUMULATED, *options))
+
+    assert causes(entry) == ([("EQ101", "proved")] if mistake else []), told(entry)
+    assert entry["verdict"] == ("divergent" if mistake else "equivalent")
+    assert entry["accumulation_steps"] == 4
+
+
+RESUMES = """
+import pathlib, sys, torch
+
+kept = pathlib.Path(sys.argv[1])
+torch.manual_seed(0)
+model = torch.nn.Linear(3, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+start = int(kept.read_text()) if kept.exists() else 0
+for step in range(start, 3):
+    model(torch.randn(4, 3)).mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    kept.write_text(str(step + 1))
+"""
+
+
+@slow
+def test_a_script_that_resumes_from_its_own_checkpoint_is_told_apart_from_a_random_one(
+    decide, tmp_path
+):
+    path = tmp_path / "resumes.py"
+    path.write_text(RESUMES, encoding="utf-8")
+    line = command(path, tmp_path / "kept")
+    entry = decide(line, line)
+
+    assert (entry["verdict"], causes(entry)) == ("inconclusive", []), told(entry)
+    assert entry["headline"].startswith("other-steps: the full_batch run again made 0 optimizer")
+    assert "checkpoint" in entry["because"]

@@ -66,6 +66,7 @@ def decided(tmp_path, pair):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # some twenty processes, each of which loads torch anew
 @pytest.mark.parametrize(("smoothing", "verdict"), [(0.0, "equivalent"), (0.1, "divergent")])
 def test_a_script_is_compared_under_two_versions(tmp_path, environments, smoothing, verdict):
     """An upgrade that changes the loss is seen, with the versions of both sides."""

@@ -1046,3 +1046,12 @@ def test_a_batch_is_promoted_in_any_nesting():
     assert done["dict"]["x"].dtype is torch.complex128
     assert shared.dtype is batch["pair"].x.dtype is torch.float32
     assert done["none"] is None
+
+
+def test_dtypes_that_the_code_names_are_told():
+    """A cast is promoted, and what it asked for is known: a wrapper may cast where the full batch does not."""
+    with promoted() as mode:
+        torch.ones(2).to(torch.bfloat16)
+        torch.zeros(2, dtype=torch.float64)
+
+    assert mode.asked == {torch.bfloat16}
