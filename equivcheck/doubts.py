@@ -27,9 +27,12 @@ def usable(reference: Recording, entry: dict[str, Any], subject: Subject, data: 
     if not reference.steps:
         backwards = len(reference.backwards)
         invalid(entry, f"no-optimizer-step: train made {backwards} backwards and 0 optimizer steps")
-        entry["expected"] = "at least one step of a torch.optim optimizer"
-        entry["because"] = "only steps of torch.optim optimizers are seen; nothing was compared"
-        entry["fix"] = "optimizer.step() after the last micro-batch of every cycle"
+        entry["expected"] = "at least one optimizer step"
+        entry["because"] = (
+            "only steps of torch.optim optimizers, of optax.apply_updates and of Keras' own are seen; "
+            "nothing was compared"
+        )
+        entry["fix"] = "take an optimizer step after the last micro-batch of every cycle"
         return False
     sizes = [s for step in reference.steps for s in step.sample.values() if s is not None]
     if not sizes or not any(bool(s.any()) for s in sizes):

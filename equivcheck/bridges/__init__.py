@@ -19,8 +19,12 @@ if TYPE_CHECKING:
 
     from equivcheck.recorder import Recorder
 
-# Module that has the framework loaded, to the bridge for it. The framework is imported by the user's code, never by us.
-BRIDGES = {"jax": "equivcheck.bridges.jax", "keras": "equivcheck.bridges.keras"}
+# A module loaded with the framework, to the bridge for it. The framework is imported by the user's code, never by
+# us; another generation of it (Keras 2 has no such module) is left alone.
+BRIDGES = {
+    "jax.experimental": "equivcheck.bridges.jax",
+    "keras.src.backend.common.global_state": "equivcheck.bridges.keras",
+}
 
 
 class Bridge(Protocol):
@@ -44,8 +48,13 @@ class Bridge(Protocol):
 
 def _loaded() -> Iterator[Any]:
     for name, bridge in BRIDGES.items():
-        if name in sys.modules:
-            yield importlib.import_module(bridge)
+        if name not in sys.modules:
+            continue
+        try:
+            module = importlib.import_module(bridge)
+        except ImportError:  # of what an older or newer release lacks
+            continue
+        yield module
 
 
 @contextmanager

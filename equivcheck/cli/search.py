@@ -64,7 +64,9 @@ def execute(options: argparse.Namespace) -> int:
         search = _search(options.targets[0], settings, budget)
         progress = Progress(2 * budget, quiet=options.quiet)
         search.progress = progress.begin
-        with progress.shown():
+        from equivcheck.ranks.team import kept  # noqa: PLC0415 - torch is loaded by now
+
+        with progress.shown(), kept():
             found = search.first_failure()
             tried = len(search.ran)
             smallest = search.shrunk(found) if found is not None else None

@@ -13,6 +13,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+import torch
+
 from equivcheck.errors import StepError, TimedOut, UsageError
 from equivcheck.ranks import team
 from equivcheck.ranks.status import RETURNED, Standing
@@ -64,6 +66,12 @@ class Crew:
 
     def start(self) -> None:
         """Start the processes, without waiting for them, or take some that another case has left."""
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise UsageError(
+                f"no-gpu: --device cuda for {self.world_size} ranks, and 0 CUDA devices here",
+                expected="a GPU for each rank, or at least one for all",
+                fix="--device cpu",
+            )
         if self._team is None:
             self._team = team.taken(self.world_size, self.device)
             self._team.take_up(self.subject)

@@ -243,6 +243,8 @@ def main(targets: list[str]) -> None:
         "against the full batch), and from measurements on a CPU; times are CPU time, as ratios within one run.\n\n"
         "| claim | case | found | causes | relative | scale | theory |\n| --- | --- | --- | --- | --- | --- | --- |\n"
         + "\n".join(shown for _, shown in sorted(rows))
+        + "\n\nClaims of frameworks (C20, C21, C24, C25, C28, C29) have their numbers in\n"
+        "[conformance](conformance/conformance.md)."
         + "\n\n| claim | measured | value |\n| --- | --- | --- |\n"
         + measured()
         + "\n\n![A cosine of 1000 optimizer steps](cosine.svg)\n"

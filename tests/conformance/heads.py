@@ -2,7 +2,7 @@
 
 Each head runs in a process of its own, in float64 with dropout at zero, through Trainer's own `get_batch_samples` and
 `training_step`: the full batch, the full batch with its rows in another order (the noise), each micro-batch alone, and
-K micro-batches accumulated. The gradients are then fitted as weighted sums of the micro-batches' (equivcheck.attribution),
+K micro-batches accumulated. The gradients are then fitted as weighted sums of those (equivcheck.attribution),
 which names the fault. One JSON line for each head, written as it is finished.
 
     python heads.py OUT.jsonl [FAMILY ...] [--only SUBSTRING] [--accumulation-steps 4] [--limit SECONDS]
@@ -374,7 +374,7 @@ def one(family: str, model_type: str, head: str, k: int) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(3)
         rig = Rig(model, make(model, generator), tempfile.mkdtemp())
         return attempt(rig, k)
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - the reason, whatever it is
         last = traceback.extract_tb(error.__traceback__)[-1]
         said = " ".join(str(error).split())[:160]
         where = f"{Path(last.filename).name}:{last.lineno}"
@@ -389,7 +389,7 @@ def attempt(rig: Rig, k: int) -> dict[str, Any]:
         rig.batch = {n: t.double() if t.is_floating_point() else t for n, t in rig.batch.items()}
         with promoted():
             return {**measure(rig, k), "arithmetic": "float64"}
-    except Exception:
+    except Exception:  # noqa: BLE001 - what promotion breaks is measured as written
         rig.model.float()
         rig.model.load_state_dict(state)
         rig.trainers.clear()

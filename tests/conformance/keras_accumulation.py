@@ -1,4 +1,4 @@
-"""Keras 3 with `gradient_accumulation_steps`, torch backend, float64: the weights after one epoch against the full batch's.
+"""Keras 3 with `gradient_accumulation_steps`, torch, float64: the weights after one epoch against the full batch's.
 
 Prints one JSON object of relative errors (L2 of the movement of all weights).
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import textwrap
 from contextlib import suppress
@@ -15,8 +16,9 @@ from torch.distributed.tensor import Shard
 
 import equivcheck
 from equivcheck.differences import Sums
+from equivcheck.errors import UsageError
 from equivcheck.parts import Holdings, Part, _window, itself, positions
-from equivcheck.ranks import team, wire
+from equivcheck.ranks import group, team, wire
 from equivcheck.ranks.crew import _named
 from equivcheck.ranks.merge import merged
 from equivcheck.ranks.status import RUNNING, Board, Standing
@@ -209,6 +211,79 @@ def shard(dim, rank, ranks, then=None):
         return found
 
     return cut
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "ranks", "expected"),
+    [
+        ("cpu", 2, 2, "gloo"),
+        ("cuda", 2, 2, "cpu:gloo,cuda:nccl"),
+        ("cuda", 1, 2, "gloo"),
+    ],
+    ids=["cpu", "a-gpu-each", "one-gpu-for-two"],
+)
+def test_the_backend_is_chosen_by_what_is_there(monkeypatch, device, gpus, ranks, expected):
+    """Nccl refuses two ranks on one GPU, gloo does not."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+
+    assert group.backend_of(device) == expected
+
+
+def test_collectives_of_gloo_and_of_nccl_are_put_in_order(monkeypatch):
+    """Each has a flight recorder of its own; what came before the run is left out."""
+
+    def dump(*times, backend):
+        return json.dumps(
+            {
+                "entries": [
+                    {
+                        "time_created_ns": at,
+                        "profiling_name": f"{backend}:all_reduce",
+                        "input_sizes": [[3, 2]],
+                        "input_dtypes": ["Double"],
+                        "process_group": ["0", "default_pg"],
+                    }
+                    for at in times
+                ]
+            }
+        )
+
+    module = torch._C._distributed_c10d
+    gloo, nccl = dump(1, 5, backend="gloo"), dump(3, backend="nccl")
+    monkeypatch.setattr(module, "_dump_fr_trace_json", lambda: gloo, raising=False)
+    monkeypatch.setattr(module, "_dump_nccl_trace_json", lambda: nccl, raising=False)
+
+    found = group.flight(2)
+
+    assert [(each.at, each.kind, each.bytes) for each in found] == [
+        (3, "all_reduce", 48),
+        (5, "all_reduce", 48),
+    ]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_ranks_on_gpus_that_are_not_there_are_refused(tmp_path):
+    """A usage error that says what to type, not the end of every rank."""
+    with pytest.raises(UsageError, match="no-gpu"):
+        case_of(tmp_path, "pass", device="cuda")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: nccl has no other device")
+def test_ranks_on_gpus(tmp_path):
+    """The same loop, each rank on its GPU, over nccl."""
+    path = tmp_path / "subject.py"
+    moved = textwrap.dedent(LOOP).format(fault="pass")
+    moved = moved.replace("rank, world_size):", "rank, world_size, device):\n    model.to(device)")
+    path.write_text(moved.replace("model(x)", "model(x.to(device))"), encoding="utf-8")
+    ranks = min(2, torch.cuda.device_count())
+
+    [case] = equivcheck.measure(
+        str(path), accumulation_steps=2, world_size=ranks, strategy="ddp", device="cuda"
+    ).cases
+
+    assert case["verdict"] == "equivalent", case
 
 
 def test_messages_keep_what_is_one_and_the_same_tensor(tmp_path):

@@ -16,6 +16,9 @@ import pytest
 from equivcheck.errors import UsageError
 from equivcheck.ranks import launched
 
+# Several times torch is loaded by two processes at once: on a busy machine each test takes a minute or two.
+pytestmark = pytest.mark.timeout(900)
+
 LOOP = """
 import os, signal
 import torch
@@ -132,7 +135,7 @@ def free_port():
     return free()
 
 
-def finished(processes, timeout=100):
+def finished(processes, timeout=400):
     """Return exit code, stdout and stderr of each; none of them outlives the test."""
     try:
         said = [each.communicate(timeout=timeout) for each in processes]
@@ -266,14 +269,13 @@ def test_every_process_ends_with_the_same_code(tmp_path):
 def test_a_rank_that_fails_ends_all(tmp_path, fault, told):
     """Within the time allowed every process has ended, with one code, and the rank and its step are named."""
     written(tmp_path, fault=fault)
-    began = time.monotonic()
 
     ended = finished(by_hand(tmp_path, 2, "--timeout", "30", "--json", "result.json"))
 
-    assert time.monotonic() - began < 50
     assert [code for code, *_ in ended] == [3, 3], ended
     [case] = json.loads((tmp_path / "result.json").read_text())["cases"]
     assert told in case["error"]["message"]
+    assert case["seconds"] < 33
     assert "rank 1" in case["error"]["message"] + case["error"]["where"]
     assert "optimizer_step 1" in case["error"]["where"]
     assert none_left(tmp_path) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 from equivcheck.causes.__main__ import BEGIN, END, updated
@@ -30,3 +31,21 @@ def test_the_example_prints_what_the_page_shows():
     for name, text in tool.blocks(page).items():
         shown = tool.between(name).search(page)[2].strip()
         assert tool.steady(shown) == tool.steady(text)
+
+
+def test_the_table_of_frameworks_is_what_was_measured():
+    """The block says what reports/conformance/conformance.json says, cell by cell."""
+    root = README.parent
+    spec = importlib.util.spec_from_file_location(
+        "conformance_table", root / "tests" / "conformance" / "table.py"
+    )
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    measured = json.loads((root / "reports" / "conformance" / "conformance.json").read_text())
+    page = README.read_text(encoding="utf-8")
+
+    assert page.count(tool.BEGIN) == page.count(tool.END) == 1
+    assert page == tool.updated(page, measured)
+    assert (root / "reports" / "conformance" / "conformance.md").read_text() == tool.markdown(
+        measured
+    )

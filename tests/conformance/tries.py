@@ -1,0 +1,57 @@
+"""What cannot run on this machine, tried: the reason is what the framework itself says."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+# Name to the environment it is tried in, and the program.
+TRIES = {
+    "Lightning FSDP": (
+        "lightning",
+        "import lightning\nlightning.Trainer(accelerator='cpu', strategy='fsdp', logger=False)",
+    ),
+    "SyncBatchNorm": (
+        "torch",
+        (
+            "import torch\ntorch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, "
+            "world_size=1)\ntorch.nn.SyncBatchNorm(4)(torch.randn(8, 4))"
+        ),
+    ),
+    "Accelerate FSDP2": (
+        "transformers",
+        (
+            "import torch, accelerate\nplugin = accelerate.FullyShardedDataParallelPlugin(fsdp_version=2)\n"
+            "made = accelerate.Accelerator(cpu=True, fsdp_plugin=plugin)\n"
+            "raise SystemExit(f'asked for FSDP on a CPU, it says distributed type {made.distributed_type.value}')"
+        ),
+    ),
+}
+# Not installed anywhere here, so not tried by this script.
+UNTRIED = {
+    "Unsloth": "not tried here: it needs a GPU at import",
+    "torchtitan": "not tried here: its attention has no backward on a CPU",
+    "TRL GRPOTrainer": "not tried here: it draws completions while it trains, so that rows in another order are others",
+    "DeepSpeed on several ranks": "its flat parameter has another part on every rank, which no name maps to the model",
+}
+
+
+def tried(envs: Path) -> dict[str, str]:
+    """Return, for everything that cannot run, the last words of the try."""
+    found = {}
+    for name, (family, program) in TRIES.items():
+        python = Path(sys.executable) if family == "torch" else envs / family / "bin" / "python"
+        if not python.exists():
+            found[name] = f"not tried: make env-{family}"
+            continue
+        done = subprocess.run(
+            [python, "-W", "ignore", "-c", program],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+        words = done.stderr.strip().splitlines()[-1:] or ["it ran"]
+        found[name] = " ".join(words[0].split())[:220]
+    return found | UNTRIED
