@@ -333,9 +333,11 @@ def _denominator(view: View) -> list[Suspicion]:
         return []
     first, scale = rules[0]
     fraction = ratio(scale, max(view.tolerance(first), 1e-12))
-    evidence: dict[str, object] = {"scale": scale}
+    evidence: dict[str, object] = {}
     if fraction is not None:
+        scale = float(fraction)
         evidence["ratio"] = f"{fraction.numerator}/{fraction.denominator}"
+    evidence["scale"] = scale
     confirmed = _confirmed(view, first, scale)
     if fraction is None and confirmed is None:
         return []  # A number that nothing explains may be anything.
