@@ -26,6 +26,7 @@ class Clips(Hooks):
         snapshots: By id of a parameter, its gradient before the last clip and the factor that unscales it.
         unscale_first: A clip is to see gradients without the loss scale.
         hand_scale: The loss scale that the loop itself gives, where no scaler does.
+        pool: Memory for snapshots that is used again, by id of a parameter; None where an observer keeps them.
     """
 
     def __init__(self, recorder: Recorder) -> None:
@@ -33,6 +34,7 @@ class Clips(Hooks):
         self.snapshots: dict[int, tuple[torch.Tensor, float]] = {}
         self.unscale_first = False
         self.hand_scale = 1.0
+        self.pool: dict[int, torch.Tensor] | None = None
 
     def install(self, stack: ExitStack) -> None:
         norm = self._clip_norm(clip_grad._clip_grads_with_norm_)
@@ -63,7 +65,18 @@ class Clips(Hooks):
         for parameter in each_of(parameters):
             if parameter.grad is not None:
                 with quiet():
-                    self.snapshots[id(parameter)] = (parameter.grad.detach().clone(), 1.0)
+                    self.snapshots[id(parameter)] = (self._copy(parameter), 1.0)
+
+    def _copy(self, parameter: torch.Tensor) -> torch.Tensor:
+        """Return a copy of a gradient; fresh memory costs several times what copying does."""
+        assert parameter.grad is not None
+        gradient = parameter.grad.detach()
+        if self.pool is None or type(gradient) is not torch.Tensor or gradient.is_sparse:
+            return gradient.clone()
+        known = self.pool.get(id(parameter))
+        if known is None or known.shape != gradient.shape or known.dtype != gradient.dtype:
+            known = self.pool[id(parameter)] = torch.empty_like(gradient)
+        return known.copy_(gradient)
 
     def _corrected(self, parameters: Any, total_norm: Any) -> Any:
         """Let interventions put gradients right, and return their norm, of the order that the given one is of."""

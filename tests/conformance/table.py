@@ -221,12 +221,19 @@ def compact(table: dict[str, Any]) -> str:
     heads = table["heads"]
     ran = sum(row["heads"] - row.get("not run", 0) for row in heads)
     wrong = sum(row.get("divergent", 0) for row in heads)
+    undivided = sum(
+        len(names)
+        for row in heads
+        for cause, names in row["divergent_by_cause"].items()
+        if cause.startswith("EQ101")
+    )
     shown = ", ".join(f"{name} {version}" for name, version in table["versions"].items())
     lines += [
         "",
         (
             f"Measured at K = {ACCUMULATION_STEPS} on a CPU: {shown}. "
-            f"Of {ran} heads of Transformers under `Trainer`, {wrong} diverge."
+            f"Of {ran} pairs of a head of Transformers and a task of it in `Trainer`'s loop, {wrong} diverge, "
+            f"{undivided} because nobody divides by K (EQ101)."
         ),
     ]
     return "\n".join(lines)
