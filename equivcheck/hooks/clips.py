@@ -78,6 +78,30 @@ class Clips(Hooks):
             known = self.pool[id(parameter)] = torch.empty_like(gradient)
         return known.copy_(gradient)
 
+    def _corrected(self, parameters: Any, total_norm: Any) -> Any:
+        """Let interventions put gradients right, and return their norm, of the order that the given one is of."""
+        if not self.recorder.interventions:
+            return total_norm
+        before = [p.grad for p in each_of(parameters) if p.grad is not None]
+        for each in self.recorder.interventions:
+            each.before_clip(self.recorder, each_of(parameters))
+        after = [p.grad for p in each_of(parameters) if p.grad is not None]
+        if len(before) == len(after) and all(a is b for a, b in zip(before, after, strict=True)):
+            return total_norm
+        given = number(total_norm)
+        orders = (2.0, math.inf, 1.0, 0.5, 3.0)
+        order = min(
+            orders,
+            key=lambda p: (
+                abs(number(clip_grad._get_total_norm(before, p)) - given) if before else 0.0
+            ),
+        )
+        return (
+            clip_grad._get_total_norm(after, order).to(total_norm)
+            if isinstance(total_norm, torch.Tensor)
+            else total_norm
+        )
+
     def _clip_norm(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def clip(parameters: Any, max_norm: Any, total_norm: Any, *args: Any, **kwargs: Any) -> Any:
@@ -90,6 +114,7 @@ class Clips(Hooks):
             )
             if not self.recorder.allowed("clip"):
                 return None
+            total_norm = self._corrected(parameters, total_norm)
             self._snapshot(parameters)
             for each in self.recorder.interventions:
                 total_norm = each.clip_norm(self.recorder, total_norm)
@@ -131,6 +156,7 @@ class Clips(Hooks):
             )
             if not self.recorder.allowed("clip"):
                 return None
+            self._corrected(parameters, math.nan)
             self._snapshot(parameters)
             with self._unscaled(parameters):
                 result = original(parameters, clip_value, *args, **kwargs)
