@@ -6,7 +6,20 @@ from collections.abc import Iterator
 
 import torch
 
-__all__ = ["masks"]
+__all__ = ["is_weight", "masks"]
+
+# Dimensions of a weight per row, or per entry of a row.
+_WEIGHT_DIMENSIONS = (1, 2)
+
+
+def is_weight(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor may hold the weights of rows, or of their entries, that a mean is taken with."""
+    return (
+        tensor.is_floating_point()
+        and tensor.dim() in _WEIGHT_DIMENSIONS
+        and bool((tensor >= 0).all())
+        and bool(tensor.any())
+    )
 
 
 def masks(path: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:

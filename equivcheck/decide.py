@@ -21,7 +21,7 @@ from equivcheck.doubts import (
     differs_from_itself,
     draws,
     inconclusive,
-    invalid,
+    not_finite_accumulated,
     stochastic,
     too_coarse,
     usable,
@@ -192,7 +192,7 @@ def _decide(
 ) -> None:
     try:
         reference = experiment.reference()
-        if not usable(reference, entry, subject=experiment.subject):
+        if not usable(reference, entry, experiment.subject, experiment.data):
             if entry["verdict"] == "invalid" and entry.get("not_finite"):
                 _natively(experiment, entry, expect, progress, "float64 turned non-finite")
             return
@@ -221,10 +221,7 @@ def _decide(
             entry["verdict"] = "invalid"
     if not all(step.finite for step in candidate.steps):
         bad = next(step for step in candidate.steps if not step.finite)
-        invalid(
-            entry,
-            f"not-finite: gradients of optimizer_step {bad.index} are inf or nan when accumulated",
-        )
+        not_finite_accumulated(entry, bad.index)
         return
     if different_samples(experiment, entry):
         return
@@ -247,7 +244,7 @@ def _decide(
     if drawn is not None:
         # What interventions bring back within noise is not the fault of random draws.
         diagnosis = diagnose(experiment)
-        if not all("intervention" in each["evidence"] for each in diagnosis.causes):
+        if not diagnosis.put_right:
             stochastic(experiment, entry, judgement, drawn)
             return
     if precision is not None and _promotion_changed(experiment, judgement, precision):
@@ -279,7 +276,8 @@ def conclude(
         progress("diagnosis")
         diagnosis = diagnose(experiment)
     causes += diagnosis.causes
-    causes += [cause(each, "proved", each.evidence) for each in shared]
+    named = {each["code"] for each in causes}
+    causes += [cause(each, "proved", each.evidence) for each in shared if each.code not in named]
     verdict = "divergent" if causes else "equivalent"
     if precision is not None:
         entry["precision_loss"] = {
@@ -411,11 +409,12 @@ def _natively(
     native = experiment.again(progress, promoted=False)
     try:
         reference = native.reference()
-        if not usable(reference, entry, native.subject):
+        if not usable(reference, entry, native.subject, native.data):
             return
         candidate = native.candidate()
         if not all(step.finite for step in candidate.steps):
-            invalid(entry, "not-finite: gradients are inf or nan when accumulated")
+            bad = next(step for step in candidate.steps if not step.finite)
+            not_finite_accumulated(entry, bad.index)
             return
         off = native.fit()
         if off is not None:

@@ -49,11 +49,19 @@ class Node:
 
 @dataclass
 class Diagnosis:
-    """Causes in order, what was tried, and what was ruled out."""
+    """Causes in order, what was tried, and what was ruled out.
+
+    Attributes:
+        causes: Entries of the result.
+        trials: Runs with something put right.
+        ruled_out: Codes that were suspected and did not hold.
+        put_right: Interventions bring the gradients back within noise.
+    """
 
     causes: list[dict[str, Any]] = field(default_factory=list)
     trials: list[dict[str, Any]] = field(default_factory=list)
     ruled_out: list[str] = field(default_factory=list)
+    put_right: bool = False
 
 
 class Search:
@@ -211,6 +219,9 @@ class Search:
     def _report(self, node: Node, specials: list[Suspicion]) -> None:
         ordered: list[tuple[float, str, dict[str, Any]]] = []
         before, after = self._judge(Node()), self._judge(node)
+        self.diagnosis.put_right = after is not None and not (
+            after.kinds() & {"gradients", "applied"}
+        )
         for index, (suspicion, variant) in enumerate(node.parts):
             rest = self._judge(node.without(index))
             size = _size(rest) if rest is not None else 0.0
@@ -251,7 +262,7 @@ class Search:
         size = _size(before) if before is not None else 0.0
         seen: set[str] = set()
         for each in suspicions:
-            if each.code in seen:
+            if each.code in seen or each.is_guess:
                 continue
             results = [self._judge(Node(((each, variant),))) for variant in each.variants]
             helped = any(
@@ -259,7 +270,8 @@ class Search:
                 and (_size(r) < size / 2 or len(r.kinds()) < len(before.kinds() if before else ()))
                 for r in results
             )
-            if helped or not each.variants or not self._experiment.intervenes:
+            alone = not each.variants or not self._experiment.intervenes
+            if helped or alone or each.is_seen:
                 seen.add(each.code)
                 self.diagnosis.causes.append(cause(each, "suspected", each.evidence))
             else:

@@ -8,25 +8,31 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
+
 from equivcheck.describe import measure
 from equivcheck.diagnose import cause
 from equivcheck.errors import StepError
 from equivcheck.experiment import Experiment
-from equivcheck.recording import Recording
+from equivcheck.feed import Data
+from equivcheck.recording import Recording, Step
+from equivcheck.split import named_tensors
 from equivcheck.subject import Subject
 from equivcheck.verdict import Judgement, overall
 from equivcheck.view import Suspicion
 
 
-def usable(reference: Recording, entry: dict[str, Any], subject: Subject) -> bool:
+def usable(reference: Recording, entry: dict[str, Any], subject: Subject, data: Data) -> bool:
     """Return whether the reference holds anything to compare with; else the case is `invalid`."""
     if not reference.steps:
         backwards = len(reference.backwards)
         invalid(entry, f"no-optimizer-step: train made {backwards} backwards and 0 optimizer steps")
+        entry["expected"] = "at least one optimizer step"
         entry["because"] = (
             "only steps of torch.optim optimizers, of optax.apply_updates and of Keras' own are seen; "
             "nothing was compared"
         )
+        entry["fix"] = "take an optimizer step after the last micro-batch of every cycle"
         return False
     sizes = [s for step in reference.steps for s in step.sample.values() if s is not None]
     if not sizes or not any(bool(s.any()) for s in sizes):
@@ -41,6 +47,8 @@ def usable(reference: Recording, entry: dict[str, Any], subject: Subject) -> boo
             if foreign
             else "backward was not called, or the loss does not depend on them"
         )
+        entry["expected"] = "a gradient for at least one parameter that the optimizer holds"
+        entry["fix"] = "make the optimizer of the model that train is given: model.parameters()"
         return False
     bad = next((step for step in reference.steps if not step.finite), None)
     if bad is not None:
@@ -49,8 +57,38 @@ def usable(reference: Recording, entry: dict[str, Any], subject: Subject) -> boo
             f"not-finite: gradients of optimizer_step {bad.index} are inf or nan in the full batch",
         )
         entry["not_finite"] = True
+        entry["because"] = _source_of(bad, data)
+        entry["fix"] = "torch.autograd.set_detect_anomaly(True) in train names the operator"
         return False
     return True
+
+
+def _source_of(step: Step, data: Data) -> str:
+    """Return where inf or nan comes from: a batch that holds it, or the parameters whose gradients show it."""
+    for index, batch in enumerate(data.batches):
+        for path, tensor in named_tensors(batch):
+            count = int((~torch.isfinite(tensor)).sum()) if tensor.is_floating_point() else 0
+            if count:
+                return (
+                    f"batch {index} of batches() holds {count} inf or nan in {path or 'its tensor'}"
+                )
+    names = [
+        n for n, s in step.sample.items() if s is not None and not bool(torch.isfinite(s).all())
+    ]
+    shown = f": {', '.join(names[:3])}" if names else ""
+    finite = "every batch is finite; " if data.batches else ""
+    return f"{finite}{len(names)} of {len(step.sample)} gradients are not{shown}"
+
+
+def not_finite_accumulated(entry: dict[str, Any], index: int) -> None:
+    """Write a case whose accumulated run alone is not finite."""
+    invalid(
+        entry, f"not-finite: gradients of optimizer_step {index} are inf or nan when accumulated"
+    )
+    entry["because"] = (
+        "the full batch is finite: a micro-batch alone is not, as a mean over no valid label is"
+    )
+    entry["fix"] = "sum(losses) / max(count of the whole cycle, 1)"
 
 
 def invalid(entry: dict[str, Any], headline: str) -> None:
@@ -87,7 +125,8 @@ def different_samples(experiment: Experiment, entry: dict[str, Any]) -> bool:
                 last_backwards = event.backwards
                 groups[-1] |= {cycles.get(key, -1) for key in candidate.fetched[index]}
                 index += 1
-    flat = [cycle for group in groups for cycle in (sorted(group) if len(group) == 1 else [])]
+    # What no step of the full batch took has no place in its order.
+    flat = [cycle for group in groups if len(group) == 1 for cycle in group - {-1}]
     one_by_one = "dataset" in experiment.wants
     mixed = one_by_one and any(len(group - {-1}) > 1 for group in groups)
     disordered = flat != sorted(flat)

@@ -21,7 +21,7 @@ import torch
 
 from equivcheck.case import Case
 from equivcheck.casting import promote_tree
-from equivcheck.counting import masks
+from equivcheck.counting import is_weight, masks
 from equivcheck.errors import EquivcheckError, UsageError
 from equivcheck.execute import Run, execute, seed_all
 from equivcheck.feed import Data, Key, read_batches
@@ -172,9 +172,9 @@ class Experiment:
         """Return how a loss that both runs show differs, where what they show is not what they return."""
         return None
 
-    def counts(self, accumulation_steps: int | None) -> dict[str, list[list[int]]]:
+    def counts(self, accumulation_steps: int | None) -> dict[str, list[list[float]]]:
         """Return what each micro-batch holds of what may be counted, by label; per cycle."""
-        found: dict[str, list[list[int]]] = {"rows": []}
+        found: dict[str, list[list[float]]] = {"rows": []}
         cuts = self.slices(self.data, accumulation_steps)
         for batch, slices in zip(self.data.batches, cuts, strict=True):
             found["rows"].append([stop - start for start, stop in slices])
@@ -183,6 +183,10 @@ class Experiment:
                     rows = mask.flatten(1).sum(1) if mask.dim() > 1 else mask
                     found.setdefault(label, []).append(
                         [int(rows[start:stop].sum()) for start, stop in slices]
+                    )
+                if is_weight(tensor):
+                    found.setdefault(f"sum of {path}", []).append(
+                        [float(tensor[start:stop].double().sum()) for start, stop in slices]
                     )
         return {
             label: values for label, values in found.items() if len(values) == len(self.data.rows)
@@ -462,6 +466,23 @@ class Experiment:
             return self._execute(run, Pieces(self.reference(), self.cycles()))
 
         return self._once(("alone", length), make)
+
+    def full_batch_alone(self, index: int) -> Recording:
+        """Return the run of one full batch, from the state that its step starts from: without what the loop keeps."""
+
+        def make() -> Recording:
+            rows = self.full_batches(self._promoted)[index]
+            run = Run(
+                "full_batch",
+                self._promoted,
+                [rows],
+                1,
+                max(self.data.rows),
+                optimizer_steps=1,
+            )
+            return self._execute(run, Pieces(self.reference(), self.cycles()))
+
+        return self._once(("full_batch_alone", index), make)
 
     def pieces_recording(self, interventions: Interventions = ()) -> Recording:
         """Return the run that took the pieces."""

@@ -150,7 +150,8 @@ def _read(batches: Callable[[], Iterable[Any]], optimizer_steps: int) -> Data:
         raise UsageError(
             "no-batches: batches() gave 0 batches",
             expected="at least one full batch",
-            because="a generator that was used up gives none",
+            because="a generator that was used up gives none, as does a list that nothing was put into",
+            fix="make the batches inside batches(), which is called anew for every run",
         )
     if last is not None and last[1] < min(rows):
         if len(kept) == optimizer_steps and optimizer_steps > 1:

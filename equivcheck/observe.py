@@ -73,7 +73,13 @@ class Observer:
 
 
 class Sampler(Observer):
-    """Keeps a fixed sample of gradient coordinates, the same in every run."""
+    """Keeps a fixed sample of gradient coordinates, the same in every run.
+
+    Attributes:
+        norm_dtype: What norms are summed in; None for the gradients' own dtype.
+    """
+
+    norm_dtype: torch.dtype | None = torch.float64
 
     def __init__(self) -> None:
         self._chosen: dict[str, torch.Tensor | None] = {}
@@ -90,7 +96,7 @@ class Sampler(Observer):
         for name, gradient in gradients.items():
             step.sample[name] = None if gradient is None else self.take(name, gradient)
         present = [g for g in gradients.values() if g is not None]
-        norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in present]
+        norms = [torch.linalg.vector_norm(g, dtype=self.norm_dtype).double() for g in present]
         step.norm = float(torch.stack(norms).norm()) if norms else 0.0
         # A finite norm has finite elements only; one that is not may have overflowed.
         step.finite = math.isfinite(step.norm) or all(

@@ -78,6 +78,7 @@ class Step:
         norm: L2 norm of the gradients before the last clip, unscaled, over this optimizer's parameters.
         clipped: Whether a clip came before the step.
         skipped: A scaler left the step out.
+        handed_over: The gradients are not those that backwards accumulated, but the loop's own.
         finite: Whether every gradient is.
         sample: Sampled gradient coordinates before the clip, float64, per parameter; None where
             there is no gradient.
@@ -105,6 +106,7 @@ class Step:
     norm: float = 0.0
     clipped: bool = False
     skipped: bool = False
+    handed_over: bool = False
     finite: bool = True
     sample: dict[str, torch.Tensor | None] = field(default_factory=dict)
     gradients: dict[str, Sums] = field(default_factory=dict)

@@ -13,6 +13,7 @@ from equivcheck.experiment import Experiment
 from equivcheck.interventions import Fresh, Intervention, UnscaleFirst
 from equivcheck.noise import SAFETY
 from equivcheck.recording import Recording
+from equivcheck.sums import kept_sums
 from equivcheck.verdict import judge, overall
 from equivcheck.view import Suspicion
 
@@ -26,6 +27,11 @@ def shared_faults(experiment: Experiment) -> list[Suspicion]:
     reference = experiment.reference()
     if any(event.kind == "leftover" for event in reference.timeline):
         found += _altered(experiment, "EQ302", Fresh())
+    codes = {each.code for each in found}
+    if "EQ302" not in codes and (evidence := kept_sums(experiment)) is not None:
+        evidence = dict(evidence)
+        step = evidence.pop("optimizer_step")
+        found.append(Suspicion("EQ302", [], evidence, step, shared=True, proved=True))
     if any(
         event.kind == "clip" and event.detail.get("scale", 1.0) != 1.0
         for event in reference.timeline

@@ -13,7 +13,7 @@ from equivcheck.errors import EquivcheckError
 from equivcheck.experiment import Experiment, Interventions
 from equivcheck.fit import Attribution
 from equivcheck.noise import SAFETY
-from equivcheck.recording import Event, Place, Recording
+from equivcheck.recording import Event, Place, Recording, Step
 from equivcheck.verdict import Judgement
 
 
@@ -31,6 +31,8 @@ class Suspicion:
         shared: The full batch has it too.
         proved: Proved by means of its own (a repeat, the reference); no intervention is needed.
         explains: Kinds of findings that a cause proved by its own means accounts for.
+        is_guess: Nothing speaks for it but that putting it right may help: unproved it is not told.
+        is_seen: The wrong calls themselves were seen, whether or not leaving them out puts all right.
     """
 
     code: str
@@ -41,6 +43,8 @@ class Suspicion:
     shared: bool = False
     proved: bool = False
     explains: frozenset[str] = frozenset()
+    is_seen: bool = False
+    is_guess: bool = False
 
 
 class View:
@@ -93,6 +97,11 @@ class View:
             known[key] = self._attributions()
         return known[key]  # type: ignore[no-any-return]
 
+    @property
+    def every(self) -> list[Attribution]:
+        """The weights of every matched step, also of those that are left aside."""
+        return self.attributions
+
     def _attributions(self) -> list[Attribution]:
         alone = self.experiment.attributions(self.chosen)
         if alone and all(self.spans(each, reference=True) for each in alone):
@@ -130,6 +139,11 @@ class View:
         found = self.experiment.cycle_of(self.reference.steps[matched], self.cycles)
         return found if found >= 0 else matched
 
+    def ordinal(self, step: Step) -> int:
+        """Return the number of a step of the accumulated run among those of its own optimizer."""
+        earlier = self.candidate.steps[: step.index]
+        return sum(each.optimizer == step.optimizer for each in earlier)
+
     def tolerance(self, attribution: Attribution) -> float:
         """Return the relative error that a predicted gradient may have: noise of the pieces it is made of."""
         noise = self.experiment.noise()
@@ -165,7 +179,7 @@ class View:
         """Return whether a cycle is complete."""
         return attribution.micro_steps == self.steps
 
-    def counts(self, accumulation_steps: int | None = None) -> dict[str, list[list[int]]]:
+    def counts(self, accumulation_steps: int | None = None) -> dict[str, list[list[float]]]:
         """Return what each micro-batch holds of what may be counted: rows, labels, masked entries; per cycle."""
         experiment = self.experiment
         key = ("counts", accumulation_steps)
@@ -186,3 +200,28 @@ class Part(View):
     def attributions(self) -> list[Attribution]:
         """The weights of every matched step, fitted over those parameters."""
         return [each.only(self.names or frozenset()) for each in self._whole.attributions]
+
+
+class Group(View):
+    """The same run, with some of the optimizer steps that differ left aside.
+
+    Args:
+        whole: The run.
+        chosen: The steps that differ and are looked at.
+    """
+
+    def __init__(self, whole: View, chosen: Sequence[Attribution]) -> None:
+        super().__init__(whole.experiment, whole.chosen)
+        self._whole = whole
+        self._steps = {each.step for each in chosen}
+
+    @cached_property
+    def attributions(self) -> list[Attribution]:
+        """The weights of those steps, and of all that do not differ."""
+        aside = {each.step for each in self._whole.divergent} - self._steps
+        return [each for each in self._whole.attributions if each.step not in aside]
+
+    @property
+    def every(self) -> list[Attribution]:
+        """The weights of every matched step of the run."""
+        return self._whole.attributions

@@ -137,6 +137,8 @@ class Watcher(Sampler):
         after: Filled with one entry per optimizer step: parameters, buffers and optimizer state after it.
     """
 
+    norm_dtype = None  # It is shown, and nothing is judged by it.
+
     def __init__(self, contributions: Contributions, after: list[dict[str, torch.Tensor]]) -> None:
         super().__init__()
         self._taken = contributions

@@ -153,6 +153,7 @@ class Attachment:
         if kind == "write":
             return Writer(self._folder)
         if kind == "watch":
+            self.recorder.clips.pool = {}  # Only samples of them are kept.
             return Watcher(self.facts.contributions, self.facts.after)
         source = Path(self.spec.reference) / f"rank-{rank}"
         if not source.exists():

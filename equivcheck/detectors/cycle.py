@@ -36,7 +36,7 @@ def _after_step(view: View, event: Event) -> bool:
 
 
 def _zeroed(view: View) -> list[Suspicion]:
-    calls = [each for each in view.inside("zero_grad", "cleared") if not _after_step(view, each[0])]
+    calls = [each for each in view.inside(*zeroing(view)) if not _after_step(view, each[0])]
     if not calls:
         return []
     return [
@@ -48,6 +48,13 @@ def _zeroed(view: View) -> list[Suspicion]:
             20,
         )
     ]
+
+
+def zeroing(view: View) -> tuple[str, ...]:
+    """Return the kinds of events that lose gradients: not clearing them by hand in a loop that keeps its own sums."""
+    steps = view.candidate.steps
+    own = bool(steps) and all(step.handed_over for step in steps)
+    return ("zero_grad",) if own else ("zero_grad", "cleared")
 
 
 def _called(view: View, kind: str, code: str, rank: int) -> list[Suspicion]:
@@ -106,8 +113,9 @@ def _loss_scales(numbers: list[float]) -> bool:
 
     Weights of micro-batches are multiplied with too; they are below 1, and any ratio.
     """
-    exponents = [math.log2(each / numbers[0]) for each in numbers if each > 1.0]
-    return len(exponents) == len(numbers) and all(each.is_integer() for each in exponents)
+    if not all(each > 1.0 for each in numbers):
+        return False
+    return all(math.log2(each / numbers[0]).is_integer() for each in numbers)
 
 
 def _edited(view: View) -> list[Suspicion]:
@@ -124,8 +132,11 @@ def _edited(view: View) -> list[Suspicion]:
     backward = view.candidate.backwards[event.backwards - 1]
     evidence = _evidence(calls)
     if rest < 1e-6:
-        # Divided by what the loss was multiplied with: a loss scale, of a scaler or by hand.
+        # Divided by what the loss was multiplied with: a loss scale, of a scaler or by hand. Losses that are multiplied
+        # with a number each (a count of tokens) carry no scale.
         carried = {backward.loss_scale, backward.root_scalar} - {1.0}
+        if not _loss_scales([each.root_scalar for each in view.candidate.backwards]):
+            carried.discard(backward.root_scalar)
         by_hand = any(abs(scale * each - 1.0) < 1e-6 for each in carried)
         return [Suspicion("EQ403" if by_hand else "EQ109", [(Hold(),)], evidence, place.cycle, 26)]
     return [Suspicion("EQ107", [(Hold(),)], evidence, place.cycle, 45)]
@@ -174,12 +185,13 @@ def _steps(view: View) -> list[Suspicion]:
     }
     step = inside[0][1].cycle if inside else missing[0].index
     code = "EQ303" if inside and every and _every_at_another(view) else "EQ311"
-    variants: list[tuple[Intervention, ...]] = [(Retime(ends),)]
+    retime = Retime(ends, {event.backwards for event, _ in inside})
+    variants: list[tuple[Intervention, ...]] = [(retime,)]
     factor = _recounted(view)
     if code == "EQ311" and factor is not None:
         # The loop divides by the K that it steps by: both come right together.
         factors = {place.cycle: [factor] * place.micro_steps for place in view.places}
-        variants.append((Retime(ends), Reweight(factors)))
+        variants.append((retime, Reweight(factors)))
     found.append(Suspicion(code, variants, evidence, step, 19))
     return found
 

@@ -29,11 +29,10 @@ def suspect(view: View) -> list[Suspicion]:
     }
     if rule:
         evidence["rule"] = rule
-    return [
-        Suspicion(
-            "EQ701", [], evidence, 0, 40, proved=rule is not None, explains=frozenset({"logged"})
-        )
-    ]
+    # Where nothing was put right, all the rest is shown to be the same: the number is what is wrong. Runs with
+    # something put right log what their own arithmetic makes of it.
+    proved = rule is not None or not view.chosen
+    return [Suspicion("EQ701", [], evidence, 0, 40, proved=proved, explains=frozenset({"logged"}))]
 
 
 def _alone(view: View) -> list[list[float]] | None:

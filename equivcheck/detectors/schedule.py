@@ -27,7 +27,7 @@ def suspect(view: View) -> list[Suspicion]:
     extra = {count for count in _per_cycle(view.candidate).values() if count > most}
     if finding is None:
         return []
-    found = []
+    found, enough = [], False
     if calls or extra:
         evidence: dict[str, object] = {
             "scheduler_steps": sum(e.kind == "scheduler" for e in view.candidate.timeline),
@@ -35,8 +35,11 @@ def suspect(view: View) -> list[Suspicion]:
             "relative": finding.relative,
         }
         code = "EQ507" if not calls and _per_rank(view, extra, most) else "EQ307"
-        found.append(Suspicion(code, [(Ration("scheduler", most),)], evidence, finding.matched, 24))
-    else:
+        ration = Ration("scheduler", most)
+        found.append(Suspicion(code, [(ration,)], evidence, finding.matched, 24, is_seen=True))
+        # One call in each cycle is not enough where a call is told which micro-batch it is, or what its loss was.
+        enough = not view.experiment.judgement((*view.chosen, ration)).first("learning_rates")
+    if not found or not enough:
         found += _counted(view)
     found += _divided_by_ranks(view, finding.matched) or _other_length(view, finding.matched)
     found += _horizon(view, finding.matched, finding.relative, quiet=bool(calls or extra))
@@ -67,13 +70,11 @@ def _per_cycle(recording: Recording) -> Counter[int]:
 
 
 def _counted(view: View) -> list[Suspicion]:
-    """EQ307 without a scheduler: the rate is a function of a count of micro-batches.
+    """EQ307 by prediction: the rate is a function of a count of micro-batches, with a scheduler or without.
 
     The loop run at accumulation_steps 1 shows that function; the accumulated rates are its values
     at every K-th place.
     """
-    if any(event.kind == "scheduler" for event in view.candidate.timeline):
-        return []
     experiment = view.experiment
     # Told the full batch's length: a horizon that is read from the loader is then the same.
     for length in (None, len(experiment.data.rows)):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 
 from equivcheck.attribution import predict
 from equivcheck.detectors.coupling import norm_buffers
+from equivcheck.detectors.cycle import zeroing
+from equivcheck.fit import Attribution
 from equivcheck.interventions import (
     Before,
     Intervention,
@@ -15,6 +19,8 @@ from equivcheck.interventions import (
     ZerosToNone,
 )
 from equivcheck.view import Suspicion, View
+
+Changes = dict[str, dict[int, tuple[int, torch.Tensor]]]
 
 
 def suspect(view: View) -> list[Suspicion]:
@@ -36,6 +42,16 @@ def suspect(view: View) -> list[Suspicion]:
             # Statistics of the data do not come right by rewinding: a micro-batch has others.
             still = [(StillBuffers(),)]
             found.append(Suspicion("EQ203", still, evidence, buffers[0].matched, 37))
+    if judgement.first("gradients", "applied") and _advances(view) - norms:
+        evidence = {
+            "buffers": sorted(_advances(view) - norms)[:5],
+            "because": "every micro-batch moves them on, and the next one is computed with what it left",
+            "fix": "move them on once per optimizer step, or accept the difference: --expect EQ309",
+        }
+        # Held still between steps too: what they come to be is another question than what they do.
+        held = (Rewind("buffers"), StillBuffers())
+        step = next(f for f in judgement.findings if f.kind in {"gradients", "applied"}).matched
+        found.append(Suspicion("EQ309", [held], evidence, step, 38))
     shadows = judgement.first("shadows")
     if shadows is not None:
         evidence = {"shadow_weights": list(shadows.names[:5]), "relative": shadows.relative}
@@ -63,6 +79,18 @@ def suspect(view: View) -> list[Suspicion]:
     return found
 
 
+def _advances(view: View) -> set[str]:
+    """Return the buffers that differ from what they were at the start, at any step of the full batch."""
+    reference = view.reference
+    start = reference.initial.buffers if reference.initial is not None else {}
+    return {
+        name
+        for kept in reference.kept
+        for name, buffer in kept.buffers.items()
+        if name not in start or not torch.equal(buffer, start[name])
+    }
+
+
 def _unused(view: View) -> list[Suspicion]:
     none = view.judgement.first("none")
     if none is None:
@@ -70,30 +98,40 @@ def _unused(view: View) -> list[Suspicion]:
     evidence = {"parameters": list(none.names[:5])}
     names = {name for f in view.judgement.findings if f.kind == "none" for name in f.names}
     variants: list[tuple[Intervention, ...]] = [(ZerosToNone(names),)]
-    missing: dict[int, dict[str, torch.Tensor]] = {}
+    missing: Changes = {}
     for each in view.attributions:
         right = view.right(each)
         absent = {
             name for name in names if view.candidate.steps[each.step].sample.get(name) is None
         }
         if right is not None and absent:
-            total = predict(each.pieces, right)
-            pieces = torch.split(total, [length for _, length in each.names])
-            parts = dict(zip((name for name, _ in each.names), pieces, strict=True))
-            missing[view.candidate.steps[each.step].backwards] = {
-                n: g for n, g in parts.items() if n in absent
-            }
+            at_step(view, each, predict(each.pieces, right), missing, absent)
     if missing:
         variants.append((Restitute(missing),))
     return [Suspicion("EQ508", variants, evidence, none.matched, 17)]
 
 
+def at_step(
+    view: View,
+    attribution: Attribution,
+    total: torch.Tensor,
+    changes: Changes,
+    names: Collection[str] | None = None,
+) -> None:
+    """Add, to what is to change at each step of each parameter, a gradient at the sampled coordinates."""
+    step = view.candidate.steps[attribution.step]
+    parts = torch.split(total, [length for _, length in attribution.names])
+    for (name, _), part in zip(attribution.names, parts, strict=True):
+        if names is None or name in names:
+            changes.setdefault(name, {})[view.ordinal(step)] = (step.backwards, part)
+
+
 def _lost(view: View) -> list[Suspicion]:
     """EQ305: the gradient is right but for micro-batches of weight zero, which are added back from their pieces."""
-    cleared = [e for e, _ in view.inside("zero_grad", "cleared", "step")]
+    cleared = view.inside(*zeroing(view), "step")
     if cleared or not view.divergent:
         return []
-    missing: dict[int, dict[str, torch.Tensor]] = {}
+    missing: Changes = {}
     evidence: dict[str, object] = {}
     step = 0
     for each in view.divergent:
@@ -109,12 +147,7 @@ def _lost(view: View) -> list[Suspicion]:
         total = torch.zeros_like(each.reference)
         for k in lost:
             total += right[k] * each.pieces[k]
-        begin, parts = 0, {}
-        for name, length in each.names:
-            parts[name] = total[begin : begin + length]
-            begin += length
-        count = view.candidate.steps[each.step].backwards
-        missing[count] = parts
+        at_step(view, each, total, missing)
         if not evidence:
             evidence = {"lost_micro_steps": lost, "weights": each.w.values}
             step = each.step

@@ -1,10 +1,9 @@
-"""Wrong factors: EQ101 to EQ105, EQ108. The weights of the pieces tell which."""
+"""Wrong factors: EQ101 to EQ105, EQ108, EQ109. The weights of the pieces tell which."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from fractions import Fraction
 from typing import Final
 
 from equivcheck.attribution import ratio
@@ -13,7 +12,7 @@ from equivcheck.fit import Attribution
 from equivcheck.interventions import Addend, Intervention, Rescale, Reweight
 from equivcheck.topology import factor_of, undecided
 from equivcheck.verdict import overall
-from equivcheck.view import Part, Suspicion, View
+from equivcheck.view import Group, Part, Suspicion, View
 
 Predict = Callable[[Attribution, Sequence[float]], list[float]]
 # Predicted weights of two ranks that agree to this are the same: they are sums of a few quotients of whole numbers.
@@ -24,8 +23,34 @@ def suspect(view: View) -> list[Suspicion]:
     """Return a suspicion for every hypothesis whose weights predict the accumulated gradients."""
     if not view.divergent:
         return []
-    found = _in_all(view)
-    return found or _in_some(view)
+    return _in_all(view) or _in_some(view) or _in_groups(view)
+
+
+def _in_groups(view: View) -> list[Suspicion]:
+    """Return suspicions for complete cycles and for incomplete ones, where the two are wrong in ways of their own."""
+    full = [each for each in view.divergent if view.full_size(each)]
+    if not full or len(full) == len(view.divergent):
+        return []
+    tails = [each for each in view.divergent if not view.full_size(each)]
+    return [*_in_all(Group(view, full)), *_in_all(Group(view, tails))]
+
+
+def _whole(view: View) -> list[Suspicion]:
+    """Return EQ101 or EQ102 where the full batch is no sum of pieces, and every gradient is off by K to a power."""
+    if view.experiment.case.shares > 1:
+        return []
+    for code, power in (("EQ101", 1), ("EQ102", -1)):
+        off = [
+            (each, float(each.micro_steps) ** power, view.right(each) is None)
+            for each in view.divergent
+        ]
+        if any(outside for *_, outside in off) and all(
+            float((each.candidate - factor * each.reference).norm())
+            <= view.tolerance(each) * float(each.candidate.norm())
+            for each, factor, _ in off
+        ):
+            return scaled(view, code, float(view.steps) ** power, rank=33)
+    return []
 
 
 def _in_some(view: View) -> list[Suspicion]:
@@ -41,6 +66,16 @@ def _in_some(view: View) -> list[Suspicion]:
     for each in found:
         each.evidence["parameters"] = sorted(names)[:5]
     return found
+
+
+def _one_each(attribution: Attribution, right: Sequence[float]) -> list[float]:
+    return [1.0 / attribution.ranks] * len(right)
+
+
+def _scaled_again(attribution: Attribution, right: Sequence[float]) -> list[float]:
+    """Every micro-batch divides what was accumulated before it by K once more."""
+    k = attribution.micro_steps
+    return [x / float(k) ** (k - 1 - i % k) for i, x in enumerate(right)]
 
 
 def _all_alike(_: Attribution, right: Sequence[float]) -> list[float]:
@@ -75,7 +110,7 @@ def _within_ranks(predict: Predict) -> Predict:
 def _in_all(view: View) -> list[Suspicion]:
     found: list[Suspicion] = []
     tails_only = all(not view.full_size(each) for each in view.divergent) and any(
-        view.full_size(each) for each in view.attributions
+        view.full_size(each) for each in view.every
     )
     k = view.steps
     if tails_only:
@@ -84,11 +119,8 @@ def _in_all(view: View) -> list[Suspicion]:
             lambda a, v: [1 / (k * a.ranks)] * len(v),
         ]
         found += hypotheses(view, "EQ105", tail, rank=10)
-    ones: list[Predict] = [
-        lambda a, v: [1.0 / a.ranks] * len(v),
-        lambda a, v: [x * a.micro_steps for x in v],
-    ]
-    found += hypotheses(view, "EQ101", ones, rank=12)
+    ones: list[Predict] = [_one_each, lambda a, v: [x * a.micro_steps for x in v]]
+    found += hypotheses(view, "EQ101", ones, rank=12, power=1)
     sums: list[Predict] = [_all_alike]
     if _all_ones(view):
         found += hypotheses(view, "EQ108", sums, rank=11)
@@ -102,12 +134,18 @@ def _in_all(view: View) -> list[Suspicion]:
             if fitting:
                 break
     else:
-        found += hypotheses(view, "EQ103", [*sums, *_shares(view)], rank=15)
+        # Micro-batches alone may have the size that they have in the full batch: their weights are then 1.
+        shares = [*sums, _one_each, *_shares(view)]
+        found += hypotheses(view, "EQ103", shares, rank=15, power=0)
     twice: list[Predict] = [
         lambda a, v: [x / a.micro_steps for x in v],
         lambda a, v: [1.0 / (a.micro_steps * len(v))] * len(v),
     ]
-    found += hypotheses(view, "EQ102", twice, rank=14)
+    if view.experiment.case.shares == 1:
+        twice.append(_all_alike)
+    found += hypotheses(view, "EQ102", twice, rank=14, power=-1)
+    again: list[Predict] = [_scaled_again, lambda a, v: _scaled_again(a, [1.0 / len(v)] * len(v))]
+    found += hypotheses(view, "EQ109", again, rank=25)
     factor = factor_of(view)
     if undecided(view):
         return [each for each in found if each.code not in {"EQ101", "EQ102"}] + [
@@ -120,7 +158,7 @@ def _in_all(view: View) -> list[Suspicion]:
         if named is not None and not any(each.code == named for each in found):
             found += scaled(view, named, float(view.steps) ** factor[0], rank=12)
     elif not found:
-        found += _denominator(view)
+        found += _whole(view) or [*_denominator(view), *_hidden(view)]
     return found
 
 
@@ -156,9 +194,18 @@ def _shares(view: View) -> list[Predict]:
     ]
 
 
-def _share(values: list[list[int]], cycle: int, length: int) -> list[float]:
+def _share(values: list[list[float]], cycle: int, length: int) -> list[float]:
     counts = values[cycle % len(values)]
     return [x / (sum(counts) or 1) for x in counts] if len(counts) == length else [0.0] * length
+
+
+def _hidden(view: View) -> list[Suspicion]:
+    """Return EQ101 as a last resort: what a loop does to its sums by hand (a clip, say) may hide the factor."""
+    if view.experiment.case.shares > 1 or not view.candidate.backwards:
+        return []
+    found = scaled(view, "EQ101", float(view.steps), rank=60)
+    found[0].is_guess = True
+    return found
 
 
 def _all_ones(view: View) -> bool:
@@ -176,6 +223,7 @@ def hypotheses(
     predictions: Sequence[Predict],
     rank: int,
     meant: Predict | None = None,
+    power: int | None = None,
 ) -> list[Suspicion]:
     """Return a suspicion if the weights that one of the predictions gives make all gradients that differ.
 
@@ -185,7 +233,10 @@ def hypotheses(
         predictions: Weights that the cause would give.
         rank: Order of trial.
         meant: The weights that putting it right gives; None for the true ones.
+        power: Of K, nearest to the factor between all weights together; None for any. Only within one rank.
     """
+    if view.experiment.case.shares > 1:
+        power = None
     for predict in predictions:
         factors: dict[int, list[float]] = {}
         shown: list[Attribution] = []
@@ -194,7 +245,7 @@ def hypotheses(
             if right is None:
                 return []
             wrong = predict(each, right)
-            if view.fits(each, wrong):
+            if view.fits(each, wrong) and power in {None, _power(each, right, wrong)}:
                 if each in view.divergent:
                     shown.append(each)
                 factor = _factors(right, meant(each, right) if meant else right, wrong)
@@ -208,6 +259,16 @@ def hypotheses(
             }
             return [Suspicion(code, _reweighted(view, factors), evidence, first.step, rank)]
     return []
+
+
+def _power(attribution: Attribution, right: Sequence[float], wrong: Sequence[float]) -> int | None:
+    """Return the power of K that is nearest to the factor between the sums of two sets of weights."""
+    present = [bool(piece.any()) for piece in attribution.pieces]
+    sums = [sum(x for x, p in zip(each, present, strict=True) if p) for each in (right, wrong)]
+    k = attribution.micro_steps
+    if k < 2 or sums[0] <= 0 or sums[1] <= 0:
+        return None
+    return round(math.log(sums[1] / sums[0], k))
 
 
 def _factors(
@@ -226,13 +287,16 @@ def _reweighted(view: View, factors: dict[int, list[float]]) -> list[tuple[Inter
     """Return the ways to give the true weights: at the root, or only where an optimizer or a sweep needs it."""
     if not view.candidate.backwards:
         # Gradients that torch.func made: there is no root, but a factor of the whole cycle can be given at its step.
-        found = [(each, factors.get(each.matched, [])) for each in view.attributions]
-        uniform = {
-            each.step: sum(f) / len(f)
-            for each, f in found
-            if f and max(f) - min(f) <= view.tolerance(each) * max(f)
-        }
-        return [(Rescale(uniform),)] if len(uniform) == len(found) else []
+        uniform: dict[str, dict[int, tuple[int, float]]] = {}
+        for each in view.attributions:
+            given = factors.get(each.matched, [])
+            if not given or max(given) - min(given) > view.tolerance(each) * max(given):
+                return []
+            step = view.candidate.steps[each.step]
+            for name, _ in each.names:
+                change = (step.backwards, sum(given) / len(given))
+                uniform.setdefault(name, {})[view.ordinal(step)] = change
+        return [(Rescale(uniform),)]
     by_cycle = _by_cycle(view, factors)
     names = view.names
     owners = {view.candidate.steps[each.step].optimizer for each in view.divergent}
@@ -252,29 +316,31 @@ def _by_cycle(view: View, factors: dict[int, list[float]]) -> dict[int, list[flo
 
 
 def _denominator(view: View) -> list[Suspicion]:
-    """EQ104: every weight too small or too large by one ratio p/q of whole numbers."""
+    """EQ104: every weight too small or too large by one ratio: of whole numbers p/q, or of what is counted."""
     factors: dict[int, list[float]] = {}
-    rules: list[tuple[Attribution, Fraction]] = []
+    rules: list[tuple[Attribution, float]] = []
     for each in view.attributions:
-        right = view.right(each)
-        if right is None:
-            return []
         size = float(each.reference @ each.reference)
         scale = float(each.candidate @ each.reference) / size if size else 0.0
         if each not in view.divergent:
             continue
-        if not scale or not view.fits(each, [x * scale for x in right]):
+        rest = float((each.candidate - scale * each.reference).norm())
+        if not scale > 0 or rest > view.tolerance(each) * float(each.candidate.norm()):
             return []
-        found = ratio(scale, max(view.tolerance(each), 1e-12))
-        if found is None:
-            return []
-        rules.append((each, found))
-        factors[each.matched] = [1.0 / scale] * len(right)
+        rules.append((each, scale))
+        factors[each.matched] = [1.0 / scale] * each.pieces.shape[0]
     if not rules:
         return []
-    first, fraction = rules[0]
-    evidence = {"ratio": f"{fraction.numerator}/{fraction.denominator}", "scale": float(fraction)}
-    confirmed = _confirmed(view, first, float(fraction))
+    first, scale = rules[0]
+    fraction = ratio(scale, max(view.tolerance(first), 1e-12))
+    evidence: dict[str, object] = {}
+    if fraction is not None:
+        scale = float(fraction)
+        evidence["ratio"] = f"{fraction.numerator}/{fraction.denominator}"
+    evidence["scale"] = scale
+    confirmed = _confirmed(view, first, scale)
+    if fraction is None and confirmed is None:
+        return []  # A number that nothing explains may be anything.
     evidence["rule"] = (
         confirmed or "none of the rules tried holds at a second number of accumulation steps"
     )
@@ -285,13 +351,18 @@ def _denominator(view: View) -> list[Suspicion]:
 def _confirmed(view: View, shown: Attribution, scale: float) -> str | None:
     """Return the rule, read from one K, that predicts the factor at another K exactly."""
     k = view.steps
-    other = 2 if k != 2 else 3
-    if other * view.experiment.case.shares > min(view.experiment.data.rows):
-        return None
-    try:
-        recording = view.experiment.at(other)
-    except EquivcheckError:
-        # The loop may refuse another K, the rule is then unconfirmed; a command line has but one.
+    recording = None
+    # The loop may refuse another K.
+    for other in (2, 3, 4, 6):
+        if other == k or other * view.experiment.case.shares > min(view.experiment.data.rows):
+            continue
+        try:
+            recording = view.experiment.at(other)
+        except EquivcheckError:
+            continue
+        break
+    if recording is None:
+        # The rule is then unconfirmed; a command line has but one K.
         return None if view.experiment.other_steps else _confirmed_by_steps(view, shown, scale)
     step = next(
         (each for each in recording.steps if each.matched == shown.matched and each.gradients), None
@@ -306,7 +377,9 @@ def _confirmed(view: View, shown: Attribution, scale: float) -> str | None:
         cycle = shown.matched % len(values)
         mine, others = values[cycle], there[label][cycle]
         for name, rule in _denominators().items():
-            if sum(mine) < max(k, other) or not rule(mine) or not rule(others):
+            if isinstance(sum(mine), int) and sum(mine) < max(k, other):
+                continue
+            if not rule(mine) or not rule(others):
                 continue
             if abs(sum(mine) / rule(mine) - scale) <= limit * max(scale, 1.0):
                 rules[f"{name} ({label})"] = sum(others) / rule(others)
@@ -330,6 +403,8 @@ def _rules(k: int, other: int, scale: float, limit: float) -> dict[str, float]:
         "in proportion to K": scale * other / k,
         "in inverse proportion to K": scale * k / other,
         "the denominator's excess is in proportion to K": 1.0 / (1.0 + excess * other / k),
+        "the denominator's excess is in proportion to K - 1": 1.0
+        / ((1.0 + excess * (other - 1) / max(k - 1, 1)) or math.inf),
         "K is counted wrong by the same number at every K": other
         / ((other + k * excess) or math.inf),
         "the denominator grows with K, and has grown in the full batch": (1.0 + slope)
@@ -376,7 +451,7 @@ def _confirmed_by_steps(view: View, shown: Attribution, scale: float) -> str | N
     return None
 
 
-def _denominators() -> dict[str, Callable[[Sequence[int]], float]]:
+def _denominators() -> dict[str, Callable[[Sequence[float]], float]]:
     """Return denominators that are made of counts, wrongly: from the counts of a cycle's micro-batches."""
     return {
         "integer division": lambda counts: len(counts) * (sum(counts) // len(counts)),

@@ -26,6 +26,7 @@ class Clips(Hooks):
         snapshots: By id of a parameter, its gradient before the last clip and the factor that unscales it.
         unscale_first: A clip is to see gradients without the loss scale.
         hand_scale: The loss scale that the loop itself gives, where no scaler does.
+        pool: Memory for snapshots that is used again, by id of a parameter; None where an observer keeps them.
     """
 
     def __init__(self, recorder: Recorder) -> None:
@@ -33,6 +34,7 @@ class Clips(Hooks):
         self.snapshots: dict[int, tuple[torch.Tensor, float]] = {}
         self.unscale_first = False
         self.hand_scale = 1.0
+        self.pool: dict[int, torch.Tensor] | None = None
 
     def install(self, stack: ExitStack) -> None:
         norm = self._clip_norm(clip_grad._clip_grads_with_norm_)
@@ -63,7 +65,42 @@ class Clips(Hooks):
         for parameter in each_of(parameters):
             if parameter.grad is not None:
                 with quiet():
-                    self.snapshots[id(parameter)] = (parameter.grad.detach().clone(), 1.0)
+                    self.snapshots[id(parameter)] = (self._copy(parameter), 1.0)
+
+    def _copy(self, parameter: torch.Tensor) -> torch.Tensor:
+        """Return a copy of a gradient; fresh memory costs several times what copying does."""
+        assert parameter.grad is not None
+        gradient = parameter.grad.detach()
+        if self.pool is None or type(gradient) is not torch.Tensor or gradient.is_sparse:
+            return gradient.clone()
+        known = self.pool.get(id(parameter))
+        if known is None or known.shape != gradient.shape or known.dtype != gradient.dtype:
+            known = self.pool[id(parameter)] = torch.empty_like(gradient)
+        return known.copy_(gradient)
+
+    def _corrected(self, parameters: Any, total_norm: Any) -> Any:
+        """Let interventions put gradients right, and return their norm, of the order that the given one is of."""
+        if not self.recorder.interventions:
+            return total_norm
+        before = [p.grad for p in each_of(parameters) if p.grad is not None]
+        for each in self.recorder.interventions:
+            each.before_clip(self.recorder, each_of(parameters))
+        after = [p.grad for p in each_of(parameters) if p.grad is not None]
+        if len(before) == len(after) and all(a is b for a, b in zip(before, after, strict=True)):
+            return total_norm
+        given = number(total_norm)
+        orders = (2.0, math.inf, 1.0, 0.5, 3.0)
+        order = min(
+            orders,
+            key=lambda p: (
+                abs(number(clip_grad._get_total_norm(before, p)) - given) if before else 0.0
+            ),
+        )
+        return (
+            clip_grad._get_total_norm(after, order).to(total_norm)
+            if isinstance(total_norm, torch.Tensor)
+            else total_norm
+        )
 
     def _clip_norm(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
@@ -77,6 +114,7 @@ class Clips(Hooks):
             )
             if not self.recorder.allowed("clip"):
                 return None
+            total_norm = self._corrected(parameters, total_norm)
             self._snapshot(parameters)
             for each in self.recorder.interventions:
                 total_norm = each.clip_norm(self.recorder, total_norm)
@@ -118,6 +156,7 @@ class Clips(Hooks):
             )
             if not self.recorder.allowed("clip"):
                 return None
+            self._corrected(parameters, math.nan)
             self._snapshot(parameters)
             with self._unscaled(parameters):
                 result = original(parameters, clip_value, *args, **kwargs)

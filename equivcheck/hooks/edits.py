@@ -5,6 +5,8 @@ A gradient set to None by hand or divided in place, a parameter decayed between 
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,6 +36,7 @@ class Edits(Hooks):
         self._clip_probe: list[torch.Tensor] | None = None
         self._had_gradients = False
         self._weights_probe: list[torch.Tensor] | None = None
+        self._held: Callable[[], torch.Tensor | None] = lambda: None
 
     def forget(self) -> None:
         """Expect other gradients: a call is about to change them, or has."""
@@ -96,6 +99,18 @@ class Edits(Hooks):
             self._probe = self._gradient_probe()
             self._had_gradients = bool(self._probe)
             self._weights_probe = self._parameter_probe()
+        held = self._first_gradient()
+        # Weakly: a gradient that is dropped must not stay in memory until the next backward.
+        self._held = (lambda: None) if held is None else weakref.ref(held)
+
+    def handed_over(self) -> bool:
+        """Return whether the gradients of a step are not those that backwards accumulated: sums of the loop's own."""
+        held = self._first_gradient()
+        return held is not None and self._held() is not held
+
+    def _first_gradient(self) -> torch.Tensor | None:
+        holders = self.recorder.gradient_holders()
+        return next((p.grad for p in holders if p.grad is not None), None)
 
     def _gradient_probe(self) -> list[torch.Tensor]:
         found = []

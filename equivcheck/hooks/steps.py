@@ -33,6 +33,7 @@ class Steps(Hooks):
         self._stepping: dict[int, set[int]] = {}
         self._first_backward: dict[str, int] = {}
         self._controlled: set[type] = set()
+        self._untaken: set[int] = set()
 
     def install(self, stack: ExitStack) -> None:
         stack.callback(register_optimizer_step_pre_hook(self._before_step).remove)
@@ -83,24 +84,31 @@ class Steps(Hooks):
 
         return add_param_group
 
-    def _open_step(self, optimizer: Optimizer) -> Step:
+    def _open_step(self, optimizer: Optimizer, *, closure: bool = False) -> Step:
         key = self.recorder.key_of(optimizer)
-        taken = self.recorder.usage.take(key)
-        samples = frozenset(each for fetch in taken for each in self.recording.fetched[fetch])
-        self.recording.boundaries.append(taken)
         step = Step(
             index=len(self.recording.steps),
             optimizer=key,
-            samples=samples,
+            samples=frozenset(),
             backwards=self.recorder.backwards,
             first_backward=self.first_backward(key),
             learning_rates=[
                 number(group["lr"]) for group in optimizer.param_groups if "lr" in group
             ],
         )
-        self._first_backward[key] = self.recorder.backwards
         self.recording.steps.append(step)
+        self._untaken.add(step.index)
+        if not closure:
+            self._take(step)
         return step
+
+    def _take(self, step: Step) -> None:
+        """Note what a step used up: with a closure, what that used counts too."""
+        self._untaken.discard(step.index)
+        taken = self.recorder.usage.take(step.optimizer)
+        step.samples = frozenset(each for fetch in taken for each in self.recording.fetched[fetch])
+        self.recording.boundaries.append(taken)
+        step.backwards = self._first_backward[step.optimizer] = self.recorder.backwards
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -115,13 +123,14 @@ class Steps(Hooks):
         self.recorder.edits.before_step()
         for each in self.recorder.interventions:
             each.before_step(self.recorder, optimizer)
-        step = self._open_step(optimizer)
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        step = self._open_step(optimizer, closure=callable(closure))
+        step.handed_over = self.recorder.edits.handed_over()
         self.recorder.note("step", optimizer=step.optimizer, learning_rates=step.learning_rates)
         self._open[id(optimizer)] = step
         self._stepping[id(optimizer)] = {
             id(p) for group in optimizer.param_groups for p in group["params"]
         }
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if not callable(closure):
             self._observe(optimizer, step)
             return None
@@ -143,17 +152,7 @@ class Steps(Hooks):
             begin = self.recorder.backwards
             result = reweighted(closure(*inner, **named), self.recorder.backward.evaluated)
             if not step.sample:
-                # What the closure consumed counts too; a known boundary has it already.
-                later = (
-                    []
-                    if self.recorder.usage.boundaries
-                    else self.recorder.usage.take(step.optimizer)
-                )
-                step.samples |= frozenset(
-                    each for fetch in later for each in self.recording.fetched[fetch]
-                )
-                self.recording.boundaries[step.index] += later
-                step.backwards = self._first_backward[step.optimizer] = self.recorder.backwards
+                self._take(step)
                 self._observe(optimizer, step, closure=True)
             return result
 
@@ -207,6 +206,8 @@ class Steps(Hooks):
         step = self._open.pop(id(optimizer))
         self._stepping.pop(id(optimizer), None)
         with quiet():
+            if step.index in self._untaken:  # The closure was not called.
+                self._take(step)
             if not step.sample:
                 self._observe(optimizer, step, closure=True)
             self.recorder.observer.after(self.recorder, step, optimizer)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from torch.optim import Optimizer
 
 if TYPE_CHECKING:
+    import torch
+
     from equivcheck.recorder import Recorder
 
 
@@ -70,6 +72,9 @@ class Intervention:
 
     def finish(self, recorder: Recorder) -> None:
         """Act when `train` has returned."""
+
+    def before_clip(self, recorder: Recorder, parameters: Sequence[torch.Tensor]) -> None:
+        """Act before a clip looks at the gradients of some parameters."""
 
     def clip_norm(self, _recorder: Recorder, total_norm: Any) -> Any:
         """Return the norm that a clip by norm is to use."""

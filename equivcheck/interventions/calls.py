@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -90,18 +90,20 @@ class Ration(Defer):
 class Retime(Intervention):
     """Step exactly at the end of every cycle: steps inside one are left out, missing ones are made.
 
-    What belongs to a step that is left out (zeroing, scheduler, scaler, between it and the next
-    backward) is left out with it.
+    What belongs to a step that is left out is left out with it: unscaling and clips before it, zeroing, scheduler and
+    scaler between it and the next backward.
 
     Args:
-        ends: Counts of backwards after which the user's own loop steps anyway.
+        ends: Counts of backwards after which the user's own loop steps anyway, at the end of a cycle.
+        others: Counts of backwards after which it steps inside of one.
     """
 
     name = "retime"
     controls_steps = True
 
-    def __init__(self, ends: set[int]) -> None:
+    def __init__(self, ends: Collection[int], others: Collection[int] = ()) -> None:
         self._ends = ends
+        self._others = others
         self._left_out_at = -1
 
     @contextmanager
@@ -114,6 +116,8 @@ class Retime(Intervention):
         if kind == "step":
             if inside:
                 self._left_out_at = recorder.backwards
+            return not inside
+        if kind in {"unscale", "clip"} and recorder.backwards in self._others:
             return not inside
         if kind in {"zero_grad", "scheduler", "scaler", "unscale", "clip"}:
             return not (inside and (self._left_out_at == recorder.backwards or kind == "zero_grad"))

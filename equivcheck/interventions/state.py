@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch.optim import Optimizer
@@ -72,54 +72,71 @@ class Fresh(Intervention):
         yield
 
 
-class Restitute(Intervention):
-    """Add to the gradients what a hypothesis says is missing from them, just before the step.
+T = TypeVar("T")
+
+
+class AtStep(Intervention, Generic[T]):
+    """Changes the gradients that a step takes: before the clip that comes just before it, or else before the step.
 
     Args:
-        missing: Per backward count at the step, and per parameter, the gradient to add (full
-            tensors).
+        changes: Per parameter, and per number of its own step (from 0), how many backwards came before that step, and
+            what to change by.
     """
+
+    def __init__(self, changes: Mapping[str, Mapping[int, tuple[int, T]]]) -> None:
+        self._changes = changes
+        self._made: dict[str, int] = {}
+        self._done: set[tuple[str, int]] = set()
+
+    @contextmanager
+    def installed(self, _recorder: Recorder) -> Iterator[None]:
+        self._made, self._done = {}, set()
+        yield
+
+    def before_clip(self, recorder: Recorder, parameters: Sequence[torch.Tensor]) -> None:
+        for parameter in parameters:
+            self._apply(recorder, recorder.names.get(id(parameter), ""), parameter)
+
+    def before_step(self, recorder: Recorder, optimizer: Optimizer) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                name = recorder.name_of(parameter, optimizer)
+                self._apply(recorder, name, parameter)
+                self._made[name] = self._made.get(name, 0) + 1
+
+    def _apply(self, recorder: Recorder, name: str, parameter: torch.Tensor) -> None:
+        number = self._made.get(name, 0)
+        backwards, change = self._changes.get(name, {}).get(number, (-1, None))
+        if change is None or backwards != recorder.backwards or (name, number) in self._done:
+            return
+        self._done.add((name, number))
+        with torch.no_grad():
+            self._change(parameter, change)
+
+    def _change(self, parameter: torch.Tensor, change: T) -> None:
+        raise NotImplementedError
+
+
+class Restitute(AtStep[torch.Tensor]):
+    """Add to the gradients of a step what a hypothesis says is missing from them."""
 
     name = "restitute"
 
-    def __init__(self, missing: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
-        self._missing = missing
-
-    def before_step(self, recorder: Recorder, optimizer: Optimizer) -> None:
-        missing = self._missing.get(recorder.backwards)
-        if missing is None:
+    def _change(self, parameter: torch.Tensor, change: torch.Tensor) -> None:
+        if change.numel() != parameter.numel():
             return
-        with torch.no_grad():
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    extra = missing.get(recorder.name_of(parameter, optimizer))
-                    if extra is None or extra.numel() != parameter.numel():
-                        continue
-                    extra = extra.view(parameter.shape).to(parameter.device, parameter.dtype)
-                    parameter.grad = (
-                        extra.clone() if parameter.grad is None else parameter.grad + extra
-                    )
+        extra = change.view(parameter.shape).to(parameter.device, parameter.dtype)
+        parameter.grad = extra.clone() if parameter.grad is None else parameter.grad + extra
 
 
-class Rescale(Intervention):
-    """Multiply the gradients of a step by a factor, just before it: where no backward is seen to be reweighted.
-
-    Args:
-        factors: By number of the optimizer step.
-    """
+class Rescale(AtStep[float]):
+    """Multiply the gradients of a step by a factor: where no backward is seen to be reweighted."""
 
     name = "rescale at the step"
 
-    def __init__(self, factors: Mapping[int, float]) -> None:
-        self._factors = factors
-
-    def before_step(self, recorder: Recorder, optimizer: Optimizer) -> None:
-        factor = self._factors.get(len(recorder.recording.steps), 1.0)
-        with torch.no_grad():
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        parameter.grad = parameter.grad * factor
+    def _change(self, parameter: torch.Tensor, change: float) -> None:
+        if parameter.grad is not None:
+            parameter.grad = parameter.grad * change
 
 
 class ZerosToNone(Intervention):
@@ -206,6 +223,7 @@ class Rewind(Intervention):
     def __init__(self, *what: str) -> None:
         self._what = what
         self._saved: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._buffers: dict[str, torch.Tensor] = {}
         self._entries: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._done = -1
 
@@ -218,7 +236,7 @@ class Rewind(Intervention):
             yield
         finally:
             handle.remove()
-            self._saved, self._entries = [], []
+            self._saved, self._entries, self._buffers = [], [], {}
 
     def before_fetch(self, recorder: Recorder) -> None:
         self._rewind(recorder)
@@ -231,6 +249,10 @@ class Rewind(Intervention):
             if recorder.inside():
                 for tensor, value in self._saved:
                     tensor.copy_(value)
+                # By name: a forward may have put a new tensor in a buffer's place.
+                for name, buffer in recorder.model.named_buffers():
+                    if name in self._buffers and self._buffers[name].shape == buffer.shape:
+                        buffer.detach().copy_(self._buffers[name])
                 for entries, values in self._entries:
                     # Fresh copies each time: the loop may change in place what is put back.
                     entries.update(
@@ -248,7 +270,7 @@ class Rewind(Intervention):
         if "parameters" in self._what:
             tensors += [p.detach() for p in recorder.gradient_holders()]
         if "buffers" in self._what:
-            tensors += [b.detach() for b in recorder.model.buffers()]
+            self._buffers = {n: b.detach().clone() for n, b in recorder.model.named_buffers()}
         if "state" in self._what:
             for reference in recorder.alive.values():
                 optimizer = reference()

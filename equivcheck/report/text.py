@@ -273,7 +273,7 @@ def _finding_rows(case: Mapping[str, Any], width: int) -> Iterator[tuple[str, st
             yield "evidence", statement
         if words.fix(cause):
             yield "fix", words.fix(cause)
-    for title in ("because", "fix"):
+    for title in ("expected", "because", "fix"):
         if case.get(title):
             yield title, str(case[title])
     absent = missing_causes(case)

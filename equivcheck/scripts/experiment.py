@@ -405,7 +405,7 @@ class ScriptExperiment(Experiment):
         """The largest micro-batch of a rank."""
         return max((len(keys) for keys in self.candidate().fetched), default=0)
 
-    def counts(self, accumulation_steps: int | None) -> dict[str, list[list[int]]]:
+    def counts(self, accumulation_steps: int | None) -> dict[str, list[list[float]]]:
         """Return what each micro-batch holds of what may be counted, by label; for every step of the full batch."""
         if accumulation_steps not in {None, self.case.accumulation_steps}:
             return {}

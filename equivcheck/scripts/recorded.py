@@ -319,7 +319,7 @@ def _decide(
     progress: Callable[[str], None],
 ) -> None:
     reference, candidate = experiment.reference(), experiment.candidate()
-    if not usable(reference, entry, experiment.subject):
+    if not usable(reference, entry, experiment.subject, experiment.data):
         return
     if different_samples(experiment, entry):
         return

@@ -99,9 +99,14 @@ TOLD = {
         UNDIVIDED,
         (LOSS, "loss = F.cross_entropy(model(x), y, reduction='sum')"),
     ),
-    "rows coupled by hand, and not divided": ("EQ201 suspected", NO_LOG, COUPLED, UNDIVIDED),
+    "rows coupled by hand, and not divided": (
+        "EQ101 proved EQ201 proved",
+        NO_LOG,
+        COUPLED,
+        UNDIVIDED,
+    ),
     "a log that no rule gives": (
-        "EQ701 suspected",
+        "EQ701 proved",
         (LOG, "logged.append(mean + 0.01 * len(logged) * (accumulation_steps - 1))"),
     ),
     "a log times a constant": (

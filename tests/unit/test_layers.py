@@ -40,7 +40,7 @@ LAYERS = (
     },
     {
         *("topology", "traffic"),
-        *("experiment", "fit", "company", "verdict", "view", "diagnose", "detectors"),
+        *("experiment", "fit", "sums", "company", "verdict", "view", "diagnose", "detectors"),
         *("shared", "precision", "decide", "describe", "doubts", "series", "timelines", "scripts"),
     },
     {"api", "workers", "config", "report", "search", "repro"},

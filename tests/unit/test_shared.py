@@ -36,6 +36,7 @@ class Lab:
     def __init__(self, reference, altered=None, native=None):
         self._reference, self._altered, self._native = reference, altered, native
         self.put_right = []
+        self.remembered = {"kept sums": None}
 
     def reference(self):
         return self._reference

@@ -1,0 +1,35 @@
+"""Gradients that are never zeroed, EQ302, where that makes the two runs differ too."""
+
+from __future__ import annotations
+
+from equivcheck.sums import STEPS, kept_sums, weight_of_earlier
+from equivcheck.view import Suspicion, View
+
+EXPLAINED = frozenset({"gradients", "applied", "parameters", "state"})
+
+
+def suspect(view: View) -> list[Suspicion]:
+    """Return EQ302 if all that differs is how much of earlier gradients a loop's own sums still hold."""
+    findings = [f for f in view.judgement.findings if f.kind in {"gradients", "applied"}]
+    if view.chosen or not findings:
+        return []
+    evidence = kept_sums(view.experiment)
+    if evidence is None:
+        return []
+    for finding in findings[:STEPS]:
+        step = view.candidate.steps[finding.step]
+        earlier = [s for s in view.candidate.steps[: step.index] if s.optimizer == step.optimizer]
+        if not earlier or weight_of_earlier(view.experiment, step, earlier[-1]) is None:
+            return []
+    return [
+        Suspicion(
+            "EQ302",
+            [],
+            evidence,
+            findings[0].matched,
+            rank=13,
+            shared=True,
+            proved=True,
+            explains=EXPLAINED,
+        )
+    ]
