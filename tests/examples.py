@@ -127,6 +127,11 @@ def steady(value: object) -> object:
         }
         return {key: steady(item) for key, item in value.items() if key not in apart}
     if isinstance(value, list):
+        # Sorted by size, of which rounding decides where all are off by the same.
+        if value and all(isinstance(item, str) for item in value):
+            return sorted(value)
+        if value and all(isinstance(item, dict) and "name" in item for item in value):
+            return [steady(item) for item in sorted(value, key=lambda item: str(item["name"]))]
         return [steady(item) for item in value]
     if isinstance(value, float):
         return 0.0 if abs(value) < 1e-7 else float(f"{value:.2g}")
