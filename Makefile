@@ -14,6 +14,7 @@
 # make claims     rewrite reports/claims.md: what is claimed of accumulation, with numbers
 # make examples   rewrite reports/examples: one result and page for every cause
 # make examples-check  compare them with what the loops give now
+# make pictures   keep a picture of every example page, at two widths and in both themes, to be looked at
 # make env-NAME   an environment for one family of frameworks: transformers, lightning, deepspeed, jax, keras
 # make envs       all of them
 # make test-frameworks  the trainers and scripts of every framework, each in its environment
@@ -33,6 +34,7 @@ WRONG := eq101_missing_division_plain eq103_mean_of_means_tokens eq201_batch_nor
 	eq301_zero_grad_in_cycle eq306_clip_by_norm eq307_scheduler_per_micro_batch
 
 .PHONY: run test search search-mutants planted wheel lint bench calibrate properties detection starts traffic coverage claims examples examples-check \
+	pictures \
 	readme envs test-frameworks conformance conformance-heads
 
 run: $(STAMP)
@@ -102,12 +104,16 @@ coverage: $(STAMP)
 
 claims: $(STAMP)
 	$(BIN)/python tests/bench/claims.py
+	$(BIN)/python -W ignore tests/bench/claims_ranks.py
 
 examples: $(STAMP)
 	$(BIN)/python -W ignore tests/examples.py
 
 examples-check: $(STAMP)
 	$(BIN)/python -W ignore tests/examples.py --check
+
+pictures: $(STAMP)
+	$(BIN)/python tests/report/pictures.py
 
 readme: $(STAMP)
 	$(BIN)/python -m equivcheck.causes README.md

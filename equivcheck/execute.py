@@ -55,6 +55,7 @@ class Run:
         world_size: Ranks that run it together.
         part: Which part of the batch this rank has; 0 where every rank has all of it.
         share: The samples that this rank is given; None where it takes its own share of all.
+        cut: Whether the ranks share out the model, and each has all of the batch.
     """
 
     role: str
@@ -77,6 +78,7 @@ class Run:
     world_size: int = 1
     part: int = 0
     share: frozenset[int] | None = None
+    cut: bool = False
 
     @property
     def name(self) -> str:
@@ -193,6 +195,7 @@ def _execute(
             feed.on_served = recorder.usage.served
             stack.enter_context(recorder.usage.watching_use())
         recorder.rank, recorder.part, recorder.share = run.rank, run.part, run.share
+        recorder.cut = run.cut
         recorder.watch = watch
         recorder.code = code
         recorder.data = run.data

@@ -582,6 +582,7 @@ class Experiment:
                 rank=rank,
                 part=rank if self.case.shares > 1 else 0,
                 world_size=self.case.world_size,
+                cut=self.case.shares == 1,
                 share=None
                 if "dataset" in self.wants
                 else frozenset(sample for samples in micro for sample in samples),

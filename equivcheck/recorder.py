@@ -70,6 +70,7 @@ class Recorder:
         self.rank, self.world_size, self.part = 0, world_size, 0
         self.holdings = Holdings(model) if world_size > 1 else None
         self.share: frozenset[int] | None = None
+        self.cut = False
         self.watch: Callable[[Recording], None] | None = None
         self.is_paused = False
         self.shadow_holders: dict[str, Any] = {}

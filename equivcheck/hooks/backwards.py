@@ -72,6 +72,15 @@ class Backwards(Hooks):
         create_graph, inputs = bool(args[2]), args[3]
         return not create_graph and any(id(each) in self.recorder.names for each in inputs or ())
 
+    def _continues_another(self, outputs: list[Any]) -> bool:
+        """Return whether a rank goes on with another's backward: a stage of a pipeline that holds no loss.
+
+        The gradient that it starts from carries whatever the loss was multiplied with.
+        """
+        return self.recorder.cut and all(
+            isinstance(each, torch.Tensor) and each.numel() > 1 for each in outputs
+        )
+
     def _root_backward(
         self,
         engine: Callable[..., Any],
@@ -97,8 +106,9 @@ class Backwards(Hooks):
         else:
             self.repeated = min(self.repeated + 1, len(self.recording.backwards))
         factor = 1.0
-        for each in self.recorder.interventions:
-            factor *= each.root_factor(self.recorder)
+        if not self._continues_another(outputs):
+            for each in self.recorder.interventions:
+                factor *= each.root_factor(self.recorder)
         self.evaluated.append((loss, factor))
         if factor != 1.0:
             args = (scaled(args[0], outputs, factor), *args[1:])

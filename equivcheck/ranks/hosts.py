@@ -81,11 +81,12 @@ class Hosts:
         self._generation = 0
         self._interface: str | None = None
         self._stack = ExitStack()
+        self._timer: threading.Timer | None = None
         self._store: Store | None = None
 
     def __enter__(self) -> Self:
         global _hosts  # noqa: PLW0603 - a process belongs to one group
-        signal.signal(signal.SIGTERM, _tell_first)
+        signal.signal(signal.SIGTERM, self._tell_first)
         try:
             self._meet()
         except BaseException as error:
@@ -109,10 +110,19 @@ class Hosts:
     def _finish(self, code: int) -> None:
         # From here on all end by themselves; a launcher that sees the first one gone need not hurry the others.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if self._timer is not None:
+            self._timer.cancel()
         for peer in self._peers.values():
             peer.send(_END, 0, str(code).encode())
         for peer in self._peers.values():
             peer.connection.close()
+
+    def _tell_first(self, _signal: int, _frame: Any) -> None:
+        """Let the case under way tell what has failed, before this run is interrupted."""
+        if self._timer is None:
+            self._timer = threading.Timer(LAST_WORDS, os.kill, (os.getpid(), signal.SIGINT))
+            self._timer.daemon = True
+            self._timer.start()
 
     def _meet(self) -> None:
         launch = self.launch
@@ -535,10 +545,3 @@ def _code_of(error: BaseException) -> int:
     if isinstance(error, EquivcheckError):
         return error.exit_code
     return _INTERRUPTED if isinstance(error, KeyboardInterrupt) else _INTERNAL
-
-
-def _tell_first(_signal: int, _frame: Any) -> None:
-    """Let the case under way tell what has failed, before this run is interrupted."""
-    timer = threading.Timer(LAST_WORDS, os.kill, (os.getpid(), signal.SIGINT))
-    timer.daemon = True
-    timer.start()

@@ -139,7 +139,6 @@ def _render(result: Mapping[str, Any], reduced: Reduced, data: str) -> str:
     detailed = set(reduced.detailed)
     sections = [_section(case) for case in cases if case["id"] in detailed]
     sections.sort(key=lambda section: not section["failed"])
-    failing = [case for case in result["cases"] if words.failed(case)]
     groups = _groups(result["cases"], detailed)
     first = next(
         (s for s in sections if words.failed(s["case"])), sections[0] if sections else None
@@ -147,7 +146,7 @@ def _render(result: Mapping[str, Any], reduced: Reduced, data: str) -> str:
     return write(
         "page.html",
         result=reduced.result,
-        title=_title(result, failing),
+        title=title(result),
         mark=MARKS.get(result["verdict"], ""),
         counts=Counter(case["verdict"] for case in result["cases"]).most_common(),
         summary=text.summary(result),
@@ -185,9 +184,10 @@ def _for_summary(result: Mapping[str, Any]) -> list[Any]:
     return sorted(result["cases"], key=lambda case: not words.failed(case))[:50]
 
 
-def _title(result: Mapping[str, Any], failing: Sequence[Mapping[str, Any]]) -> str:
+def title(result: Mapping[str, Any]) -> str:
     """Return the headline of the page: the case's own if one speaks for all."""
     cases = result["cases"]
+    failing = [case for case in cases if words.failed(case)]
     if len(cases) == 1:
         return words.headline(cases[0])
     if not cases:

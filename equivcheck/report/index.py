@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from equivcheck.causes import CAUSES
-from equivcheck.report import html, words
+from equivcheck.report import html
 
 REST = "Correct loops, and several subjects on one page"
 FAMILIES = {
@@ -29,17 +29,19 @@ def page(results: Mapping[str, Mapping[str, Any]]) -> str:
     """
     families: dict[str, list[dict[str, Any]]] = {}
     for file, result in results.items():
-        code = file.split(".")[0].split("-")[0]
+        stem = file.split(".")[0]
+        code, _, more = stem.partition("-")
         cause = CAUSES.get(code)
-        case = next(iter(result["cases"]), None)
         families.setdefault(FAMILIES.get(code[2:3], REST), []).append(
             {
                 "file": file,
-                "code": code,
-                "name": cause.name if cause else "",
+                "code": code if cause else "",
+                "name": " ".join(filter(None, [cause.name, more and f"({more})"]))
+                if cause
+                else stem.replace("-", ", "),
                 "summary": cause.summary if cause else "",
                 "verdict": result["verdict"],
-                "headline": _number(code, words.headline(case)) if case else "",
+                "headline": _number(code, html.title(result)),
             }
         )
     return html.write("index.html", families=list(families.items()))

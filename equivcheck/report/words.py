@@ -12,6 +12,7 @@ from equivcheck.result import case_exit_code, missing_causes
 
 COMPARED = ("gradients", "learning_rates", "losses", "parameters", "buffers")
 MOST_ITEMS = 8
+ZERO = 1e-13  # of the largest weight; a fit of float64 gradients gives a zero to 1e-16
 SHOWN_ELSEWHERE = ("because", "finite", "weights", "true_weights", "intervention", "shared")
 # What each intervention does, to be read after "with".
 PUT_RIGHT = {
@@ -82,7 +83,17 @@ def number(value: float | None, digits: int = 1) -> str:
 
 def factor(value: float | None) -> str:
     """Return a scale or a weight with four significant digits."""
-    return "-" if value is None else f"{value:#.4g}"
+    if value is None:
+        return "-"
+    return "0" if value == 0 else f"{value:#.4g}"
+
+
+def weighed(values: Sequence[Any]) -> list[Any]:
+    """Return weights in which what is zero but for rounding is zero."""
+    rows = values if values and isinstance(values[0], list) else [values]
+    top = max((abs(v) for row in rows for v in row if v is not None), default=0.0)
+    kept = [[0.0 if v is not None and abs(v) <= ZERO * top else v for v in row] for row in rows]
+    return kept if rows is values else kept[0]
 
 
 def times(value: float) -> str:
@@ -326,6 +337,7 @@ def worst_parameters(case: Mapping[str, Any], limit: int) -> Sequence[Mapping[st
 
 def weights_line(values: Sequence[Any]) -> str:
     """Return weights in one line, those of several ranks with bars between them."""
+    values = weighed(values)
     if values and isinstance(values[0], list):
         return " | ".join(weights_line(row) for row in values)
     shown = [factor(value) for value in values[:8]]

@@ -24,6 +24,8 @@ CALLS = {
     "leftover": "old gradients left",
     "repeat": "closure again",
 }
+# Ways of working together in which each cycle ends with a reduction of the gradients.
+REDUCING = frozenset({"ddp", "zero"})
 
 
 def walk(case: Mapping[str, Any]) -> Panel:
@@ -82,8 +84,18 @@ def walk(case: Mapping[str, Any]) -> Panel:
         "events": {role: both[role]["events"] for role in ("full_batch", "accumulated")},
         "left_out": sum(both[role].get("left_out", 0) for role in ("full_batch", "accumulated")),
         "rank": 0 if (case.get("world_size") or 1) > 1 else None,
-        "told": _walk_in_words(events, missing, cycle),
+        "told": " ".join(
+            filter(None, [_walk_in_words(events, missing, cycle), _sent_nothing(case, cycle)])
+        ),
     }
+
+
+def _sent_nothing(case: Mapping[str, Any], cycle: int) -> str:
+    """Return that no gradient was reduced in the cycle, where each ought to be."""
+    reduced = _reductions(case, cycle)
+    if not reduced or any(reduced) or case.get("strategy") not in REDUCING:
+        return ""
+    return "No gradient is reduced over the ranks."
 
 
 def _cycle_shown(both: Mapping[str, Any]) -> int:
@@ -121,13 +133,16 @@ def _facts(
     for each in [case.get("attribution") or {}, *(case.get("attributions") or ())]:
         found = each.get("candidate_weights")
         if each.get("optimizer_step") == cycle and found:
+            found = words.weighed(found)
             own = found[0] if isinstance(found[0], list) else found  # the calls shown are rank 0's
             if len(own) == len(columns):
                 rows.append({"title": "weight", "cells": lead + [words.factor(w) for w in own]})
             break
     reduced = _reductions(case, cycle)
-    if any(reduced) and len(reduced) == len(columns):
-        rows.append({"title": "all-reduces", "cells": lead + [str(n or "") for n in reduced]})
+    if len(reduced) == len(columns) and (any(reduced) or case.get("strategy") in REDUCING):
+        rows.append(
+            {"title": "all-reduces", "cells": lead + [str(n or "\N{MIDDLE DOT}") for n in reduced]}
+        )
     return rows
 
 

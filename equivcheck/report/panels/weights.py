@@ -17,7 +17,7 @@ def weights(case: Mapping[str, Any]) -> Panel:
     theory, found = (attribution.get(f"{role}_weights") for role in ("reference", "candidate"))
     if not theory or not found:
         return None
-    theories, founds = _by_rank(theory), _by_rank(found)
+    theories, founds = _by_rank(words.weighed(theory)), _by_rank(words.weighed(found))
     if len(theories) == 1 and len(founds) > 1:
         theories = theories * len(founds)
     known = [abs(v) for row in (*theories, *founds) for v in row if v is not None]
