@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from equivcheck.api import outcomes, plan
 from equivcheck.config import OPTIONS
+from equivcheck.suite import expanded
 
 ROOT = Path(__file__).parents[2]
 _spec = importlib.util.spec_from_file_location("planted", ROOT / "tests" / "bench" / "planted.py")
@@ -68,3 +70,12 @@ def test_what_has_to_fail_is_told_apart():
         predicted = {planted.has_to_fail(fault, case) for case in cases}
 
         assert {True, False} <= predicted
+
+
+def test_the_page_is_of_these_suites():
+    """Each suite that a trainer can be put under is in the table, and the right loop fails in none."""
+    page = planted.PAGE.read_text(encoding="utf-8")
+    told = re.findall(r"^\| (suite:\w+) \| (-|\d+) of", page, re.MULTILINE)
+
+    assert {name for name, _ in told} == set(expanded("suite:all"))
+    assert {failed for _, failed in told} == {"-"}
