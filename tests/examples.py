@@ -115,7 +115,7 @@ def steady(value: object) -> object:
         # Code that does not repeat itself gives other numbers every time; its cause is the same.
         return [cause["code"] for cause in value["causes"]]
     if isinstance(value, dict):
-        apart = {
+        left_out = {
             "seconds",
             "environment",
             "runs",
@@ -125,7 +125,7 @@ def steady(value: object) -> object:
             "margin",
             "noise",
         }
-        return {key: steady(item) for key, item in value.items() if key not in apart}
+        return {key: steady(item) for key, item in value.items() if key not in left_out}
     if isinstance(value, list):
         # Sorted by size, of which rounding decides where all are off by the same.
         if value and all(isinstance(item, str) for item in value):
@@ -136,6 +136,21 @@ def steady(value: object) -> object:
     if isinstance(value, float):
         return 0.0 if abs(value) < 1e-7 else float(f"{value:.2g}")
     return value
+
+
+def apart(told: object, found: object, place: str = "") -> str | None:
+    """Return where two steady results first differ, as a path of keys; None where they do not."""
+    if isinstance(told, dict) and isinstance(found, dict) and told.keys() == found.keys():
+        pairs = [(f"{place}.{key}", told[key], found[key]) for key in told]
+    elif isinstance(told, list) and isinstance(found, list) and len(told) == len(found):
+        pairs = [(f"{place}[{i}]", *both) for i, both in enumerate(zip(told, found, strict=True))]
+    else:
+        return (
+            None
+            if told == found
+            else f"{place or 'the top'}: {str(told)[:60]} -> {str(found)[:60]}"
+        )
+    return next((each for pair in pairs if (each := apart(pair[1], pair[2], pair[0]))), None)
 
 
 def main(arguments: list[str]) -> int:
@@ -154,8 +169,9 @@ def main(arguments: list[str]) -> int:
         path = EXAMPLES / f"{name}.json"
         if check:
             told = steady(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
-            if told != steady(found):
-                different.append(name)
+            place = apart(told, steady(found))
+            if place is not None:
+                different.append(f"{name} (at {place})")
             continue
         result.write(path, found)
         result.write_text(path.with_suffix(".html"), html.render(found))
