@@ -23,7 +23,13 @@ def suspect(view: View) -> list[Suspicion]:
     """Return a suspicion for every hypothesis whose weights predict the accumulated gradients."""
     if not view.divergent:
         return []
-    return _in_all(view) or _in_some(view) or _in_groups(view)
+    guess: list[Suspicion] = []
+    for look in (_in_all, _in_some, _in_groups):
+        found = look(view)
+        if any(not each.is_guess for each in found):
+            return found
+        guess = guess or found
+    return guess
 
 
 def _in_groups(view: View) -> list[Suspicion]:
