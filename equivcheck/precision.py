@@ -102,9 +102,11 @@ def _of_ranks(experiment: Experiment) -> float:
 
     What one process computes with has no wrapper, and rounds less.
     """
+    if experiment.crew is None:
+        return 0.0
     asked = {rank.asked for rank in experiment.candidate().ranks} - {""}
     own = experiment.reference()
-    if not asked or experiment.crew is None:
+    if not asked:
         return 0.0
     theirs = roundoff_of(asked)
     known = {own.asked, own.autocast, own.dtype} - {""}

@@ -79,7 +79,7 @@ def test_interventions_of_another_process_know_what_they_were_told(tmp_path):
     chosen = [
         Defer("zero_grad", "clip"),
         Reweight({0: [0.5, 2.0]}, frozenset({"w"})),
-        Restitute({4: {"w": torch.arange(30.0)}}),
+        Restitute({"w": {4: (2, torch.arange(30.0))}}),
         Before(),
         freeze,
     ]
@@ -93,7 +93,9 @@ def test_interventions_of_another_process_know_what_they_were_told(tmp_path):
     assert defer._kinds == ("zero_grad", "clip")
     assert reweight._factors == {0: [0.5, 2.0]}
     assert reweight._names == frozenset({"w"})
-    assert torch.equal(restitute._missing[4]["w"], torch.arange(30.0))
+    backwards, missing = restitute._changes["w"][4]
+    assert backwards == 2
+    assert torch.equal(missing, torch.arange(30.0))
     assert list(frozen._learned) == [((frozen,), 0)]
     assert found.schedule == spec.schedule
 

@@ -36,6 +36,7 @@ class Lab:
         runs = (Recording("any", [full], dtype=dtype), Recording("any", [accumulated], dtype=dtype))
         self._native = dict(zip(("native_reference", "native_candidate"), runs, strict=True))
         self.case = self
+        self.crew = None
         self.accumulation_steps = accumulation_steps
         self._promoted = Recording("candidate", [promoted or step({"w": SUM}, PIECES)])
 
