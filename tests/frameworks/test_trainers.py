@@ -61,4 +61,4 @@ def test_every_trainer_has_an_environment() -> None:
     """Every family has trainers; each is in the environment of its framework."""
     covered = {frameworks.family(path) for path in frameworks.trainers()}
     assert covered == set(frameworks.FAMILIES)
-    assert covered == {"transformers", "lightning", "deepspeed"}
+    assert covered == {"transformers", "lightning", "deepspeed", "jax", "keras"}
