@@ -93,7 +93,7 @@ def _seen(rank: Path) -> tuple[int, int]:
     path = rank / "recording.json"
     if not path.exists():
         return 0, 1  # ended before it had anything to write
-    whole = json.loads((rank / "recording.json").read_text(encoding="utf-8"))
+    whole = json.loads(path.read_text(encoding="utf-8"))
     body = json.loads(whole["body"])
     return len(body["recording"]["steps"]), int(body["facts"]["world_size"])
 

@@ -3,7 +3,7 @@
     python tests/conformance/table.py [--envs .venvs] [--results FOLDER] [--heads heads.jsonl] [--readme README.md]
 
 Every trainer of a framework, and every faulty twin, is run by `equivcheck run` in the environment of its family, in one
-process and, where its file says so, on two ranks. A family whose result lies in the folder already is taken from there.
+process. A family whose result lies in the folder already is taken from there.
 What a row shows (`FRAMEWORK`, `SHOWS`) stands in the trainer's own file; what came out is never written down by hand.
 """
 
@@ -87,7 +87,7 @@ def versions(python: Path, names: tuple[str, ...]) -> dict[str, str]:
     return dict(json.loads(done.stdout))
 
 
-def described(path: Path, ranks: int) -> dict[str, Any]:
+def described(path: Path) -> dict[str, Any]:
     """Return what a row is about, before it is run."""
     stated = constants(path)
     shows = list(stated.get("SHOWS", ()))
@@ -106,28 +106,25 @@ def described(path: Path, ranks: int) -> dict[str, Any]:
         "framework": stated.get("FRAMEWORK"),
         "shows": shows,
         "claims": sorted(claims),
-        "world_size": ranks,
         "says": says(path),
     }
 
 
-def run(
-    family: str, ranks: int, paths: list[Path], envs: Path, results: Path
-) -> list[dict[str, Any]]:
+def run(family: str, paths: list[Path], envs: Path, results: Path) -> list[dict[str, Any]]:
     """Return one row for each trainer of a family: its case at K = 4, or why there is none."""
-    rows = [described(path, ranks) for path in paths]
+    rows = [described(path) for path in paths]
     python = envs / family / "bin" / "python"
     if not python.exists():
         reason = f"no environment: make env-{family}"
         return [{**row, "outcome": "cannot run here", "reason": reason} for row in rows]
-    known = sorted(results.glob(f"{family}-{ranks}*.json"))
+    known = sorted(results.glob(f"{family}-*.json"))
     cases = [case for each in known for case in json.loads(each.read_text())["cases"]]
     by_target = {case["target"]: case for case in cases}
     missing = [path for path in paths if str(path.relative_to(ROOT)) not in by_target]
     said = ""
     if missing:
-        found = results / f"{family}-{ranks}-{len(known)}.json"
-        said = measured(python, missing, ranks, found)
+        found = results / f"{family}-{len(known)}.json"
+        said = measured(python, missing, found)
         cases = json.loads(found.read_text())["cases"] if found.exists() else []
         by_target |= {case["target"]: case for case in cases}
     return [
@@ -136,11 +133,10 @@ def run(
     ]
 
 
-def measured(python: Path, paths: list[Path], ranks: int, found: Path) -> str:
+def measured(python: Path, paths: list[Path], found: Path) -> str:
     """Run trainers in one process, write their result, and return the last words of the run."""
     command = [str(python), "-m", "equivcheck", "run", *(str(p.relative_to(ROOT)) for p in paths)]
     command += ["--accumulation-steps", str(ACCUMULATION_STEPS), "-q", "--json", str(found)]
-    command += ["--world-size", str(ranks), "--strategy", "ddp"] if ranks > 1 else []
     try:
         done = subprocess.run(
             command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=LIMIT
@@ -264,8 +260,8 @@ def markdown(table: dict[str, Any]) -> str:
         "",
     ]
     lines += [
-        "| trainer | ranks | what it does | claims | verdict | cause | gradients | noise | weights |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| trainer | what it does | claims | verdict | cause | gradients | noise | weights |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in table["trainers"]:
         causes = ", ".join(
@@ -273,7 +269,6 @@ def markdown(table: dict[str, Any]) -> str:
         )
         cells = [
             row["trainer"],
-            str(row["world_size"]),
             row["says"],
             " ".join(row["claims"]),
             row["outcome"],
@@ -333,11 +328,10 @@ def by_claim(table: dict[str, Any]) -> list[str]:
 
 
 def weights(found: Any) -> str:
-    """Return the weights that micro-batches got, those of ranks one after another."""
+    """Return the weights that micro-batches got."""
     if not found:
         return ""
-    flat = [w for each in found for w in (each if isinstance(each, list) else [each])]
-    return " ".join("?" if w is None else f"{w:.4g}" for w in flat)
+    return " ".join("?" if w is None else f"{w:.4g}" for w in found)
 
 
 def updated(text: str, table: dict[str, Any]) -> str:
@@ -375,9 +369,7 @@ def main() -> None:
     every = [*frameworks.trainers(), *frameworks.mutants()]
     for family, names in DISTRIBUTIONS.items():
         mine = [path for path in every if frameworks.family(path) == family]
-        rows += run(family, 1, mine, envs, options.results)
-        on_ranks = [path for path in mine if 2 in constants(path).get("RANKS", ())]
-        rows += run(family, 2, on_ranks, envs, options.results) if on_ranks else []
+        rows += run(family, mine, envs, options.results)
         python = envs / family / "bin" / "python"
         known |= versions(python, names) if python.exists() else {}
     heads = options.heads.read_text().splitlines() if options.heads.exists() else []

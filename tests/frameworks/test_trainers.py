@@ -30,6 +30,10 @@ def marked(paths: list[Path]) -> list[object]:
     ]
 
 
+# Weights in 4 bits are noisier than float32: a fault of 2.3e-3 was the least that would have been seen.
+COARSER = {"peft_qlora": 1e-2}
+
+
 def run(path: Path) -> dict[str, object]:
     reason = frameworks.missing(path)
     if reason is not None:
@@ -43,8 +47,8 @@ def test_a_correct_trainer_is_equivalent(path: Path) -> None:
     case = run(path)
 
     assert case["verdict"] == "equivalent", case["headline"]
-    # A framework that asserts float32, or holds 4 bits, is judged as written: then a fault of a hundredth is seen.
-    limit = 1e-6 if case.get("judged") != "native" else 1e-2
+    # A framework that asserts float32 is judged as written: a fault of a thousandth is seen.
+    limit = 1e-6 if case.get("judged") != "native" else COARSER.get(path.stem, 1e-3)
     assert case["detection_power"] < limit, case["notes"]
 
 

@@ -185,4 +185,4 @@ def test_a_script_of_deepspeed(decide, monkeypatch, stage, ranks, mistake, code)
     assert entry["verdict"] == "divergent", told(entry)
     assert entry["divergence"]["gradients"]["scale"] == pytest.approx(0.25, rel=1e-4)
     assert {status for _, status in causes(entry)} <= {"suspected", "proved"}
-    assert {found for found, _ in causes(entry)} <= {code, "EQ104"}
+    assert [found for found, _ in causes(entry)] in ([code], ["EQ104"])
