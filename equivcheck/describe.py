@@ -23,6 +23,8 @@ from equivcheck.view import View
 
 # A factor closer to 1 than this would be printed as 1.
 SHOWN: Final = 1e-3
+# Differences of two optimizer steps this close are the same: a factor, say, that is off in every step.
+TIED: Final = 1e-6
 # Parameters whose row is written; a report says how many more there are.
 MOST_ROWS: Final = 2000
 
@@ -121,6 +123,7 @@ def ranks_of(experiment: Experiment, candidate: Recording) -> list[dict[str, Any
 
 
 def _worst(candidate: Recording, control: Recording, attribute: str) -> dict[str, Any] | None:
+    """Return the largest difference and its optimizer step: the first of those that rounding alone tells apart."""
     worst: tuple[float, Any, int] | None = None
     for step in candidate.steps:
         sums = getattr(step, attribute)
@@ -128,7 +131,7 @@ def _worst(candidate: Recording, control: Recording, attribute: str) -> dict[str
             continue
         whole = overall(sums)
         relative = whole.relative if whole.finite else math.inf
-        if worst is None or relative > worst[0]:
+        if worst is None or relative > worst[0] * (1 + TIED):
             worst = (relative, whole, step.matched)
     if worst is None:
         return None

@@ -1,4 +1,4 @@
-"""`python tests/examples.py` rewrites reports/examples; with `--check` it compares instead, times and noise apart.
+"""`python tests/examples.py` rewrites reports/examples; with `--check` it compares instead.
 
 One result and one page per cause, from the first mutant that shows it best, and an index. Faults between ranks run on
 two, by the strategy that their file states.
@@ -7,6 +7,7 @@ two, by the strategy that their file states.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import sys
@@ -109,33 +110,40 @@ def result_of(example: Example) -> dict:
     return json.loads(result.to_json(whole))
 
 
-def steady(value: object) -> object:
-    """Return a result without what differs from machine to machine: times, versions, and noise."""
-    if isinstance(value, dict) and value.get("verdict") == "inconclusive" and "causes" in value:
-        # Code that does not repeat itself gives other numbers every time; its cause is the same.
-        return [cause["code"] for cause in value["causes"]]
+# Beside numbers of order 1, float64 says no more than that it is rounding.
+ROUNDING = 1e-12
+# The numbers of a cause, to two digits: processors draw and round initial weights otherwise.
+SAME = 0.02
+
+
+def steady(whole: dict[str, Any]) -> dict[str, Any]:
+    """Return what is the same on every machine: verdicts, causes with their proofs, and which keys there are.
+
+    Processors draw other initial weights and round otherwise, so the remaining numbers are theirs.
+    """
+    return {
+        "keys": sorted(set(_keys(whole))),
+        "cases": [
+            {
+                "verdict": case["verdict"],
+                # Code that does not repeat itself gives other numbers every time; its cause is the same.
+                "causes": [cause["code"] for cause in case["causes"]]
+                if case["verdict"] == "inconclusive"
+                else case["causes"],
+            }
+            for case in whole["cases"]
+        ],
+    }
+
+
+def _keys(value: object, place: str = "") -> Iterable[str]:
     if isinstance(value, dict):
-        left_out = {
-            "seconds",
-            "environment",
-            "runs",
-            "estimate",
-            "cells",
-            "multiple",
-            "margin",
-            "noise",
-        }
-        return {key: steady(item) for key, item in value.items() if key not in left_out}
-    if isinstance(value, list):
-        # Sorted by size, of which rounding decides where all are off by the same.
-        if value and all(isinstance(item, str) for item in value):
-            return sorted(value)
-        if value and all(isinstance(item, dict) and "name" in item for item in value):
-            return [steady(item) for item in sorted(value, key=lambda item: str(item["name"]))]
-        return [steady(item) for item in value]
-    if isinstance(value, float):
-        return 0.0 if abs(value) < 1e-7 else float(f"{value:.2g}")
-    return value
+        for key, item in value.items():
+            yield f"{place}.{key}"
+            yield from _keys(item, f"{place}.{key}")
+    elif isinstance(value, list):
+        for item in value:
+            yield from _keys(item, f"{place}[]")
 
 
 def apart(told: object, found: object, place: str = "") -> str | None:
@@ -144,6 +152,11 @@ def apart(told: object, found: object, place: str = "") -> str | None:
         pairs = [(f"{place}.{key}", told[key], found[key]) for key in told]
     elif isinstance(told, list) and isinstance(found, list) and len(told) == len(found):
         pairs = [(f"{place}[{i}]", *both) for i, both in enumerate(zip(told, found, strict=True))]
+    elif isinstance(told, float) and isinstance(found, float):
+        same = math.isclose(told, found, rel_tol=SAME, abs_tol=ROUNDING)
+        return None if same else f"{place}: {told:.3g} -> {found:.3g}"
+    elif isinstance(told, list) and isinstance(found, list) and told and isinstance(told[0], str):
+        return f"{place}: without {sorted(set(told) - set(found))}, with {sorted(set(found) - set(told))}"
     else:
         return (
             None
@@ -168,10 +181,12 @@ def main(arguments: list[str]) -> int:
         found = result_of(example)
         path = EXAMPLES / f"{name}.json"
         if check:
-            told = steady(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
-            place = apart(told, steady(found))
+            told = result.load(path)
+            place = apart(steady(told), steady(found))
             if place is not None:
                 different.append(f"{name} (at {place})")
+            elif html.render(told) != path.with_suffix(".html").read_text(encoding="utf-8"):
+                different.append(f"{name} (the page is not that of its result)")
             continue
         result.write(path, found)
         result.write_text(path.with_suffix(".html"), html.render(found))
