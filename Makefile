@@ -48,7 +48,7 @@ run: $(STAMP)
 	@echo; echo "as expected: $(words $(RIGHT)) correct loops, $(words $(WRONG)) faulty ones"
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(STAMP)
 	$(BIN)/ruff check

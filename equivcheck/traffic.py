@@ -13,7 +13,7 @@ from equivcheck.recording import Collective, Recording
 # A backward whose reductions carry less than this share of the last one's carries counts, not gradients.
 GRADIENTS: Final = 0.5
 # Strategies in which every micro-batch has to send something are left alone.
-JUDGED: Final = frozenset({"none", "ddp", "zero"})
+JUDGED: Final = frozenset({"none", "ddp", "zero", "fsdp"})
 
 
 def by_step(recording: Recording) -> list[list[Collective]]:
@@ -27,14 +27,14 @@ def by_step(recording: Recording) -> list[list[Collective]]:
 
 
 def reductions(recording: Recording) -> list[list[list[Collective]]]:
-    """Return, per optimizer step and backward of one rank, the all-reduces that it sent."""
+    """Return, per optimizer step and backward of one rank, the all-reduces and reduce-scatters that it sent."""
     found = []
     for step in recording.steps:
         backwards = recording.backwards[step.first_backward : step.backwards]
         edges = [each.at for each in backwards] + [step.at]
         found.append(
             [
-                [c for c in recording.collectives if a <= c.at < b and c.kind == "all_reduce"]
+                [c for c in recording.collectives if a <= c.at < b and "reduce" in c.kind]
                 for a, b in pairwise(edges)
             ]
         )

@@ -16,10 +16,12 @@ from equivcheck.interventions import (
     NormOfWhole,
     ScaleParts,
     Synchronise,
+    SynchroniseOnce,
 )
 from equivcheck.noise import SAFETY
 from equivcheck.recording import Recording, Step
 from equivcheck.topology import factor_of, undecided
+from equivcheck.traffic import reductions
 from equivcheck.verdict import overall
 from equivcheck.view import Suspicion, View
 
@@ -45,7 +47,7 @@ def _unused(view: View) -> list[Suspicion]:
     only, zeros stand for it on the others.
     """
     found = []
-    for each in _unsynchronised(view):
+    for each in _apart_at_the_step(view):
         variants: list[Interventions] = [(FindUnused(),)]
         partly = _on_some_ranks(_steps_of(view.candidate, each.step))
         if partly:
@@ -165,7 +167,12 @@ def gradient_spread(steps: Sequence[Step]) -> float:
 
 
 def _unsynchronised(view: View) -> list[Suspicion]:
-    """EQ502: the ranks step with different gradients."""
+    """EQ502: the ranks step with different gradients, or with parts that nothing was reduced into."""
+    return _apart_at_the_step(view) or _unsynchronised_parts(view)
+
+
+def _apart_at_the_step(view: View) -> list[Suspicion]:
+    """EQ502 where ranks hold gradients whole: they differ between the ranks."""
     limit = SAFETY * view.experiment.noise().floor()
     for index in range(len(view.candidate.steps)):
         steps = _steps_of(view.candidate, index)
@@ -177,6 +184,25 @@ def _unsynchronised(view: View) -> list[Suspicion]:
                 evidence["weights_of_each_rank"] = weights
             return [Suspicion("EQ502", [(Synchronise(),)], evidence, index, 18)]
     return []
+
+
+def _unsynchronised_parts(view: View) -> list[Suspicion]:
+    """EQ502: after the last backward of a cycle nothing is reduced into the parts that ranks step.
+
+    What shards miss stays in gradients that no optimizer sees.
+    """
+    finding = view.judgement.first("gradients", "none")
+    if finding is None or finding.step < 0:
+        return []
+    steps = _steps_of(view.candidate, finding.step)
+    sent = [reductions(each)[finding.step] for each in view.candidate.ranks]
+    if not any(each.parts for each in steps) or not all(sent):
+        return []
+    counts = [[len(backward) for backward in each] for each in sent]
+    if all(each[-1] and each[-1] == max(each) for each in counts):
+        return []
+    evidence: dict[str, object] = {"reductions_after_each_backward": counts}
+    return [Suspicion("EQ502", [(SynchroniseOnce(),)], evidence, finding.step, 18)]
 
 
 def _reduced_after_a_clip(steps: Sequence[Step], limit: float) -> bool:

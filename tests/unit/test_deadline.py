@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -58,3 +61,19 @@ def test_no_thread_is_left_behind():
     outcome(lambda: None, 20.0)
 
     assert before == threading.active_count()
+
+
+TRACED = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_deadline import endless, outcome
+assert outcome(endless, 0.1) == ["expired"]
+assert outcome(lambda: None, 20.0) == ["ended"]
+sys.settrace(lambda *_: None)
+outcome(lambda: None, None)
+"""
+
+
+def test_a_debugger_goes_on_afterwards():
+    """The interpreter is left without anything pending: CPython 3.11 spins for ever where a traced call meets it."""
+    subprocess.run([sys.executable, "-c", TRACED], check=True, timeout=120)
