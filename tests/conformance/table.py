@@ -123,7 +123,9 @@ def run(family: str, paths: list[Path], envs: Path, results: Path) -> list[dict[
     missing = [path for path in paths if str(path.relative_to(ROOT)) not in by_target]
     said = ""
     if missing:
-        found = results / f"{family}-{len(known)}.json"
+        found = next(
+            path for n in range(1000) if not (path := results / f"{family}-{n}.json").exists()
+        )
         said = measured(python, missing, found)
         cases = json.loads(found.read_text())["cases"] if found.exists() else []
         by_target |= {case["target"]: case for case in cases}
