@@ -40,8 +40,8 @@ UNTRIED = {
         "not tried here, Accelerate excepted (a script under accelerate launch): no rank trainer was written"
     ),
     "DeepSpeed's ZeRO on several ranks, as a subject": (
-        "ends in an error: every rank holds another stretch of one flat float32 parameter, whose place in the model only "
-        "DeepSpeed's own map tells, and what is set in it does not reach the module before DeepSpeed gathers"
+        "ends in an error: every rank holds another stretch of one flat float32 parameter, whose place in the model "
+        "DeepSpeed's own map alone tells, and what is set in it does not reach the module before DeepSpeed gathers"
     ),
 }
 
