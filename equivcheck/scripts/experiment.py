@@ -179,6 +179,10 @@ class ScriptExperiment(Experiment):
             ),
         )
 
+    def reference_of_horizon(self, steps: int) -> Recording:
+        """Return the same: a script learns the number of its optimizer steps from its loader alone."""
+        return self.reference_of_length(steps)
+
     def altered_reference(self, interventions: Interventions) -> Recording:
         """Return the full-batch run with something put right, compared with the one as written."""
         return self._once(
