@@ -25,7 +25,7 @@ def colored(when: str, stream: TextIO) -> bool:
 
 def error_block(error: EquivcheckError) -> None:
     """Print an error on stderr: its block, and the user's traceback if user code raised."""
-    print(text.printable(f"error: {error}"), file=sys.stderr)
+    print(text.wrapped(f"error: {error}"), file=sys.stderr)
     if error.user_traceback:
         print("\n" + text.printable(error.user_traceback.rstrip()), file=sys.stderr)
 
