@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 from equivcheck.errors import EquivcheckError
 from equivcheck.interventions import Defer, Hold, Intervention, Postpone, Retime, Reweight, Shorten
-from equivcheck.recording import Event, Place
+from equivcheck.recording import Event, Place, Recording
 from equivcheck.view import Suspicion, View
 
 
@@ -176,7 +177,7 @@ def _steps(view: View) -> list[Suspicion]:
         return found
     every = len({event.backwards for event, _ in inside}) == sum(
         not place.last for place in view.places
-    )
+    ) or _each_micro_batch(candidate)
     consumed_per_step = [len(set(step.samples)) for step in candidate.steps]
     evidence: dict[str, object] = {
         "optimizer_steps": len(candidate.steps),
@@ -216,7 +217,13 @@ def _every_at_another(view: View) -> bool:
         recording = view.experiment.at(other)
     except EquivcheckError:
         return True
-    return len(recording.steps) >= len(recording.backwards)
+    return len(recording.steps) >= len(recording.backwards) or _each_micro_batch(recording)
+
+
+def _each_micro_batch(recording: Recording) -> bool:
+    """Return whether one of several optimizers steps as often as micro-batches are handed out."""
+    counts = Counter(step.optimizer for step in recording.steps)
+    return len(counts) > 1 and max(counts.values()) >= len(recording.fetched)
 
 
 def _zeroed_away(view: View, tail: set[int]) -> bool:

@@ -84,6 +84,27 @@ def _scaled_again(attribution: Attribution, right: Sequence[float]) -> list[floa
     return [x / float(k) ** (k - 1 - i % k) for i, x in enumerate(right)]
 
 
+def _geometric(view: View) -> list[Predict]:
+    """Return the weights of sums that are multiplied by one factor before each micro-batch is added to them.
+
+    The factor is read from one cycle; that it holds in all, and that what it predicts is put right, is the proof.
+    """
+    for each in view.divergent:
+        right = view.right(each)
+        if right is None or not each.w.unique or len(right) < 2 or each.ranks > 1:
+            continue
+        kept = [w / v if v else 0.0 for v, w in zip(right, each.w.solution, strict=True)]
+        if abs(kept[-1] - 1.0) > view.tolerance(each) or not 0.0 < abs(kept[-2]) < 1.0:
+            continue
+        factor = kept[-2]
+        return [
+            lambda _, v, factor=factor: [  # type: ignore[misc]
+                x * factor ** (len(v) - 1 - i) for i, x in enumerate(v)
+            ]
+        ]
+    return []
+
+
 def _all_alike(_: Attribution, right: Sequence[float]) -> list[float]:
     return [1.0 / len(right)] * len(right)
 
@@ -115,17 +136,19 @@ def _within_ranks(predict: Predict) -> Predict:
 
 def _in_all(view: View) -> list[Suspicion]:
     found: list[Suspicion] = []
+    ones: list[Predict] = [_one_each, lambda a, v: [x * a.micro_steps for x in v]]
     tails_only = all(not view.full_size(each) for each in view.divergent) and any(
         view.full_size(each) for each in view.every
     )
     k = view.steps
     if tails_only:
+        # Divided by the K of a complete cycle, or, where complete cycles are right, by nothing.
         tail: list[Predict] = [
             lambda a, v: [x * a.micro_steps / k for x in v],
             lambda a, v: [1 / (k * a.ranks)] * len(v),
+            *ones,
         ]
         found += hypotheses(view, "EQ105", tail, rank=10)
-    ones: list[Predict] = [_one_each, lambda a, v: [x * a.micro_steps for x in v]]
     found += hypotheses(view, "EQ101", ones, rank=12, power=1)
     sums: list[Predict] = [_all_alike]
     if _all_ones(view):
@@ -150,8 +173,13 @@ def _in_all(view: View) -> list[Suspicion]:
     if view.experiment.case.shares == 1:
         twice.append(_all_alike)
     found += hypotheses(view, "EQ102", twice, rank=14, power=-1)
-    again: list[Predict] = [_scaled_again, lambda a, v: _scaled_again(a, [1.0 / len(v)] * len(v))]
+    again: list[Predict] = [
+        _scaled_again,
+        lambda a, v: _scaled_again(a, [1.0 / len(v)] * len(v)),
+    ]
     found += hypotheses(view, "EQ109", again, rank=25)
+    # Behind what names the factor: a loss scale, a clip.
+    found += hypotheses(view, "EQ109", _geometric(view), rank=45)
     factor = factor_of(view)
     if undecided(view):
         return [each for each in found if each.code not in {"EQ101", "EQ102"}] + [

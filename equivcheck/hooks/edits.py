@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 # Coordinates looked at between two backwards: enough to see an edit of all gradients, too few to cost anything.
 PROBE_TENSORS = 16
 PROBE_ELEMENTS = 32
+# A factor between two gradients: float32 leaves 1e-7 of it at the most, another operation than a product far more.
+PURE: Final = 1e-6
 
 
 class Edits(Hooks):
@@ -51,6 +53,17 @@ class Edits(Hooks):
         """Remember gradients as a clip left them."""
         with quiet():
             self._clip_probe = self._gradient_probe()
+
+    def divided_by(self, scale: float) -> bool:
+        """Return whether all gradients were divided by a loss scale, or by more, since the last backward."""
+        if self._probe is None:
+            return False
+        with quiet():
+            now = self._gradient_probe()
+        if len(now) != len(self._probe):
+            return False
+        ratio, rest = _ratio(self._probe, now)
+        return 0.0 < ratio * scale <= 1.0 + PURE and ratio != 1.0 and rest < PURE
 
     def before_step(self) -> None:
         """Notice that gradients were multiplied since the last clip: by hand, since calls are known."""
