@@ -273,6 +273,15 @@ class Fingerprint(_PerCycle):
 
         return hook
 
+    def moved(self, limit: float) -> bool:
+        """Return whether parameters are others where a micro-batch was alone: nothing is then told of rows."""
+        return any(
+            other.weights.shape == seen.weights.shape
+            and _apart(seen.weights, other.weights) > limit
+            for key, seen in self._full.items()
+            if (other := self._alone.get(key)) is not None
+        )
+
     def first_difference(self, limit: float) -> tuple[str | None, float]:
         """Return the first module, in order of calls, whose output for a row differs, and by how much.
 

@@ -49,7 +49,9 @@ def _as_predicted(view: View) -> bool:
 
 
 def _coupled(view: View, freeze: Freeze, step: int) -> list[Suspicion]:
-    place, first = _first_coupled(view)
+    place, first, moved = _first_coupled(view)
+    if place is None and moved:
+        return []
     evidence: dict[str, object] = {"residual": max(a.v.residual or 0.0 for a in view.attributions)}
     if place is not None:
         evidence |= {"module": place, "relative": first}
@@ -126,18 +128,20 @@ def _adds_up(view: View, attribution: Attribution) -> bool:
     return bool(whole) and total / whole > 0 and abs(math.log(total / whole)) < limit
 
 
-def _first_coupled(view: View) -> tuple[str | None, float]:
-    """Return the first module whose output for a row depends on the other rows, and by how much."""
+def _first_coupled(view: View) -> tuple[str | None, float, bool]:
+    """Return the first module whose output for a row depends on the other rows, how much, and if parameters moved."""
     experiment = view.experiment
     if "fingerprint" not in experiment.remembered:
         print_ = Fingerprint(experiment.cycles())
         try:
             experiment.reference((print_,))
             experiment.pieces((print_,))
-            experiment.remembered["fingerprint"] = print_.first_difference(
-                SAFETY * experiment.noise().floor()
+            limit = SAFETY * experiment.noise().floor()
+            experiment.remembered["fingerprint"] = (
+                *print_.first_difference(limit),
+                print_.moved(limit),
             )
         except (EquivcheckError, RuntimeError):
             # A module that cannot be watched is not named; the verdict stands without.
-            experiment.remembered["fingerprint"] = (None, 0.0)
+            experiment.remembered["fingerprint"] = (None, 0.0, False)
     return experiment.remembered["fingerprint"]  # type: ignore[no-any-return]

@@ -193,8 +193,28 @@ def _steps(view: View) -> list[Suspicion]:
         # The loop divides by the K that it steps by: both come right together.
         factors = {place.cycle: [factor] * place.micro_steps for place in view.places}
         variants.append((retime, Reweight(factors)))
+    if code == "EQ311" and (changing := _lengths(view)) is not None:
+        variants.append((retime, Reweight(changing)))
     found.append(Suspicion(code, variants, evidence, step, 19))
     return found
+
+
+def _lengths(view: View) -> dict[int, list[float]] | None:
+    """Return, per cycle, the K that the loop stepped by over the true one, where it is not the same in all of them."""
+    factors: dict[int, list[float]] = {}
+    used = 0
+    for step in view.candidate.steps:
+        if step.optimizer != view.candidate.steps[0].optimizer:
+            return None
+        length = step.backwards - step.first_backward
+        for place in view.places[step.first_backward : step.backwards]:
+            factors.setdefault(place.cycle, []).append(length / place.micro_steps)
+        used = step.backwards
+    # What no step took, at the end, belongs to a cycle as long as the last one asked for.
+    for place in view.places[used:]:
+        known = [each for cycle in factors.values() for each in cycle]
+        factors.setdefault(place.cycle, []).append(known[-1] if known else 1.0)
+    return factors if len({each for cycle in factors.values() for each in cycle}) > 1 else None
 
 
 def _recounted(view: View) -> float | None:

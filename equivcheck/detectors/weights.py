@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from equivcheck.attribution import ratio
+from equivcheck.attribution import predict, ratio
 from equivcheck.errors import EquivcheckError
 from equivcheck.fit import Attribution
 from equivcheck.interventions import Addend, Intervention, Rescale, Reweight
@@ -192,7 +193,7 @@ def _in_all(view: View) -> list[Suspicion]:
         if named is not None and not any(each.code == named for each in found):
             found += scaled(view, named, float(view.steps) ** factor[0], rank=12)
     elif not found:
-        found += _whole(view) or [*_denominator(view), *_hidden(view)]
+        found += _whole(view) or [*_denominator(view), *_clipped_by_hand(view), *_hidden(view)]
     return found
 
 
@@ -233,6 +234,45 @@ def _share(values: list[list[float]], cycle: int, length: int) -> list[float]:
     return [x / (sum(counts) or 1) for x in counts] if len(counts) == length else [0.0] * length
 
 
+def _clipped_by_hand(view: View) -> list[Suspicion]:
+    """Return EQ103 up to a factor of each step: a clip that the loop computes itself scales what an optimizer takes.
+
+    Both runs, and every piece, then carry factors that no micro-batch explains. What remains is how each run's weights
+    go together: the full batch's in proportion to one thing that is counted, the accumulated ones to another, or all
+    alike. With that put right the clip gives both runs the same factor, or the proof fails.
+    """
+    if view.experiment.case.shares > 1 or view.names is not None:
+        return []
+    shares = [_all_alike, *_shares(view)]
+    for meant, wrong in itertools.permutations(shares, 2):
+        factors: dict[int, list[float]] = {}
+        for each in view.divergent:
+            right = view.right(each)
+            if right is None:
+                return []
+            counted, given = meant(each, right), wrong(each, right)
+            if not all(counted) or not all(given):
+                break
+            ratios = [g / c for g, c in zip(given, counted, strict=True)]
+            shape = [v * r for v, r in zip(right, ratios, strict=True)]
+            direction = predict(each.pieces, shape)
+            size = float(direction @ direction)
+            factor = float(direction @ each.candidate) / size if size else 0.0
+            if factor <= 0 or not view.fits(each, [factor * x for x in shape]):
+                break
+            factors[each.matched] = [1.0 / r for r in ratios]
+        if factors and len(factors) == len(view.divergent):
+            first = view.divergent[0]
+            evidence: dict[str, object] = {
+                "weights": first.shaped(first.w.values),
+                "true_weights": first.shaped(first.v.values),
+            }
+            found = Suspicion("EQ103", _reweighted(view, factors), evidence, first.step, rank=55)
+            found.is_guess = True
+            return [found]
+    return []
+
+
 def _hidden(view: View) -> list[Suspicion]:
     """Return EQ101 as a last resort: what a loop does to its sums by hand (a clip, say) may hide the factor."""
     if view.experiment.case.shares > 1 or not view.candidate.backwards:
@@ -271,14 +311,14 @@ def hypotheses(
     """
     if view.experiment.case.shares > 1:
         power = None
-    for predict in predictions:
+    for prediction in predictions:
         factors: dict[int, list[float]] = {}
         shown: list[Attribution] = []
         for each in view.attributions:
             right = view.right(each)
             if right is None:
                 return []
-            wrong = predict(each, right)
+            wrong = prediction(each, right)
             if view.fits(each, wrong) and power in {None, _power(each, right, wrong)}:
                 if each in view.divergent:
                     shown.append(each)
@@ -492,6 +532,8 @@ def _denominators() -> dict[str, Callable[[Sequence[float]], float]]:
         "rounded-up division": lambda counts: len(counts) * -(-sum(counts) // len(counts)),
         "K times the last micro-batch's count": lambda counts: len(counts) * counts[-1],
         "K times the first micro-batch's count": lambda counts: len(counts) * counts[0],
+        "all counts but the first": lambda counts: sum(counts[1:]),
+        "all counts but the last": lambda counts: sum(counts[:-1]),
         "the last micro-batch's count": lambda counts: counts[-1],
         "the first micro-batch's count": lambda counts: counts[0],
         "K times the largest count": lambda counts: len(counts) * max(counts),
