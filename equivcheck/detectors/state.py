@@ -56,9 +56,12 @@ def suspect(view: View) -> list[Suspicion]:
     if shadows is not None:
         evidence = {"shadow_weights": list(shadows.names[:5]), "relative": shadows.relative}
         # What was copied after one step is seen before the next.
-        found.append(
-            Suspicion("EQ309", [(Rewind("shadows"),)], evidence, max(shadows.matched - 1, 0), 23)
+        copied = Suspicion(
+            "EQ309", [(Rewind("shadows"),)], evidence, max(shadows.matched - 1, 0), 23
         )
+        # Copies alone differ, of weights that agree: by a count of the loop's own, if not by the times they were made.
+        copied.is_seen = judgement.kinds() == {"shadows"}
+        found.append(copied)
     stepped = {event.backwards for event, _ in view.inside("step")}
     moved = [each for each in view.inside("parameters_changed") if each[0].backwards not in stepped]
     updates = judgement.first("parameters", "state")
