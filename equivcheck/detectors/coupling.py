@@ -11,6 +11,8 @@ from equivcheck.freeze import Fingerprint, Freeze, Statistics
 from equivcheck.noise import SAFETY
 from equivcheck.view import Suspicion, View
 
+# A factor leaves no more of a gradient than float32 rounds.
+EXACT = 1e-6
 NORM_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -50,7 +52,7 @@ def _as_predicted(view: View) -> bool:
 
 def _coupled(view: View, freeze: Freeze, step: int) -> list[Suspicion]:
     place, first, moved = _first_coupled(view)
-    if place is None and moved:
+    if place is None and (moved or _added_to(view)):
         return []
     evidence: dict[str, object] = {"residual": max(a.v.residual or 0.0 for a in view.attributions)}
     if place is not None:
@@ -75,6 +77,11 @@ def _coupled(view: View, freeze: Freeze, step: int) -> list[Suspicion]:
             else "no module's rows change with their company, the loss of the full batch is no sum of theirs"
         )
     return found
+
+
+def _added_to(view: View) -> bool:
+    """Return whether the loop adds something of its own to gradients inside a cycle: no sum of pieces holds it."""
+    return any(event.detail["rest"] > EXACT for event, _ in view.inside("edited"))
 
 
 def _freezable(view: View, freeze: Freeze) -> bool:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from typing import Final
 
 from equivcheck.errors import EquivcheckError
 from equivcheck.interventions import Defer, Hold, Intervention, Postpone, Retime, Reweight, Shorten
 from equivcheck.recording import Event, Place, Recording
 from equivcheck.view import Suspicion, View
+
+# A penalty's gradient points along the weights: |w| to a power below 2 has a cosine above this with normal weights
+# (the sign alone: sqrt(2 / pi) = 0.8), what has nothing to do with them about 0.
+ALONG_WEIGHTS: Final = 0.5
 
 
 def suspect(view: View) -> list[Suspicion]:
@@ -120,7 +125,7 @@ def _loss_scales(numbers: list[float]) -> bool:
 
 
 def _edited(view: View) -> list[Suspicion]:
-    """Gradients changed between two backwards, without a call that explains it: EQ109, or EQ403 by hand."""
+    """Gradients changed between two backwards, without a call that explains it: EQ109; EQ403, EQ306, EQ107 by hand."""
     explained = {
         each.backwards
         for each, _ in view.inside("clip", "unscale", "zero_grad", "step", "skipped", "cleared")
@@ -140,6 +145,11 @@ def _edited(view: View) -> list[Suspicion]:
             carried.discard(backward.root_scalar)
         by_hand = any(abs(scale * each - 1.0) < 1e-6 for each in carried)
         return [Suspicion("EQ403" if by_hand else "EQ109", [(Hold(),)], evidence, place.cycle, 26)]
+    if event.detail["shrunk"]:
+        evidence["because"] = "gradients are clipped by hand behind every backward of a cycle"
+        return [Suspicion("EQ306", [(Hold(),)], evidence, place.cycle, 45)]
+    if event.detail["along"] < ALONG_WEIGHTS:
+        return []  # Noise, say: what was added is no penalty on the weights.
     return [Suspicion("EQ107", [(Hold(),)], evidence, place.cycle, 45)]
 
 

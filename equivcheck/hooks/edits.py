@@ -103,7 +103,26 @@ class Edits(Hooks):
             self.recorder.note("cleared")
             return
         scale, rest = _ratio(before, now)
-        self.recorder.note("edited", scale=scale, rest=rest)
+        self.recorder.note(
+            "edited",
+            scale=scale,
+            rest=rest,
+            shrunk=_shrunk(before, now),
+            along=self._along_weights(before, now),
+        )
+
+    def _along_weights(self, before: list[torch.Tensor], now: list[torch.Tensor]) -> float:
+        """Return the cosine between what was added to gradients and the weights themselves."""
+        holders = [
+            p
+            for p in self.recorder.gradient_holders()
+            if p.grad is not None and not p.grad.is_sparse
+        ]
+        added = torch.cat([b - a for a, b in zip(before, now, strict=True)]).double()
+        weights = [plain(p.detach()).flatten()[:PROBE_ELEMENTS] for p in holders[: len(now)]]
+        flat = torch.cat(weights).double() if weights else added.new_zeros(0)
+        size = float(added.norm() * flat.norm()) if flat.shape == added.shape else 0.0
+        return abs(float(added @ flat)) / size if size else 0.0
 
     def after_backward(self) -> None:
         """Remember gradients and parameters as the backward left them."""
@@ -147,6 +166,15 @@ def _ratio(before: list[torch.Tensor], now: list[torch.Tensor]) -> tuple[float, 
     size = float(old @ old)
     scale = float(old @ new) / size if size else 0.0
     return scale, float((new - scale * old).norm()) / (float(new.norm()) or 1.0)
+
+
+def _shrunk(before: list[torch.Tensor], now: list[torch.Tensor]) -> bool:
+    """Return whether every coordinate kept its sign and none grew, as a clip by hand of any kind leaves them."""
+    return all(
+        old.shape == new.shape
+        and bool(((old * new >= 0) & (new.abs() <= old.abs() * (1 + PURE))).all())
+        for old, new in zip(before, now, strict=True)
+    )
 
 
 def _same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
