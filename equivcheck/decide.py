@@ -312,8 +312,10 @@ def conclude(
     if experiment.crew is not None and judgement.same:
         evidence = redundant(experiment)
         if evidence is not None:
-            name = CAUSES["EQ503"].name
-            entry["warnings"].append({"code": "EQ503", "name": name, "evidence": evidence})
+            own = {"fix": evidence.pop("fix")} if "fix" in evidence else {}
+            entry["warnings"].append(
+                {"code": "EQ503", "name": CAUSES["EQ503"].name, "evidence": evidence, **own}
+            )
     entry["causes"] = causes
     entry["interventions"] = diagnosis.trials
     measure(experiment, entry, judgement)

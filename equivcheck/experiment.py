@@ -61,12 +61,14 @@ class Experiment:
         intervenes: Runs can be made with something put right.
         trials: As many of them are worth making.
         other_steps: The code can be run at another K.
+        together: A piece is what all ranks compute in one micro-step: rows interact across ranks.
     """
 
     reseeds_forwards = False
     intervenes = True
     trials = 60
     other_steps = True
+    together = False
 
     crew: Crew | None = None
 
@@ -233,6 +235,16 @@ class Experiment:
             [data.start(batch) + row for row in range(start, stop)]
             for batch, slices in enumerate(self.slices(data))
             for start, stop in slices
+        ]
+
+    def alone(self, data: Data) -> list[list[int]]:
+        """Return the samples of every piece: a micro-batch, or the same micro-step of all ranks together."""
+        if not self.together:
+            return self.micro_batches(data)
+        return [
+            [data.start(batch) + row for start, stop in same for row in range(start, stop)]
+            for batch, cycle in enumerate(self.plan[: len(data.rows)])
+            for same in zip(*cycle, strict=True)
         ]
 
     def full_batches(self, data: Data) -> list[list[int]]:
@@ -431,7 +443,7 @@ class Experiment:
         def make() -> dict[tuple[str, frozenset[Key]], Step]:
             data = self.data_for(interventions, promoted=True)
             reference = self.reference(interventions)
-            micro = self.micro_batches(data)
+            micro = self.alone(data)
             observer = Pieces(reference, self.cycles(interventions))
             run = Run(
                 "pieces",
@@ -446,10 +458,10 @@ class Experiment:
             found: dict[tuple[str, frozenset[Key]], Step] = {}
             for step in recording.steps:
                 found[step.optimizer, step.samples] = step
-            self._cache["pieces_recording", interventions] = recording
+            self._cache["pieces_recording", interventions, self.together] = recording
             return found
 
-        return self._once(("pieces", interventions), make)
+        return self._once(("pieces", interventions, self.together), make)
 
     def addends_alone(self, alone: ByPlace, _whole: ByPlace) -> ByPlace:
         """Return the addends of the micro-batches alone: as the run that took the pieces has them."""
@@ -488,7 +500,7 @@ class Experiment:
         """Return the run that took the pieces."""
         interventions = tuple(each for each in interventions if each.both)
         self.pieces(interventions)
-        return self._cache["pieces_recording", interventions]  # type: ignore[no-any-return]
+        return self._cache["pieces_recording", interventions, self.together]  # type: ignore[no-any-return]
 
     def _once(self, key: Any, make: Callable[[], T]) -> T:
         if key not in self._cache:
@@ -731,7 +743,7 @@ class Experiment:
             of_cycle: dict[int, list[frozenset[Key]]] = {}
             cycles = self.cycles(interventions)
             for passed in range(1 + max((p for p, _ in cycles), default=0)):
-                for samples in self.micro_batches(data):
+                for samples in self.alone(data):
                     keys = frozenset((passed, sample) for sample in samples)
                     cycle = cycles.get((passed, samples[0]))
                     if cycle is not None:
@@ -755,9 +767,9 @@ class Experiment:
                         target,
                         [each for each in steps if each is not None],
                         sampled(start),
-                        self.case.shares,
+                        1 if self.together else self.case.shares,
                     )
                 )
             return found
 
-        return self._once(("attributions", interventions), make)
+        return self._once(("attributions", interventions, self.together), make)

@@ -66,6 +66,7 @@ def judge_precision(experiment: Experiment) -> Precision:
         # What is done to gradients between the last backward and the step is no rounding.
         steps = experiment.left_by_backward().steps
         residuals = _residuals([(step, step.left) for step in steps])
+    residuals = _possible(full, accumulated, residuals)
     own = _errors(full)
     accumulation = statistics.median(residuals) if residuals else 0.0
     full_error = statistics.median(own) if own else 0.0
@@ -139,6 +140,16 @@ def _chance(recording: Recording) -> float:
 def _residuals(steps: Sequence[tuple[Step, Mapping[str, torch.Tensor | None]]]) -> list[float]:
     found = [_rounding(step, gradients) for step, gradients in steps]
     return [each for each in found if each is not None and math.isfinite(each)]
+
+
+def _possible(full: Recording, accumulated: Recording, residuals: list[float]) -> list[float]:
+    """Return what accumulating can have cost at most: the errors of the two native gradients together.
+
+    Contributions that do not arrive where they are looked for (a pipeline's schedule that computes the gradients of
+    weights apart from those of inputs) leave a rest that no rounding of the accumulated gradient has made.
+    """
+    both = max(_errors(full), default=math.inf) + max(_errors(accumulated), default=math.inf)
+    return [min(each, both) for each in residuals]
 
 
 def _transformed(experiment: Experiment) -> bool:

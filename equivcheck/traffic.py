@@ -13,7 +13,13 @@ from equivcheck.recording import Collective, Recording
 # A backward whose reductions carry less than this share of the last one's carries counts, not gradients.
 GRADIENTS: Final = 0.5
 # Strategies in which every micro-batch has to send something are left alone.
-JUDGED: Final = frozenset({"none", "ddp", "zero"})
+# What to do about it where the catalogue's words, which are DDP's, do not fit.
+SHARDED: Final = (
+    "model.set_requires_gradient_sync(False) for all micro-batches but the last (FSDP1: model.no_sync()); "
+    "each rank then keeps whole gradients in between"
+)
+BY_HAND: Final = "reduce once, after the last backward of the cycle"
+JUDGED: Final = frozenset({"none", "ddp", "zero", "fsdp"})
 
 
 def by_step(recording: Recording) -> list[list[Collective]]:
@@ -27,14 +33,14 @@ def by_step(recording: Recording) -> list[list[Collective]]:
 
 
 def reductions(recording: Recording) -> list[list[list[Collective]]]:
-    """Return, per optimizer step and backward of one rank, the all-reduces that it sent."""
+    """Return, per optimizer step and backward of one rank, the all-reduces and reduce-scatters that it sent."""
     found = []
     for step in recording.steps:
         backwards = recording.backwards[step.first_backward : step.backwards]
         edges = [each.at for each in backwards] + [step.at]
         found.append(
             [
-                [c for c in recording.collectives if a <= c.at < b and c.kind == "all_reduce"]
+                [c for c in recording.collectives if a <= c.at < b and "reduce" in c.kind]
                 for a, b in pairwise(edges)
             ]
         )
@@ -42,7 +48,7 @@ def reductions(recording: Recording) -> list[list[list[Collective]]]:
 
 
 def redundant(experiment: Experiment) -> dict[str, Any] | None:
-    """Return the evidence of EQ503 if gradients are reduced in more than one backward of a cycle.
+    """Return the evidence of EQ503 if gradients are reduced in more than one backward of a cycle; with its fix.
 
     Args:
         experiment: Its accumulated run made the same update as the full batch.
@@ -69,6 +75,10 @@ def redundant(experiment: Experiment) -> dict[str, Any] | None:
         evidence["proved"] = same and _first(experiment.candidate(once)) is None
     except EquivcheckError:
         evidence["proved"] = False
+    if experiment.case.strategy == "fsdp":
+        evidence["fix"] = SHARDED
+    elif not evidence["proved"]:
+        evidence["fix"] = BY_HAND
     return evidence
 
 

@@ -402,9 +402,12 @@ def _logs_of_ranks(candidate: Recording) -> list[list[float] | None]:
 
     A rank may log the loss of all ranks, or that of its own share: the truth about what it saw. Its share's loss is a
     mean over its samples, so that the mean over ranks, each as heavy as its samples or all alike, is the whole's.
+    Where rank 0 alone logs, and logs the roots of its backwards, the others would have logged theirs.
     """
     found: list[list[float] | None] = [candidate.logged]
     logs = [each.logged for each in candidate.ranks]
+    if all(each is None for each in logs[1:]) and _logs_its_roots(candidate.ranks[0]):
+        logs = [_roots(each) for each in candidate.ranks]
     if any(each is None for each in logs) or len({len(each or ()) for each in logs}) > 1:
         return found
     series = [each for each in logs if each is not None]
@@ -419,6 +422,23 @@ def _logs_of_ranks(candidate: Recording) -> list[list[float] | None]:
             weighted.append(sum(v * n for v, n in zip(values, counts, strict=True)) / total)
         found.append(weighted)
     return found
+
+
+def _roots(recording: Recording) -> list[float]:
+    """Return, per optimizer step, what its backwards started from, added up."""
+    return [
+        sum(each.loss for each in recording.backwards[step.first_backward : step.backwards])
+        for step in recording.steps
+    ]
+
+
+def _logs_its_roots(recording: Recording) -> bool:
+    roots, logged = _roots(recording), recording.logged
+    return (
+        logged is not None
+        and len(logged) == len(roots)
+        and all(math.isclose(a, b) for a, b in zip(logged, roots, strict=True))
+    )
 
 
 def _log_difference(reference: Recording, b: list[float] | None) -> float | None:

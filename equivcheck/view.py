@@ -11,7 +11,7 @@ from equivcheck.attribution import predict
 from equivcheck.company import attributions_in_company
 from equivcheck.errors import EquivcheckError
 from equivcheck.experiment import Experiment, Interventions
-from equivcheck.fit import Attribution
+from equivcheck.fit import BEYOND_ROUNDING, Attribution
 from equivcheck.noise import SAFETY
 from equivcheck.recording import Event, Place, Recording, Step
 from equivcheck.verdict import Judgement
@@ -103,9 +103,16 @@ class View:
         return self.attributions
 
     def _attributions(self) -> list[Attribution]:
-        alone = self.experiment.attributions(self.chosen)
+        try:
+            alone = self.experiment.attributions(self.chosen)
+        except EquivcheckError:
+            if together := self._together([]):
+                return together
+            raise
         if alone and all(self.spans(each, reference=True) for each in alone):
             return alone
+        if together := self._together(alone):
+            return together
         try:
             in_company = attributions_in_company(self.experiment, self.chosen)
         except EquivcheckError:
@@ -115,6 +122,25 @@ class View:
         ):
             return in_company
         return alone
+
+    def _together(self, alone: list[Attribution]) -> list[Attribution]:
+        """Return the weights of micro-steps that all ranks compute together, if those make what no rank's alone do.
+
+        A norm over the rows of all ranks is not what any of them computes by itself.
+        """
+        experiment = self.experiment
+        inside = any(within(each) for each in alone)
+        if experiment.case.shares == 1 or experiment.together or inside:
+            return []
+        experiment.together = True
+        try:
+            found = experiment.attributions(self.chosen)
+            if len(found) >= max(len(alone), 1) and all(within(each) for each in found):
+                return found
+        except EquivcheckError:
+            pass
+        experiment.together = False
+        return []
 
     @cached_property
     def divergent(self) -> list[Attribution]:
@@ -186,6 +212,12 @@ class View:
         if key not in experiment.remembered:
             experiment.remembered[key] = experiment.counts(accumulation_steps)
         return experiment.remembered[key]  # type: ignore[no-any-return]
+
+
+def within(attribution: Attribution) -> bool:
+    """Return whether an accumulated gradient lies in the span of the pieces, whatever became of rounding."""
+    residual = attribution.w.residual
+    return residual is not None and residual <= BEYOND_ROUNDING
 
 
 class Part(View):

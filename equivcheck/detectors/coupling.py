@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 
+from equivcheck.attribution import predict
 from equivcheck.detectors.addends import coupled_addends, spanned
 from equivcheck.errors import EquivcheckError
-from equivcheck.fit import Attribution
+from equivcheck.fit import BEYOND_ROUNDING, Attribution
 from equivcheck.freeze import Fingerprint, Freeze, Statistics
 from equivcheck.noise import SAFETY
-from equivcheck.view import Suspicion, View
+from equivcheck.view import Suspicion, View, within
 
 # A factor leaves no more of a gradient than float32 rounds.
 EXACT = 1e-6
@@ -35,9 +36,12 @@ def suspect(view: View) -> list[Suspicion]:
     ]
     found: list[Suspicion] = []
     freeze = Freeze(view.experiment.cycles())
+    predicted = bool(statistics and outside) and _as_predicted(view)
     if outside:
         found += _coupled(view, freeze, outside[0].step)
-    if statistics and (not outside or not _as_predicted(view)):
+        if predicted and found[0].explains:
+            found[0].explains |= {"buffers"}
+    if statistics and not predicted:
         evidence = {"buffers": list(statistics[0].names[:5]), "relative": statistics[0].relative}
         found.append(Suspicion("EQ203", [(freeze,)], evidence, statistics[0].matched, 36))
     return found
@@ -60,7 +64,7 @@ def _coupled(view: View, freeze: Freeze, step: int) -> list[Suspicion]:
     code = "EQ201" if place is not None else "EQ202"
     found = [Suspicion(code, [(freeze,)] if place is not None else [], evidence, step, 34)]
     # Where there is nothing to freeze: rows change with their company, and the weights are right.
-    if place is None or not _freezable(view, freeze):
+    if place is None or view.experiment.together or not _freezable(view, freeze):
         found[0].proved = all(
             _weighted_right(view, each) for each in view.attributions
         ) or coupled_addends(view, _shares)
@@ -71,6 +75,8 @@ def _coupled(view: View, freeze: Freeze, step: int) -> list[Suspicion]:
                 "because": f"{place} computes a row's output from other rows of the batch too",
                 "fix": "compute it per row, or accept the difference: --expect EQ201",
             }
+        if view.experiment.together:
+            found[0].evidence["pieces"] = "what all ranks compute in one micro-step"
         found[0].evidence["perturbation"] = (
             f"the same rows give other outputs of {place} in other company"
             if place is not None
@@ -97,12 +103,28 @@ def _weighted_right(view: View, attribution: Attribution) -> bool:
     gradients' norms: they add up to the full batch's, but for the interaction, which changes one of
     the two by far less than a factor of K.
     """
-    if not view.spans(attribution, reference=False):
+    if not view.spans(attribution, reference=False) and not (
+        view.experiment.together and within(attribution)
+    ):
         return False
     k = attribution.pieces.shape[0]
-    if view.fits(attribution, [1.0] * k):
+    if _fits(view, attribution, [1.0] * k):
         return _adds_up(view, attribution)
-    return any(view.fits(attribution, weights) for weights in _shares(view, attribution))
+    return any(_fits(view, attribution, weights) for weights in _shares(view, attribution))
+
+
+def _fits(view: View, attribution: Attribution, weights: list[float]) -> bool:
+    """Return whether weights predict the accumulated gradient: to within noise.
+
+    What ranks compute together they compute by formulas of their own, whose rounding no control of one process has
+    measured.
+    """
+    if view.fits(attribution, weights):
+        return True
+    if not view.experiment.together:
+        return False
+    rest = float((attribution.candidate - predict(attribution.pieces, weights)).norm())
+    return rest <= BEYOND_ROUNDING * float(attribution.candidate.norm())
 
 
 def _shares(view: View, attribution: Attribution) -> list[list[float]]:
@@ -111,6 +133,8 @@ def _shares(view: View, attribution: Attribution) -> list[list[float]]:
     choices = [[1.0 / k] * k]
     for values in view.counts().values():
         counts = values[attribution.matched % len(values)]
+        if view.experiment.together:
+            counts = [sum(counts[step::k]) for step in range(k)]
         if len(counts) == k and sum(counts) > 0:
             choices.append([x / sum(counts) for x in counts])
     return choices

@@ -16,10 +16,12 @@ from equivcheck.interventions import (
     NormOfWhole,
     ScaleParts,
     Synchronise,
+    SynchroniseOnce,
 )
 from equivcheck.noise import SAFETY
 from equivcheck.recording import Recording, Step
 from equivcheck.topology import factor_of, undecided
+from equivcheck.traffic import reductions
 from equivcheck.verdict import overall
 from equivcheck.view import Suspicion, View
 
@@ -45,7 +47,7 @@ def _unused(view: View) -> list[Suspicion]:
     only, zeros stand for it on the others.
     """
     found = []
-    for each in _unsynchronised(view):
+    for each in _apart_at_the_step(view):
         variants: list[Interventions] = [(FindUnused(),)]
         partly = _on_some_ranks(_steps_of(view.candidate, each.step))
         if partly:
@@ -69,6 +71,8 @@ def _on_some_ranks(steps: Sequence[Step]) -> list[str]:
 
 # Norms that agree to this are the same norm: rounding is far below it, and parts of a gradient far above.
 _SAME = 1e-6
+# What a clip adds to a norm is far below the norm itself.
+_EPSILON = 1e-3
 
 
 def _clipped(view: View) -> list[Suspicion]:
@@ -105,7 +109,8 @@ def _clipped_by_hand(view: View) -> list[Suspicion]:
         whole = overall(step.gradients).reference_norm
         if not whole or not all(part.rr for part in parts):
             return []
-        predicted = [part.reference_norm / whole for part in parts]
+        shares = [part.reference_norm / whole for part in parts]
+        predicted = _with_epsilon([part.scale for part in parts], shares)
         if all(abs(part.scale * x - 1.0) < _SAME for part, x in zip(parts, predicted, strict=True)):
             factors[view.cycle_of(step.matched)] = predicted
             first = step.index if first is None else first
@@ -113,6 +118,23 @@ def _clipped_by_hand(view: View) -> list[Suspicion]:
         return []
     evidence = {"share_of_the_norm": next(iter(factors.values()))}
     return [Suspicion("EQ506", [(ScaleParts(factors),)], evidence, first, 21)]
+
+
+def _with_epsilon(scales: Sequence[float], shares: Sequence[float]) -> list[float]:
+    """Return the factors between the norm of a part and that of the whole, as a clip has them: (|part| + e)/(|G| + e).
+
+    What is added to a norm before it is divided by (torch's clips add 1e-6) is read from the rank that is furthest off,
+    in units of |G|; the others have to agree.
+
+    Args:
+        scales: How much too long the part of each rank is.
+        shares: |part| / |G|.
+    """
+    scale, share = max(zip(scales, shares, strict=True), key=lambda pair: abs(pair[0] - 1.0))
+    epsilon = (1.0 - scale * share) / (scale - 1.0) if scale != 1.0 else 0.0
+    if not 0.0 < epsilon < _EPSILON:
+        epsilon = 0.0
+    return [(each + epsilon) / (1.0 + epsilon) for each in shares]
 
 
 # ---- weights -----------------------------------------------------------------------------------
@@ -165,7 +187,12 @@ def gradient_spread(steps: Sequence[Step]) -> float:
 
 
 def _unsynchronised(view: View) -> list[Suspicion]:
-    """EQ502: the ranks step with different gradients."""
+    """EQ502: the ranks step with different gradients, or with parts that nothing was reduced into."""
+    return _apart_at_the_step(view) or _unsynchronised_parts(view)
+
+
+def _apart_at_the_step(view: View) -> list[Suspicion]:
+    """EQ502 where ranks hold gradients whole: they differ between the ranks."""
     limit = SAFETY * view.experiment.noise().floor()
     for index in range(len(view.candidate.steps)):
         steps = _steps_of(view.candidate, index)
@@ -177,6 +204,25 @@ def _unsynchronised(view: View) -> list[Suspicion]:
                 evidence["weights_of_each_rank"] = weights
             return [Suspicion("EQ502", [(Synchronise(),)], evidence, index, 18)]
     return []
+
+
+def _unsynchronised_parts(view: View) -> list[Suspicion]:
+    """EQ502: after the last backward of a cycle nothing is reduced into the parts that ranks step.
+
+    What shards miss stays in gradients that no optimizer sees.
+    """
+    finding = view.judgement.first("gradients", "none")
+    if finding is None or finding.step < 0:
+        return []
+    steps = _steps_of(view.candidate, finding.step)
+    sent = [reductions(each)[finding.step] for each in view.candidate.ranks]
+    if not any(each.parts for each in steps) or not all(sent):
+        return []
+    counts = [[len(backward) for backward in each] for each in sent]
+    if all(each[-1] and each[-1] == max(each) for each in counts):
+        return []
+    evidence: dict[str, object] = {"reductions_after_each_backward": counts}
+    return [Suspicion("EQ502", [(SynchroniseOnce(),)], evidence, finding.step, 18)]
 
 
 def _reduced_after_a_clip(steps: Sequence[Step], limit: float) -> bool:

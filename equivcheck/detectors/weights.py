@@ -447,16 +447,20 @@ def _confirmed(view: View, shown: Attribution, scale: float) -> str | None:
     limit = view.tolerance(shown)
     rules = _rules(k, other, scale, limit)
     here, there = view.counts(), view.counts(other)
+    shares = view.experiment.case.shares
     for label, values in here.items():
         cycle = shown.matched % len(values)
-        mine, others = values[cycle], there[label][cycle]
-        for name, rule in _denominators().items():
-            if isinstance(sum(mine), int) and sum(mine) < max(k, other):
-                continue
-            if not rule(mine) or not rule(others):
-                continue
-            if abs(sum(mine) / rule(mine) - scale) <= limit * max(scale, 1.0):
-                rules[f"{name} ({label})"] = sum(others) / rule(others)
+        by_what = _grouped(values[cycle], shares)
+        others_by_what = _grouped(there[label][cycle], shares)
+        for what, mine in by_what.items():
+            others = others_by_what[what]
+            for name, rule in _denominators().items():
+                if isinstance(sum(mine), int) and sum(mine) < max(k, other):
+                    continue
+                if not rule(mine) or not rule(others):
+                    continue
+                if abs(sum(mine) / rule(mine) - scale) <= limit * max(scale, 1.0):
+                    rules[f"{name} ({label}{what})"] = sum(others) / rule(others)
     return next(
         (
             name
@@ -465,6 +469,20 @@ def _confirmed(view: View, shown: Attribution, scale: float) -> str | None:
         ),
         None,
     )
+
+
+def _grouped(counts: Sequence[float], shares: int) -> dict[str, list[float]]:
+    """Return the counts of every micro-batch; where ranks share the batch, also those of all ranks together.
+
+    Args:
+        counts: Of rank 0's micro-batches, then of rank 1's ...
+        shares: How many ranks share the batch.
+    """
+    found = {"": list(counts)}
+    if shares > 1 and len(counts) % shares == 0:
+        steps = len(counts) // shares
+        found[" of all ranks"] = [sum(counts[k::steps]) for k in range(steps)]
+    return found
 
 
 def _rules(k: int, other: int, scale: float, limit: float) -> dict[str, float]:

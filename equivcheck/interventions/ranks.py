@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from equivcheck.hooks.base import quiet
+from equivcheck.hooks.base import quiet, replace
 from equivcheck.interventions.base import Intervention
 from equivcheck.parts import is_distributed, plain
 
@@ -133,31 +133,70 @@ class FindUnused(Intervention):
 
 
 class SynchroniseOnce(Intervention):
-    """Let DDP reduce in the last backward of each cycle only."""
+    """Let wrappers reduce in the last backward of each cycle, and in no other: DDP, FSDP1 and FSDP2.
+
+    What DDP prepared in a forward decides about the backward; FSDP asks when gradients arrive.
+    """
 
     name = "synchronise once"
 
+    def __init__(self) -> None:
+        self._wrappers: dict[int, Any] = {}
+
     @contextmanager
     def installed(self, recorder: Recorder) -> Iterator[None]:
-        owner: Any = DistributedDataParallel
+        from torch.distributed.fsdp import FullyShardedDataParallel  # noqa: PLC0415 - with ranks only
+
+        with ExitStack() as stack:
+            self._install(stack, recorder, DistributedDataParallel, "require_backward_grad_sync")
+            self._install(stack, recorder, FullyShardedDataParallel, "_sync_gradients")
+            stack.callback(self._wrappers.clear)
+            yield
+
+    def _install(self, stack: ExitStack, recorder: Recorder, owner: Any, flag: str) -> None:
         original = owner.forward
 
         @functools.wraps(original)
         def forward(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
             upcoming = recorder.schedule[recorder.backwards : recorder.backwards + 1]
-            before = wrapper.require_backward_grad_sync
-            wrapper.require_backward_grad_sync = not upcoming or upcoming[0].last
+            once = not upcoming or upcoming[0].last
+            if getattr(wrapper, "static_graph", False) and not (upcoming and upcoming[0].cycle):
+                # torch asserts that a static graph reduces every backward of its first cycle.
+                once = True
+            if flag == "_sync_gradients":
+                self._wrappers[id(wrapper)] = wrapper
+            before = getattr(wrapper, flag)
+            setattr(wrapper, flag, once)
             try:
                 return original(wrapper, *args, **kwargs)
             finally:
-                # What the forward prepared decides; a loop that goes in and out of no_sync finds its own setting.
-                wrapper.require_backward_grad_sync = before and (not upcoming or upcoming[0].last)
+                # A loop that goes in and out of no_sync finds its own setting.
+                setattr(wrapper, flag, before and (once or flag == "_sync_gradients"))
 
-        owner.forward = forward
+        replace(stack, owner, "forward", forward)
+
+    @contextmanager
+    def around_backward(self, recorder: Recorder, _outputs: Sequence[Any]) -> Iterator[None]:
+        from torch.distributed.fsdp import FSDPModule  # noqa: PLC0415 - with ranks only
+
+        place = recorder.place()
+        once = place is None or place.last
+        groups = [
+            group
+            for module in recorder.model.modules()
+            if isinstance(module, FSDPModule)
+            for group in module._get_fsdp_state()._fsdp_param_groups  # noqa: SLF001 - torch has a setter and no getter
+        ]
+        flags = [(each, "_sync_gradients") for each in self._wrappers.values()]
+        flags += [(each, flag) for each in groups for flag in ("reduce_grads", "all_reduce_grads")]
+        before = [getattr(owner, flag) for owner, flag in flags]
+        for owner, flag in flags:
+            setattr(owner, flag, once)
         try:
             yield
         finally:
-            owner.forward = original
+            for (owner, flag), value in zip(flags, before, strict=True):
+                setattr(owner, flag, value)
 
 
 class Broadcast(Intervention):

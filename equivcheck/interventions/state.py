@@ -10,6 +10,7 @@ import torch
 from torch.optim import Optimizer
 
 from equivcheck.interventions.base import Intervention
+from equivcheck.parts import is_distributed
 from equivcheck.shadow import shadow_weights, untrained
 
 if TYPE_CHECKING:
@@ -123,8 +124,8 @@ class Restitute(AtStep[torch.Tensor]):
     name = "restitute"
 
     def _change(self, parameter: torch.Tensor, change: torch.Tensor) -> None:
-        if change.numel() != parameter.numel():
-            return
+        if change.numel() != parameter.numel() or is_distributed(parameter):
+            return  # Of a part, what is missing is not known.
         extra = change.view(parameter.shape).to(parameter.device, parameter.dtype)
         parameter.grad = extra.clone() if parameter.grad is None else parameter.grad + extra
 

@@ -123,7 +123,7 @@ def proof(case: Mapping[str, Any]) -> str | None:
         ]
     body += _legend([("before", BAD), ("after", GOOD)])
     return _slide(
-        case, words.headline(case), body, "relative difference, before and after the repair"
+        case, words.because(proofs[0][0]), body, "relative difference, before and after the repair"
     )
 
 
@@ -133,20 +133,27 @@ def heatmap(case: Mapping[str, Any]) -> str | None:
     if heat is None:
         return None
     rows = heat["rows"][:16]
-    left = 260
+    left = 290
     width = (WIDTH - left - RIGHT) / len(heat["steps"])
     height = min(34.0, (HEIGHT - TOP - BOTTOM) / len(rows))
     body = []
     for i, row in enumerate(rows):
         y = TOP + i * height
         body.append(
-            _text(left - 12, y + height * 0.65, str(row["name"])[-32:], "end", "#1a1c20", 14)
+            _text(left - 12, y + height * 0.65, _cut(str(row["name"])), "end", "#1a1c20", 14)
         )
         body += [
             f'<rect x="{left + j * width:.1f}" y="{y:.1f}" width="{max(width - 1, 0.5):.1f}" '
             f'height="{height - 1:.1f}" fill="{SHADES[cell["shade"]]}"/>'
             for j, cell in enumerate(row["cells"])
         ]
+    # At most a dozen numbers fit beside one another.
+    every = -(-len(heat["steps"]) // 12)
+    body += [
+        _text(left + (j + 0.5) * width, TOP + len(rows) * height + 18, str(step), "middle")
+        for j, step in enumerate(heat["steps"])
+        if j % every == 0
+    ]
     body += _legend([("within the limit", SHADES[0]), ("up to 12 decades beyond it", SHADES[5])])
     panel = panels.parameters(case)
     return _slide(case, panel["told"] if panel else "", body, "modules over optimizer_step")
@@ -173,6 +180,11 @@ def _slide(case: Mapping[str, Any], told: str, body: Sequence[str], what: str) -
         "</svg>",
     ]
     return "\n".join(parts) + "\n"
+
+
+def _cut(name: str, length: int = 32) -> str:
+    """Return the end of a name, which tells modules apart."""
+    return name if len(name) <= length else "…" + name[1 - length :]
 
 
 def _lines(told: str) -> list[str]:

@@ -165,11 +165,16 @@ def test_ranks_are_kept_from_one_case_to_the_next(tmp_path):
 
 @pytest.mark.parametrize(
     ("traffic", "sound"),
-    [([(4, 1), (4, 1)], True), ([(4, 1), (5, 1)], False), ([(4, 99), (4, 99)], False)],
-    ids=["alike", "one-more", "groups"],
+    [
+        ([(4, 1), (4, 1)], True),
+        ([(4, 1), (5, 1)], False),
+        ([(4, 99), (4, 99)], False),
+        ([(5000, 1), (5000, 1)], False),
+    ],
+    ids=["alike", "one-more", "groups", "long-record"],
 )
 def test_ranks_that_are_out_of_step_are_not_kept(traffic, sound):
-    """A collective that only one rank has issued, or groups upon groups, would reach into the next case."""
+    """A collective that only one rank has issued, groups upon groups, or a long record reach into the next case."""
     found = object.__new__(team.Team)
     found.ranks = [team.Rank(None, traffic=each) for each in traffic]
 

@@ -12,6 +12,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
+from equivcheck import noise
 from equivcheck import result as results
 from equivcheck.report import (
     budget,
@@ -27,6 +28,7 @@ from equivcheck.report import (
     text,
     words,
 )
+from equivcheck.report.panels import measured
 from equivcheck.report.scales import Decades
 
 HERE = Path(__file__).parent
@@ -324,6 +326,8 @@ def test_lines_break_where_a_number_is_absent():
         ("EQ103", "weights", "All micro-batches count the same (0.2500)"),
         ("EQ201", "weights", "samples act on one another"),
         ("EQ303", "weights", "something changed within the cycle"),
+        ("EQ105", "walk", "In optimizer_step 3 both runs make the same calls"),
+        ("EQ101", "precision", "accumulating itself adds"),
         ("EQ306", "walk", "clip happens 3 times inside the cycle, after micro_step 0, 1, 2"),
         ("EQ303", "walk", "step happens 3 times inside the cycle"),
         ("EQ307", "start", "Learning rates differ from optimizer_step"),
@@ -337,6 +341,14 @@ def test_panels_state_their_conclusion(name, panel, said):
     """In words, from the numbers of the result."""
 
     assert said in panels.of(load(name)["cases"][0])[panel]["told"]
+
+
+def test_what_is_no_rounding_is_not_called_so():
+    """Gradients that were there before the cycle are no rounding, and the number of roundoffs is that of the engine."""
+    told = panels.of(load("EQ302")["cases"][0])["precision"]["told"]
+
+    assert "accumulating" not in told
+    assert measured.UNITS == noise.UNITS
 
 
 def test_weights_follow_a_count():

@@ -20,8 +20,12 @@ def vector(seed):
     return torch.randn(WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def step(sample, contributions=(), *, matched=0, skipped=False, error=0.0):
-    """Return a native step whose gradient is `sample`, off by `error` from float64."""
+def step(sample, contributions=(), *, matched=0, skipped=False, error=None):
+    """Return a native step whose gradient is `sample`, off by `error` from float64: from the sum, if none is given."""
+    if error is None:
+        known = isinstance(sample.get("w"), torch.Tensor) and sample["w"].shape == SUM.shape
+        wanted = SUM if known else None
+        error = 0.0 if wanted is None else float((sample["w"] - wanted).norm() / wanted.norm())
     found = Step(0, "SGD", frozenset(), 2, 0, [0.1], matched=matched, skipped=skipped)
     found.sample = dict(sample)
     found.contributions = list(contributions)
@@ -202,3 +206,13 @@ def test_a_step_without_a_finite_error_does_not_count():
     found = judge_precision(Lab(full, step({"w": SUM}, PIECES)))
 
     assert found.full_batch == 0.0
+
+
+def test_a_rest_that_both_runs_together_do_not_err_by_is_no_rounding():
+    """Contributions that arrived elsewhere leave a rest; gradients that agree with float64 were not rounded by it."""
+    full, accumulated = step({"w": SUM}, error=1e-7), step({"w": SUM}, PIECES[:1], error=1e-7)
+
+    found = judge_precision(Lab(full, accumulated))
+
+    assert found.accumulation == pytest.approx(2e-7)
+    assert found.loss is None

@@ -43,7 +43,7 @@ def walk(case: Mapping[str, Any]) -> Panel:
         }
     if not both:
         return None
-    cycle = _cycle_shown(both)
+    cycle = _cycle_shown(case, both)
     events = {
         role: [e for e in both[role]["events"] if e.get("optimizer_step") == cycle]
         for role in ("full_batch", "accumulated")
@@ -98,10 +98,13 @@ def _sent_nothing(case: Mapping[str, Any], cycle: int) -> str:
     return "No gradient is reduced over the ranks."
 
 
-def _cycle_shown(both: Mapping[str, Any]) -> int:
+def _cycle_shown(case: Mapping[str, Any], both: Mapping[str, Any]) -> int:
+    """Return the first cycle with an odd or missing call; without one, that in which the runs first differ."""
     odd = [e["optimizer_step"] for e in both["accumulated"]["events"] if e.get("odd")]
     gone = [m["optimizer_step"] for m in both.get("missing") or ()]
-    return int(min([*odd, *gone], default=0))
+    kept = {e["optimizer_step"] for e in both["accumulated"]["events"]}
+    differ = [f.get("optimizer_step") for f in case.get("findings") or ()]
+    return int(min([*odd, *gone] or [c for c in differ if c in kept], default=0))
 
 
 def _facts(
