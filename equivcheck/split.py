@@ -213,10 +213,10 @@ def rows_of(batch: object, where: str = "batches()") -> int:
     walk(note, "batch", batch)
     if not sizes:
         raise UsageError(
-            f"no-samples: a batch, {type(batch).__name__}, has 0 tensors or arrays with a dimension 0",
+            "no-samples: a batch holds no tensor or array with a dimension 0",
             where=where,
             expected="tensors or numpy arrays whose dimension 0 is the sample",
-            because="a micro-batch is a slice of dimension 0: there is nothing to slice",
+            because=f"batches() yielded {type(batch).__name__}: there is nothing to slice",
             fix="tensor[None] makes one sample of a tensor without a dimension",
         )
     (rows, path), *others = sizes.items()
