@@ -458,7 +458,8 @@ def outcomes(
                 raise
             outcome = {"verdict": "error", "headline": error.message, "error": _crash(error, 3)}
         except Exception as error:  # noqa: BLE001 - whatever it is, it is ours
-            outcome = {"verdict": "error", "error": _crash(error)}
+            said = f"{type(error).__name__}: {error}"
+            outcome = {"verdict": "error", "headline": said, "error": _crash(error)}
         yield finished(job, outcome)
 
 

@@ -3,22 +3,28 @@
 A row's number does not depend on the dtype, on the batch it came in, or on trailing padding: integers are hashed
 exactly, with padding (0, -100, what the attention mask leaves out, and the value that a batch's shorter rows end with)
 counting for nothing; floating rows are projected on a few random directions and rounded to a part in ten thousand,
-so that what a kernel rounds differently for another batch size is the same row still. A row of tokens has a second
-number, without its last token: `ids[:, :-1]` of a padded batch cuts that of the longest row, and padding of the others.
+so that what a kernel rounds differently for another batch size is the same row still. Zeros count for nothing along
+any dimension, and so do the infinities of an additive mask. A row of tokens has a second number, without its last
+token: `ids[:, :-1]` of a padded batch cuts that of the longest row, and padding of the others.
+
+A vector that merely numbers what stands in the batch (the graph of each node, the order of a packed sequence) says
+nothing of a row, which has another number in a smaller batch.
 
 N rows, L numbers in a row.
 """
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
 import torch
 
-__all__ = ["Rule", "row_digests"]
+__all__ = ["LISTED", "Rule", "lists_in", "row_digests"]
 
 Array = Any
 Digest = tuple[int, int]
@@ -29,6 +35,12 @@ _DIRECTIONS: Final = 3
 _GRID: Final = 1e-4
 # Keeps simple numbers, which lie on the grid, off its borders; the golden section is far from every fraction.
 _OFFSET: Final = 0.381966
+# Magnitudes beyond this are masks (the lowest number of float32, of float64, infinity), no data.
+_MASKED: Final = 1e30
+# Larger rows have their random directions made anew each time: 2**20 numbers are 32 MB of them.
+_REMEMBERED: Final = 2**20
+# The "dimension" of models that take a list of samples.
+LISTED: Final = -1
 
 
 @dataclass
@@ -40,7 +52,8 @@ class Rule:
         padding: By path, the value that shorter rows end with.
         row_length: Most entries of an integer row so far.
         forwards: Forwards before one backward, at most.
-        axis: The dimension that is the sample: 0, or 1 in models that take time first.
+        axis: The dimension that is the sample: 0, or 1 in models that take time first; LISTED where an argument is a
+            list of samples, each with tensors of its own shape.
     """
 
     paths: list[str] = field(default_factory=list)
@@ -69,31 +82,96 @@ def row_digests(named: list[tuple[str, torch.Tensor]], rule: Rule) -> list[Diges
         named: The tensors of the call, by where they stand in it; not under any dispatch mode.
         rule: Filled in at the first call, followed afterwards.
     """
-    tensors = {
-        path: tensor.movedim(rule.axis, 0) if rule.axis else tensor
-        for path, tensor in named
-        if tensor.dim() > rule.axis and not tensor.is_sparse
-    }
+    columns = _listed(named) if rule.axis == LISTED else _stacked(named, rule.axis)
     if rule.paths:
-        tensors = {path: tensor for path, tensor in tensors.items() if path in rule.paths}
-    if not tensors:
+        columns = {path: column for path, column in columns.items() if path in rule.paths}
+    if not columns:
         return []
-    counts = Counter(len(tensor) for tensor in tensors.values())
-    most = max(counts.values())
-    rows = next(len(t) for t in tensors.values() if counts[len(t)] == most)
-    tensors = {path: tensor for path, tensor in tensors.items() if len(tensor) == rows}
+    telling = {path: each for path, each in columns.items() if not _is_numbering(each)}
     if not rule.paths:
-        rule.paths = list(tensors)
-    mask = next((t for path, t in tensors.items() if path.endswith("attention_mask")), None)
+        telling = _of_one_length(telling or columns)
+        found = _digests(telling, rule)
+        if (
+            len(set(found)) == 1 < len(found)
+        ):  # They tell nothing: what numbers the rows is all there is.
+            telling = _of_one_length(columns)
+            found = _digests(telling, rule)
+        rule.paths = list(telling)
+        return found
+    return _digests(_of_one_length(columns), rule)
+
+
+Column = list[torch.Tensor]
+
+
+def lists_in(paths: Sequence[str]) -> dict[str, int]:
+    """Return the lists of tensors, or of what holds tensors, among a call's arguments: how many each holds."""
+    found: dict[str, set[str]] = {}
+    for path in paths:
+        kind, argument, *inner = path.split(".")
+        if inner and inner[0].isdigit():
+            found.setdefault(f"{kind}.{argument}", set()).add(inner[0])
+    return {name: len(each) for name, each in found.items()}
+
+
+def _stacked(named: list[tuple[str, torch.Tensor]], axis: int) -> dict[str, Column]:
+    """Return the tensors that have a dimension for the samples, that dimension first."""
+    return {
+        path: [tensor.movedim(axis, 0) if axis else tensor]
+        for path, tensor in named
+        if tensor.dim() > axis and not tensor.is_sparse
+    }
+
+
+def _listed(named: list[tuple[str, torch.Tensor]]) -> dict[str, Column]:
+    """Return, for each place in the elements of a list, that of every element: a row each."""
+    lists = lists_in([path for path, _ in named])
+    found: dict[str, Column] = {}
+    for path, tensor in named:
+        kind, argument, *inner = path.split(".")
+        if f"{kind}.{argument}" in lists and not tensor.is_sparse:
+            found.setdefault(".".join([kind, argument, "*", *inner[1:]]), []).append(tensor[None])
+    return found
+
+
+def _is_numbering(column: Column) -> bool:
+    """Return whether a vector counts 0, 1, 2, ... upwards, values repeated or not, or is an order of 0 ... N - 1."""
+    vector = column[0]
+    if len(column) > 1 or vector.dim() != 1 or len(vector) < 2 or vector.dtype == torch.bool:
+        return False
+    if vector.is_floating_point() or vector.is_complex():
+        return False
+    values = vector.detach().cpu().numpy()
+    steps = np.diff(values)
+    counts_up = values[0] == 0 and values[-1] > 0 and steps.min() >= 0 and steps.max() == 1
+    return bool(counts_up or np.array_equal(np.sort(values), np.arange(len(values))))
+
+
+def _of_one_length(columns: dict[str, Column]) -> dict[str, Column]:
+    """Return the columns with as many rows as most have; the first ones' where that is a tie."""
+    lengths = {path: sum(map(len, column)) for path, column in columns.items()}
+    counts = Counter(lengths.values())
+    rows = next(n for n in lengths.values() if counts[n] == max(counts.values()))
+    return {path: column for path, column in columns.items() if lengths[path] == rows}
+
+
+def _digests(columns: dict[str, Column], rule: Rule) -> list[Digest]:
+    rows = sum(map(len, next(iter(columns.values()))))
+    masks = next((c for path, c in columns.items() if path.endswith("attention_mask")), None)
     total, shorter = np.zeros(rows, dtype=np.uint64), np.zeros(rows, dtype=np.uint64)
-    for path, tensor in tensors.items():
-        if tensor.is_floating_point() or tensor.is_complex():
-            found = cut = _floating(tensor)
-        else:
-            found, cut = _whole(path, tensor, mask, rule)
+    for path, column in columns.items():
+        found, cut = [], []
+        for place, tensor in enumerate(column):
+            if tensor.is_floating_point() or tensor.is_complex():
+                one = other = _floating(tensor)
+            else:
+                mask = masks[place] if masks and len(masks) == len(column) else None
+                one, other = _whole(path, tensor, mask, rule)
+            found.append(one)
+            cut.append(other)
         salt = np.uint64(_mixed(np.array([_text(path)], dtype=np.uint64))[0] | np.uint64(1))
-        total += _mixed(found) * salt
-        shorter += _mixed(cut) * salt
+        total += _mixed(np.concatenate(found)) * salt
+        shorter += _mixed(np.concatenate(cut)) * salt
     return [(int(a), int(b)) for a, b in zip(total, shorter, strict=True)]
 
 
@@ -109,8 +187,7 @@ def _whole(
         values[mask.detach().cpu().numpy() == 0] = 0
     elif tensor.dim() == 2 and tensor.shape[1] > 1:
         _strip(path, values, rule)
-    places = _mixed(np.arange(1, values.shape[1] + 1, dtype=np.uint64)) | np.uint64(1)
-    terms = _mixed(values.view(np.uint64)) * places
+    terms = _mixed(values.view(np.uint64)) * (_mixed(_places(tensor.shape[1:])) | np.uint64(1))
     whole = terms.sum(axis=1, dtype=np.uint64)
     if tensor.dim() != 2 or not values.shape[1]:
         return whole, whole
@@ -136,19 +213,42 @@ def _floating(tensor: torch.Tensor) -> Array:
     """Return the hash of each row of a floating tensor: of its norm and its projections, rounded."""
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
+    shape = tensor.shape[1:]
     rows = tensor.detach().cpu().reshape(len(tensor), -1)
     # One image: what float64 was promoted from float32 is the same, what the working dtype holds less finely is not.
     rows = torch.nan_to_num(rows.double())
-    bits = _mixed(np.arange(1, rows.shape[1] + 1, dtype=np.uint64))
-    signs = np.stack([(bits >> np.uint64(13 * i + 7)) & np.uint64(1) for i in range(_DIRECTIONS)])
-    directions = torch.from_numpy(signs.astype(np.float64) * 2.0 - 1.0)
+    rows = torch.where(rows.abs() < _MASKED, rows, 0.0)
     norms = rows.norm(dim=1)
-    scaled = (rows @ directions.T) / norms.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
+    scaled = (rows @ _directions(shape).T) / norms.clamp_min(torch.finfo(torch.float64).tiny)[
+        :, None
+    ]
     logs = torch.where(norms > 0, norms, 1.0).log2()[:, None]
     numbers = torch.cat([scaled, logs, (norms > 0).double()[:, None]], dim=1)
     rounded = (numbers / _GRID + _OFFSET).round().to(torch.int64).numpy().copy()
     places = _mixed(np.arange(1, rounded.shape[1] + 1, dtype=np.uint64)) | np.uint64(1)
     return (_mixed(rounded.view(np.uint64)) * places).sum(axis=1, dtype=np.uint64)
+
+
+def _places(shape: Sequence[int]) -> Array:
+    """Return a number for every entry of a row, of its coordinates alone: a wider row has the same ones, and more."""
+    found = np.zeros((), dtype=np.uint64)
+    for size in shape or (1,):
+        found = _mixed(found)[..., None] + np.arange(1, size + 1, dtype=np.uint64)
+    return found.reshape(-1)
+
+
+def _directions(shape: torch.Size) -> torch.Tensor:
+    """Return the random directions, of ones and minus ones, for rows of a shape: [directions, L], float64."""
+    return _remembered(shape) if shape.numel() <= _REMEMBERED else _made(shape)
+
+
+def _made(shape: torch.Size) -> torch.Tensor:
+    bits = _mixed(_places(shape))
+    signs = np.stack([(bits >> np.uint64(13 * i + 7)) & np.uint64(1) for i in range(_DIRECTIONS)])
+    return torch.from_numpy(signs.astype(np.float64) * 2.0 - 1.0)
+
+
+_remembered = functools.lru_cache(maxsize=16)(_made)
 
 
 def _mixed(values: Array) -> Array:

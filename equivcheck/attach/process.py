@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, NoReturn
@@ -331,8 +331,13 @@ def _packages() -> dict[str, str]:
     """Return the versions of what the script has imported, as the packages themselves say."""
     found = {}
     for name, module in list(sys.modules.items()):
-        version = vars(module).get("__version__") if isinstance(module, ModuleType) else None
-        if isinstance(version, str) and "." not in name and not name.startswith("_"):
+        if "." in name or name.startswith("_") or not isinstance(module, ModuleType):
+            continue
+        version = vars(module).get("__version__")
+        if version is None and type(module) is not ModuleType:
+            with suppress(Exception):  # A lazy module, as that of Transformers, keeps it elsewhere.
+                version = module.__version__
+        if isinstance(version, str):
             found[name] = version
     return dict(sorted(found.items()))
 

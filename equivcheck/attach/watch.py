@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from equivcheck.attach.digests import Digest, Rule, row_digests
 from equivcheck.attach.models import Parts, owner, unwrapped
 from equivcheck.attach.seeds import drawing_otherwise
+from equivcheck.bridges import open_to_float64
 from equivcheck.casting import promote_module
 from equivcheck.hooks.base import quiet, replace
 from equivcheck.neutral import switch_off_modules
@@ -235,6 +236,7 @@ class ProcessRecorder(Recorder):
         recording.parameters = sum(p.numel() for p in self.model.parameters())
         if self.is_promoted:
             promote_module(self.model)
+            open_to_float64(self._stack)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
@@ -244,6 +246,7 @@ class ProcessRecorder(Recorder):
         # Classes that were defined, and imported, since the hooks were put in place.
         self.schedulers.install(self._stack)
         self.steps.install_controls(self._stack)
+        self.clips.install_frameworks(self._stack)
         self.observer.start(self)
 
     def _take(self, model: nn.Module) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,11 +19,14 @@ if TYPE_CHECKING:
 
     from equivcheck.recorder import Recorder
 
+# Of frameworks that compute in torch, and stand in the way of float64 only.
+IN_TORCH = {"deepspeed.accelerator.real_accelerator": "equivcheck.bridges.deepspeed"}
 # A module loaded with the framework, to the bridge for it. The framework is imported by the user's code, never by
 # us; another generation of it (Keras 2 has no such module) is left alone.
 BRIDGES = {
     "jax.experimental": "equivcheck.bridges.jax",
     "keras.src.backend.common.global_state": "equivcheck.bridges.keras",
+    **IN_TORCH,
 }
 
 
@@ -46,8 +49,8 @@ class Bridge(Protocol):
         """Wait until everything that was begun has been seen."""
 
 
-def _loaded() -> Iterator[Any]:
-    for name, bridge in BRIDGES.items():
+def _loaded(known: Mapping[str, str] = BRIDGES) -> Iterator[Any]:
+    for name, bridge in known.items():
         if name not in sys.modules:
             continue
         try:
@@ -64,6 +67,12 @@ def installed() -> Iterator[None]:
         for bridge in _loaded():
             bridge.install(stack)
         yield
+
+
+def open_to_float64(stack: ExitStack) -> None:
+    """Let frameworks that compute in torch, and are loaded, take float64."""
+    for bridge in _loaded(IN_TORCH):
+        bridge.install(stack)
 
 
 def across(model: Any) -> Bridge | None:

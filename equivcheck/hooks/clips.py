@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils import clip_grad
 from torch.optim import Optimizer
 
+from equivcheck.hooks import deepspeed
 from equivcheck.hooks.base import Hooks, each_of, number, quiet, replace
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Clips(Hooks):
         self.unscale_first = False
         self.hand_scale = 1.0
         self.pool: dict[int, torch.Tensor] | None = None
+        self._knows_frameworks = False
 
     def install(self, stack: ExitStack) -> None:
         norm = self._clip_norm(clip_grad._clip_grads_with_norm_)
@@ -49,6 +51,24 @@ class Clips(Hooks):
             replace(stack, FullyShardedDataParallel, "clip_grad_norm_", own)
         for owner in (Optimizer, nn.Module):
             replace(stack, owner, "zero_grad", self._zero_grad(owner.zero_grad))
+        self.install_frameworks(stack)
+
+    def install_frameworks(self, stack: ExitStack) -> None:
+        """Watch the clips that frameworks have of their own, once they are imported."""
+        self._knows_frameworks = self._knows_frameworks or deepspeed.watch(self, stack)
+
+    def before_own(self, parameters: list[torch.Tensor], share: float = 1.0) -> bool:
+        """Keep the gradients that a framework is about to clip; return whether it may.
+
+        Args:
+            parameters: Those whose gradients it clips.
+            share: Takes the loss scale off them.
+        """
+        if not self.recorder.allowed("clip"):
+            return False
+        self._corrected(parameters, math.nan)
+        self._snapshot(parameters, share)
+        return True
 
     def close(self) -> None:
         self.snapshots.clear()
@@ -61,11 +81,11 @@ class Clips(Hooks):
                     gradient, factor = self.snapshots[id(parameter)]
                     self.snapshots[id(parameter)] = (gradient, factor / scale)
 
-    def _snapshot(self, parameters: Any) -> None:
+    def _snapshot(self, parameters: Any, share: float = 1.0) -> None:
         for parameter in each_of(parameters):
             if parameter.grad is not None:
                 with quiet():
-                    self.snapshots[id(parameter)] = (self._copy(parameter), 1.0)
+                    self.snapshots[id(parameter)] = (self._copy(parameter), share)
 
     def _copy(self, parameter: torch.Tensor) -> torch.Tensor:
         """Return a copy of a gradient; fresh memory costs several times what copying does."""

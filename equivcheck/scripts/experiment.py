@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from equivcheck.attach.digests import LISTED, lists_in
 from equivcheck.attach.spec import Spec
 from equivcheck.attach.store import Facts, with_kept
 from equivcheck.case import Case
@@ -230,8 +231,9 @@ class ScriptExperiment(Experiment):
 
         found = self._once(("candidate", interventions), make)
         if not interventions and ("measured",) not in self._cache:
-            if self._is_time_first(found):
-                self._axis = 1
+            axis = self._other_axis(found)
+            if axis:
+                self._axis = axis
                 self._cache.clear()
                 return self.candidate()
             self._cache["measured",] = True
@@ -242,21 +244,25 @@ class ScriptExperiment(Experiment):
             )
         return found
 
-    def _is_time_first(self, candidate: Recording) -> bool:
-        """Return whether no sample is known because it is dimension 1 of what enters the model that holds them."""
+    def _other_axis(self, candidate: Recording) -> int:
+        """Return where the samples are, where no row is known: in dimension 1, or in a list; 0 for neither."""
         if self._axis or not candidate.fetched:
-            return False
+            return 0
         if any(not is_other for keys in candidate.fetched for is_other, _ in keys):
-            return False
+            return 0
         [full, *_], [mine, *_] = self._facts_of(self.reference()), self._facts_of(candidate)
+        whole, part = lists_in(list(full.shapes)), lists_in(list(mine.shapes))
+        if any(whole[name] > part[name] for name in whole.keys() & part.keys()):
+            return LISTED
         pairs = [
             (full.shapes[path], mine.shapes[path])
             for path in full.rule["paths"]
             if path in full.shapes and path in mine.shapes
         ]
-        return bool(pairs) and all(
+        is_time_first = bool(pairs) and all(
             len(a) == len(b) > 1 and a[0] == b[0] and a[1] != b[1] for a, b in pairs
         )
+        return int(is_time_first)
 
     def candidate_again(self) -> Recording:
         """Return the accumulated run once more."""

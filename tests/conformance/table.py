@@ -117,13 +117,15 @@ def run(family: str, paths: list[Path], envs: Path, results: Path) -> list[dict[
     if not python.exists():
         reason = f"no environment: make env-{family}"
         return [{**row, "outcome": "cannot run here", "reason": reason} for row in rows]
-    known = sorted(results.glob(f"{family}-*.json"))
+    known = sorted(results.glob(f"{family}-[0-9]*.json"))
     cases = [case for each in known for case in json.loads(each.read_text())["cases"]]
     by_target = {case["target"]: case for case in cases}
     missing = [path for path in paths if str(path.relative_to(ROOT)) not in by_target]
     said = ""
     if missing:
-        found = results / f"{family}-{len(known)}.json"
+        found = next(
+            path for n in range(1000) if not (path := results / f"{family}-{n}.json").exists()
+        )
         said = measured(python, missing, found)
         cases = json.loads(found.read_text())["cases"] if found.exists() else []
         by_target |= {case["target"]: case for case in cases}

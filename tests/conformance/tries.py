@@ -32,8 +32,17 @@ TRIES = {
 UNTRIED = {
     "Unsloth": "not tried here: it needs a GPU at import",
     "torchtitan": "not tried here: its attention has no backward on a CPU",
-    "TRL GRPOTrainer": "not tried here: it draws completions while it trains, so that rows in another order are others",
-    "DeepSpeed on several ranks": "its flat parameter has another part on every rank, which no name maps to the model",
+    "TRL GRPOTrainer": (
+        "not tried here: it draws completions while it trains, so that rows in another order are others"
+    ),
+    "TRL's other losses (KTO, ORPO, further loss types of DPO and SFT)": "not tried here: no subject was written",
+    "Frameworks on two ranks as subjects": (
+        "not tried here, Accelerate excepted (a script under accelerate launch): no rank trainer was written"
+    ),
+    "DeepSpeed's ZeRO on several ranks, as a subject": (
+        "ends in an error: every rank holds another stretch of one flat float32 parameter, whose place in the model "
+        "DeepSpeed's own map alone tells, and what is set in it does not reach the module before DeepSpeed gathers"
+    ),
 }
 
 

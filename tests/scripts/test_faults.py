@@ -192,9 +192,15 @@ def test_a_printed_loss_of_the_last_micro_batch_is_a_warning(decide, expect):
 
 @slow
 @pytest.mark.parametrize("mistake", [None, "missing-division"])
-@pytest.mark.parametrize("style", ["two-networks", "closure", "time-first", "checkpointed"])
-def test_styles_other_than_one_forward_and_one_step(decide, style, mistake):
-    """A generator and its judge, closures that are evaluated again, models that take time first, checkpoints."""
+@pytest.mark.parametrize(
+    "style",
+    ["two-networks", "closure", "time-first", "checkpointed", "images", "graphs", "packed"],
+)
+def test_styles_other_than_one_forward_on_rows_and_one_step(decide, style, mistake):
+    """A generator and its judge, closures that are evaluated again, models that take time first, checkpoints.
+
+    And samples that are no rows of one tensor: a list of images, graphs joined into one, packed sequences.
+    """
     options = ("--style", style, *(("--mistake", mistake) if mistake else ()))
     entry = decide(command("styles", *options), command("styles", *ACCUMULATED, *options))
 

@@ -166,7 +166,7 @@ def test_accelerate_launch_with_two_processes(decide, monkeypatch, mistake, code
     ],
 )
 def test_a_script_of_deepspeed(decide, monkeypatch, stage, ranks, mistake, code):
-    """Its engine accumulates, at any stage; DeepSpeed's own buffers are float32, so that the native runs decide."""
+    """Its engine accumulates, at any stage, and clips as its default says: the factor is seen below the clip."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setenv("PATH", os.pathsep.join([str(BIN), os.environ["PATH"]]))
     entry = decided(
@@ -180,9 +180,5 @@ def test_a_script_of_deepspeed(decide, monkeypatch, stage, ranks, mistake, code)
 
     if code is None:
         is_right(entry, accumulation_steps=4, world_size=ranks)
-        return
-    # In float32 a quarter is seen for what it is; which division is one too many is suspected only.
-    assert entry["verdict"] == "divergent", told(entry)
-    assert entry["divergence"]["gradients"]["scale"] == pytest.approx(0.25, rel=1e-4)
-    assert {status for _, status in causes(entry)} <= {"suspected", "proved"}
-    assert [found for found, _ in causes(entry)] in ([code], ["EQ104"])
+    else:
+        is_proved(entry, code)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from equivcheck.attach.digests import Rule, row_digests
+from equivcheck.attach.digests import LISTED, Rule, row_digests
 
 
 def digests(tensor, rule=None, **others):
@@ -128,3 +128,52 @@ def test_samples_may_stand_in_dimension_one():
 
     assert whole == digests(rows.transpose(0, 1))
     assert [each for part in rows.split(2, dim=1) for each in digests(part, Rule(axis=1))] == whole
+
+
+def test_samples_may_be_the_elements_of_a_list():
+    """Detection models take a list of images, each of its own size, and a list of their targets."""
+    images = [torch.randn(3, 4 + n, 5) for n in range(6)]
+    labels = [{"label": torch.tensor(n), "boxes": torch.randn(n, 4)} for n in range(6)]
+
+    def called(chosen, rule):
+        named = [(f"args.0.{i}", images[n]) for i, n in enumerate(chosen)]
+        for i, n in enumerate(chosen):
+            named += [(f"args.1.{i}.{key}", each) for key, each in labels[n].items()]
+        return row_digests(named, rule)
+
+    rule = Rule(axis=LISTED)
+    whole = called(range(6), rule)
+
+    assert len(set(whole)) == 6
+    assert called([4], rule) + called([2, 5], rule) == [whole[n] for n in (4, 2, 5)]
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [torch.tensor([0, 0, 1, 2, 2, 3]), torch.tensor([3, 0, 5, 1, 2, 4])],
+    ids=["graph-of-a-node", "order-of-a-packed-sequence"],
+)
+def test_what_numbers_the_rows_of_a_batch_is_left_out(numbers):
+    rows, rule = torch.randn(6, 4), Rule()
+    whole = digests(rows, rule, numbers=numbers)
+
+    assert digests(rows[3:], rule, numbers=torch.tensor([0, 1, 1])) == whole[3:]
+    assert rule.paths == ["args.0"]
+
+
+def test_what_numbers_the_rows_counts_where_nothing_else_tells_them_apart():
+    numbers = torch.arange(6)
+
+    assert len(set(digests(numbers))) == 6
+    assert len(set(digests(torch.ones(6, 2), numbers=numbers))) == 6
+
+
+@pytest.mark.parametrize("value", [0.0, -torch.inf, torch.finfo(torch.float32).min], ids=str)
+def test_padding_along_any_dimension_counts_for_nothing(value):
+    """Spectrograms are padded in their last dimension, additive masks with what no data holds."""
+    rows = torch.randn(4, 3, 5)
+    padded = torch.full((4, 3, 8), value)
+    padded[..., :5] = rows
+
+    assert digests(padded) == digests(rows)
+    assert digests(padded.double()) == digests(rows)
