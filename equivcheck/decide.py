@@ -48,6 +48,9 @@ UNREDUCED: Final = "finished reduction in the prior iteration"
 # A run that would not have seen a gradient that is missing altogether has compared nothing.
 BLIND: Final = 1.0
 
+# Causes that are suspected where the pieces do not make the gradients.
+FROM_PIECES: Final = frozenset({"EQ000", "EQ201", "EQ202"})
+
 
 def plan_cases(
     subject: Subject,
@@ -275,7 +278,13 @@ def conclude(
     elif diagnosis is None:
         progress("diagnosis")
         diagnosis = diagnose(experiment)
-    causes += diagnosis.causes
+    stale = any(each.code == "EQ302" for each in shared)
+    # Gradients of earlier steps are in every piece: what they look like there tells of nothing else.
+    causes += [
+        each
+        for each in diagnosis.causes
+        if each["status"] == "proved" or not (stale and each["code"] in FROM_PIECES)
+    ]
     named = {each["code"] for each in causes}
     causes += [cause(each, "proved", each.evidence) for each in shared if each.code not in named]
     verdict = "divergent" if causes else "equivalent"

@@ -57,27 +57,31 @@ def usable(reference: Recording, entry: dict[str, Any], subject: Subject, data: 
             f"not-finite: gradients of optimizer_step {bad.index} are inf or nan in the full batch",
         )
         entry["not_finite"] = True
-        entry["because"] = _source_of(bad, data)
-        entry["fix"] = "torch.autograd.set_detect_anomaly(True) in train names the operator"
+        entry["expected"] = "finite gradients in every optimizer step of the full batch"
+        entry["because"], in_data = _source_of(bad, data)
+        entry["fix"] = (
+            "leave those rows out, or fill them: torch.nan_to_num"
+            if in_data
+            else "torch.autograd.set_detect_anomaly(True) in train names the operator"
+        )
         return False
     return True
 
 
-def _source_of(step: Step, data: Data) -> str:
-    """Return where inf or nan comes from: a batch that holds it, or the parameters whose gradients show it."""
+def _source_of(step: Step, data: Data) -> tuple[str, bool]:
+    """Return where inf or nan comes from: a batch that holds it (then True), or the parameters that show it."""
     for index, batch in enumerate(data.batches):
         for path, tensor in named_tensors(batch):
             count = int((~torch.isfinite(tensor)).sum()) if tensor.is_floating_point() else 0
             if count:
-                return (
-                    f"batch {index} of batches() holds {count} inf or nan in {path or 'its tensor'}"
-                )
+                place = path or "its tensor"
+                return f"batch {index} of batches() holds {count} inf or nan in {place}", True
     names = [
         n for n, s in step.sample.items() if s is not None and not bool(torch.isfinite(s).all())
     ]
     shown = f": {', '.join(names[:3])}" if names else ""
     finite = "every batch is finite; " if data.batches else ""
-    return f"{finite}{len(names)} of {len(step.sample)} gradients are not{shown}"
+    return f"{finite}{len(names)} of {len(step.sample)} gradients are not{shown}", False
 
 
 def not_finite_accumulated(entry: dict[str, Any], index: int) -> None:
@@ -85,6 +89,7 @@ def not_finite_accumulated(entry: dict[str, Any], index: int) -> None:
     invalid(
         entry, f"not-finite: gradients of optimizer_step {index} are inf or nan when accumulated"
     )
+    entry["expected"] = "finite gradients, as the full batch has"
     entry["because"] = (
         "the full batch is finite: a micro-batch alone is not, as a mean over no valid label is"
     )

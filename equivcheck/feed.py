@@ -121,12 +121,17 @@ def _read(batches: Callable[[], Iterable[Any]], optimizer_steps: int) -> Data:
     if source is None or not hasattr(source, "__iter__"):
         raise UsageError(
             f"no-batches: batches() returned {type(source).__name__}",
+            where="batches()",
             expected="an iterable of full batches, one per optimizer step",
+            because="it is read once, batch after batch; nothing else says how many steps there are",
+            fix="return [batch, batch, ...], or yield them",
         )
     if isinstance(source, (torch.Tensor, dict, str)):
         raise UsageError(
             f"no-batches: batches() returned one {type(source).__name__}, not a list of them",
+            where="batches()",
             expected="an iterable of full batches, one per optimizer step",
+            because="its rows or keys would be taken for batches",
             fix="return [batch]",
         )
     kept: list[Any] = []
@@ -136,10 +141,14 @@ def _read(batches: Callable[[], Iterable[Any]], optimizer_steps: int) -> Data:
         if index >= LOOK_AHEAD:
             last = None
             break
-        count = rows_of(batch)
+        count = rows_of(batch, f"batches(), full batch {index}")
         if count == 0:
             raise UsageError(
-                f"empty-batch: full batch {index} has 0 rows", expected="at least one sample"
+                f"empty-batch: full batch {index} has 0 rows",
+                where=f"batches(), full batch {index}",
+                expected="at least one sample",
+                because="an optimizer step without a sample has no gradient to compare",
+                fix="leave the batch out",
             )
         if len(kept) < optimizer_steps:
             kept.append(batch)
@@ -149,6 +158,7 @@ def _read(batches: Callable[[], Iterable[Any]], optimizer_steps: int) -> Data:
     if not kept:
         raise UsageError(
             "no-batches: batches() gave 0 batches",
+            where="batches()",
             expected="at least one full batch",
             because="a generator that was used up gives none, as does a list that nothing was put into",
             fix="make the batches inside batches(), which is called anew for every run",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -185,6 +186,41 @@ class Statistics(Intervention):
         self.as_predicted = self.as_predicted and all(by_rank)
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """One call of a module, as one row saw it.
+
+    Attributes:
+        order: Place among all calls.
+        output: [2] sum and norm of the row's output.
+        given: The same of every tensor that was passed in; empty where none has rows.
+        weights: Norm of every parameter of the module.
+    """
+
+    order: int
+    output: torch.Tensor
+    given: torch.Tensor
+    weights: torch.Tensor
+
+    def as_given(self, other: _Seen, limit: float) -> bool:
+        """Return whether the other call was given the same for this row, and had the same parameters."""
+        return all(
+            a.shape != b.shape or _apart(a, b) <= limit
+            for a, b in ((self.given, other.given), (self.weights, other.weights))
+        )
+
+
+def _by_row(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    """Return [rows, 2] sum and norm of what belongs to each row."""
+    values = tensor.detach().double().reshape(rows, -1)
+    return torch.stack([values.sum(1), values.norm(dim=1)], dim=1)
+
+
+def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    size = float(a.norm()) or 1.0
+    return float((a - b).norm()) / size
+
+
 class Fingerprint(_PerCycle):
     """Notes, for every module, a number per row of its output: in the full batch, and alone."""
 
@@ -192,8 +228,8 @@ class Fingerprint(_PerCycle):
 
     def __init__(self, cycles: Mapping[Key, int]) -> None:
         super().__init__(cycles)
-        self._full: dict[tuple[str, int, Key, int], tuple[int, torch.Tensor]] = {}
-        self._alone: dict[tuple[str, int, Key, int], tuple[int, torch.Tensor]] = {}
+        self._full: dict[tuple[str, int, Key, int], _Seen] = {}
+        self._alone: dict[tuple[str, int, Key, int], _Seen] = {}
         self._calls: dict[str, int] = {}
         self._order = 0
 
@@ -215,7 +251,7 @@ class Fingerprint(_PerCycle):
                 handle.remove()
 
     def _hook(self, recorder: Recorder, name: str, kept: dict[Any, Any]) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             tensor = next((t for t in tensors_in(output) if t.is_floating_point()), None)
             keys = recorder.usage.current_keys()
             call = self._calls.get(name, 0)
@@ -224,28 +260,46 @@ class Fingerprint(_PerCycle):
             if tensor is None or not keys or not tensor.dim() or tensor.shape[0] % len(keys):
                 return
             with torch.no_grad():
-                rows = tensor.detach().double().reshape(len(keys), -1)
-                values = torch.stack([rows.sum(1), rows.norm(dim=1)], dim=1)
-            for key, value in zip(keys, values, strict=True):
-                kept[name, call, key, rows.shape[1]] = (self._order, value)
+                values = _by_row(tensor, len(keys))
+                taken = [t for t in tensors_in(inputs) if t.dim() and not t.shape[0] % len(keys)]
+                given = [_by_row(t, len(keys)) for t in taken]
+                weights = torch.stack(
+                    [p.detach().double().norm() for p in module.parameters()] or [torch.zeros(())]
+                )
+            width = tensor.numel() // len(keys)
+            for i, key in enumerate(keys):
+                entered = torch.cat([each[i] for each in given]) if given else torch.zeros(0)
+                kept[name, call, key, width] = _Seen(self._order, values[i], entered, weights)
 
         return hook
 
+    def moved(self, limit: float) -> bool:
+        """Return whether parameters are others where a micro-batch was alone: nothing is then told of rows."""
+        return any(
+            other.weights.shape == seen.weights.shape
+            and _apart(seen.weights, other.weights) > limit
+            for key, seen in self._full.items()
+            if (other := self._alone.get(key)) is not None
+        )
+
     def first_difference(self, limit: float) -> tuple[str | None, float]:
         """Return the first module, in order of calls, whose output for a row differs, and by how much.
+
+        Only where what it was given for that row, and its parameters, are the same: rows that were mixed before they
+        entered the model, or parameters that have moved on, are not that module's doing.
 
         Args:
             limit: Relative difference that rounding may make.
         """
         worst: dict[tuple[int, str], float] = {}
-        for key, (order, value) in self._full.items():
-            if key not in self._alone:
+        for key, seen in self._full.items():
+            other = self._alone.get(key)
+            if other is None or not seen.as_given(other, limit):
                 continue
-            other = self._alone[key][1]
-            size = float(value.norm()) or 1.0
-            relative = float((value - other).norm()) / size
+            relative = _apart(seen.output, other.output)
             if relative > limit:
-                worst[order, key[0]] = max(worst.get((order, key[0]), 0.0), relative)
+                place = seen.order, key[0]
+                worst[place] = max(worst.get(place, 0.0), relative)
         if not worst:
             return None, 0.0
         first = min(worst)

@@ -26,6 +26,7 @@ from equivcheck.hooks import Backwards, Clips, Edits, Scaling, Schedulers, Steps
 from equivcheck.hooks.base import Hooks
 from equivcheck.parts import Holdings, Part, is_distributed, itself
 from equivcheck.recording import Event, Place, Recording
+from equivcheck.shadow import probes
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -74,6 +75,7 @@ class Recorder:
         self.watch: Callable[[Recording], None] | None = None
         self.is_paused = False
         self.shadow_holders: dict[str, Any] = {}
+        self.start = probes(model)
         self.names: dict[int, str] = {id(p): name for name, p in model.named_parameters()}
         self.optimizers: dict[int, str] = {}
         self.alive: dict[str, weakref.ref[Optimizer]] = {}

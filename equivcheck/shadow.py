@@ -3,7 +3,8 @@
 An average, a teacher, a master copy live in the loop's own variables, so they are looked for there:
 modules, and dictionaries or lists of tensors, in the locals of the user's running frames and in
 their objects. A find counts as shadow weights only if its tensors have the shapes of parameters and
-point in their direction; a buffer of gradients does not.
+point in their direction; a buffer of gradients does not. Those that live inside the model are parameters that no
+optimizer holds, have no gradient, and move all the same.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 # orthogonal to them.
 LIKE_WEIGHTS = 0.7
 DEPTH = 3
+# Coordinates of each parameter that tell whether it moved: a large frozen model is not copied to find out.
+PROBE = 32
 
 
 def shadow_weights(recorder: Recorder, *, ended: bool = False) -> dict[str, torch.Tensor]:
@@ -48,7 +51,40 @@ def shadow_weights(recorder: Recorder, *, ended: bool = False) -> dict[str, torc
         tensors = dict(_tensors(value, recorder))
         if tensors and _like_weights(tensors, recorder):
             found.update({f"{name}.{key}": tensor.detach() for key, tensor in tensors.items()})
+    found.update({name: p.detach() for name, p in untrained(recorder) if _moved(recorder, name, p)})
     return found
+
+
+def probes(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return a few coordinates of every parameter, as they are now."""
+    return {name: _probe(p).clone() for name, p in model.named_parameters()}
+
+
+def untrained(recorder: Recorder) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters of the model that no optimizer holds and that have no gradient."""
+    if recorder.holdings is not None:
+        return  # With ranks a parameter may be a shard, held by another.
+    optimizers = [optimizer() for optimizer in recorder.alive.values()]
+    held = {
+        id(parameter)
+        for optimizer in optimizers
+        if optimizer is not None
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    for name, parameter in recorder.model.named_parameters():
+        if id(parameter) not in held and parameter.grad is None:
+            yield name, parameter
+
+
+def _moved(recorder: Recorder, name: str, parameter: nn.Parameter) -> bool:
+    start = recorder.start.get(name)
+    now = _probe(parameter)
+    return start is not None and start.shape == now.shape and not torch.equal(start, now)
+
+
+def _probe(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.detach().flatten()[:PROBE]
 
 
 def _variables(frame: FrameType | None) -> Iterator[tuple[str, Any]]:

@@ -190,11 +190,12 @@ def block_permutation(slices: Sequence[tuple[int, int]], which: int) -> list[int
     return [row for start, stop in blocks for row in range(start, stop)]
 
 
-def rows_of(batch: object) -> int:
+def rows_of(batch: object, where: str = "batches()") -> int:
     """Return how many samples a full batch holds.
 
     Args:
         batch: Any nesting of mappings, lists, tuples, dataclasses, tensors and arrays.
+        where: Which batch it is, for the error.
 
     Returns:
         The size of dimension 0 that all tensors and arrays (0-dimensional ones aside) share.
@@ -212,15 +213,18 @@ def rows_of(batch: object) -> int:
     walk(note, "batch", batch)
     if not sizes:
         raise UsageError(
-            "a batch holds no tensor or array with a dimension 0",
+            "no-samples: a batch holds no tensor or array with a dimension 0",
+            where=where,
             expected="tensors or numpy arrays whose dimension 0 is the sample",
-            because=f"batches() yielded {type(batch).__name__}",
+            because=f"batches() yielded {type(batch).__name__}: there is nothing to slice",
+            fix="tensor[None] makes one sample of a tensor without a dimension",
         )
     (rows, path), *others = sizes.items()
     if others:
         other_rows, other_path = others[0]
         raise UsageError(
-            f"{path} has {rows} rows, {other_path} has {other_rows}",
+            f"rows-differ: {path} has {rows} rows, {other_path} has {other_rows}",
+            where=where,
             expected="the same dimension 0 in every tensor of a batch: the sample",
             because="a micro-batch is the same slice of every tensor",
             fix="move the sample to dimension 0, or what is no sample into the model or train",

@@ -26,6 +26,8 @@ from typing import Any
 from equivcheck.errors import EquivcheckError, StepError, TargetError, UsageError
 
 REQUIRED = ("build", "batches", "train")
+# What each is called with.
+CALLED_WITH = {"build": "", "batches": "", "train": "model, loader, accumulation_steps"}
 FORM = "FILE.py, FILE.py:ATTRIBUTE, package.module or package.module:ATTRIBUTE"
 _OURS = str(Path(__file__).resolve().parent)
 _BUNDLED = f"{_OURS}/_bundled/"
@@ -102,8 +104,10 @@ class Parts:
                 raise UsageError(
                     f"not-a-function: {name}= is {type(value).__name__}",
                     expected=f"a function {name}({'' if name in REQUIRED[:2] else 'model, ...'})",
-                    because="every run starts with a model of its own" if name == "build" else None,
-                    fix=f"{name}=lambda: ..." if name in REQUIRED[:2] else None,
+                    because="every run starts with a model of its own"
+                    if name == "build"
+                    else "every run calls it anew",
+                    fix=f"{name}=lambda: ..." if name in REQUIRED[:2] else f"{name}=my_{name}",
                 )
             found[name] = value
         return found
@@ -250,7 +254,10 @@ def _attribute(holder: object, name: str, target: str) -> Any:
         if name in REQUIRED and not callable(value):
             raise TargetError(
                 f"not-callable: {name} of {target} is {type(value).__name__}, not a function",
+                where=target,
                 expected=f"def {name}(...)",
+                because="every run calls it anew, so that none starts with what another left",
+                fix=f"def {name}({CALLED_WITH[name]}): ...",
             )
         return value
     names = (
@@ -268,6 +275,7 @@ def _attribute(holder: object, name: str, target: str) -> Any:
     ]
     raise TargetError(
         f"attribute-missing: {target} has no {name!r}",
+        where=getattr(holder, "__file__", None) or target,
         expected="build(), batches() and train(model, loader, ...)",
         because=f"it defines {', '.join(own or names) or 'nothing'}",
         fix=hint,
@@ -287,7 +295,9 @@ def _require_no_arguments(name: str, function: Callable[..., Any], target: str) 
     if needed:
         raise UsageError(
             f"unexpected-argument: {name} of {target} wants {', '.join(needed)}",
+            where=location_of(function),
             expected=f"{name}() without arguments",
+            because=f"{name} is called once per run, with nothing: only train is told something",
             fix=f"give {', '.join(needed)} a default",
         )
 
@@ -301,6 +311,7 @@ def arguments(
         UsageError: A name without a default is not on offer; the message lists those that are.
     """
     wanted: dict[str, object] = {}
+    unknown: list[str] = []
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD:
             wanted.update(offers)
@@ -309,18 +320,25 @@ def arguments(
         elif parameter.kind is parameter.POSITIONAL_ONLY:
             raise UsageError(
                 f"positional-argument: train of {target} takes {parameter.name!r} by position only",
+                where=location_of(function),
                 expected="arguments that can be given by name",
+                because="train is given what it names, as a test is given its fixtures",
+                fix=f"take the / after {parameter.name} out of the signature",
             )
         elif parameter.name in offers:
             wanted[parameter.name] = offers[parameter.name]
         elif parameter.default is parameter.empty:
-            close = difflib.get_close_matches(parameter.name, offers, n=1)
-            raise UsageError(
-                f"unknown-argument: train of {target} asks for {parameter.name!r}",
-                where=location_of(function),
-                expected=f"any of {', '.join(sorted(offers))}",
-                fix=f"did you mean {close[0]}?" if close else f"give {parameter.name} a default",
-            )
+            unknown.append(parameter.name)
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], offers, n=1)
+        named = ", ".join(map(repr, unknown))
+        raise UsageError(
+            f"unknown-argument: train of {target} asks for {named}",
+            where=location_of(function),
+            expected=f"any of {', '.join(sorted(offers))}",
+            because="train names what it wants; another name has to bring a value of its own",
+            fix=f"did you mean {close[0]}?" if close else f"give {unknown[0]} a default",
+        )
     return wanted
 
 
@@ -564,6 +582,8 @@ def is_library(filename: str) -> bool:
 def _import_error(error: BaseException, place: str) -> TargetError:
     failure = TargetError(
         f"import-failed: {place} raised {type(error).__name__}: {error}"[:100],
+        where=_innermost(error) or place,
+        expected="a module that imports without an error",
         because="the file itself does not import; the traceback is its own",
         fix=f"python {place}" if place.endswith(".py") else f"python -m {place}",
     )
@@ -584,7 +604,7 @@ def raised(name: str, error: BaseException, where: str) -> StepError:
         where: Role and micro-step, or the function.
     """
     said = str(error).splitlines()[0] if str(error) else ""
-    because = fix = None
+    expected, because, fix = _ran_by_itself(name, where)
     if isinstance(error, SystemExit):
         because = (
             f"{name} ends Python itself, which would end the check with whatever exit code it names"
@@ -596,10 +616,36 @@ def raised(name: str, error: BaseException, where: str) -> StepError:
     return StepError(
         f"{name}-raised: {type(error).__name__}: {said}"[:100],
         where=where,
+        expected=expected,
         because=because,
         fix=fix,
         user_traceback=user_traceback(error),
     )
+
+
+def _ran_by_itself(name: str, where: str) -> tuple[str, str, str]:
+    """Return what was expected, why a function raises, and what to try: by whether micro-batches have a part in it."""
+    if name != "train":
+        alone = f"call {name}() by itself: it is given nothing and needs nothing of equivcheck"
+        return f"{name}() to return", f"{name} raises before any training begins", alone
+    if where.startswith(_ACCUMULATED):
+        because = "the full_batch run went through: the code does not take these micro-batches"
+        return "train to end with micro-batches as with full batches", because, _TRY_MICRO_BATCHES
+    because = "the full_batch run itself raises: accumulation has no part in it"
+    return "train to end", because, "train(build(), batches(), accumulation_steps=1) must end first"
+
+
+# Roles that run in micro-batches, once the full batch has gone through.
+_ACCUMULATED = ("candidate", "native_candidate", "pieces")
+_TRY_MICRO_BATCHES = "let train take as few rows as a micro-batch has, and as many micro-batches"
+
+
+def _innermost(error: BaseException) -> str | None:
+    """Return file and line of the user's innermost frame; where a file does not parse, the place that it names."""
+    if isinstance(error, SyntaxError) and error.filename and error.lineno:
+        return f"{error.filename}:{error.lineno}"
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not is_library(f.filename)]
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else None
 
 
 def user_traceback(error: BaseException) -> str:

@@ -24,8 +24,12 @@ def colored(when: str, stream: TextIO) -> bool:
 
 
 def error_block(error: EquivcheckError) -> None:
-    """Print an error on stderr: its block, and the user's traceback if user code raised."""
-    print(text.printable(f"error: {error}"), file=sys.stderr)
+    """Print an error on stderr: its block, and the user's traceback if user code raised.
+
+    Folded on a terminal only: what reads a pipe finds whole lines.
+    """
+    block = text.wrapped if sys.stderr.isatty() else text.printable
+    print(block(f"error: {error}"), file=sys.stderr)
     if error.user_traceback:
         print("\n" + text.printable(error.user_traceback.rstrip()), file=sys.stderr)
 

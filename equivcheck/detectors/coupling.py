@@ -12,6 +12,8 @@ from equivcheck.freeze import Fingerprint, Freeze, Statistics
 from equivcheck.noise import SAFETY
 from equivcheck.view import Suspicion, View, within
 
+# A factor leaves no more of a gradient than float32 rounds.
+EXACT = 1e-6
 NORM_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -53,7 +55,9 @@ def _as_predicted(view: View) -> bool:
 
 
 def _coupled(view: View, freeze: Freeze, step: int) -> list[Suspicion]:
-    place, first = _first_coupled(view)
+    place, first, moved = _first_coupled(view)
+    if place is None and (moved or _added_to(view)):
+        return []
     evidence: dict[str, object] = {"residual": max(a.v.residual or 0.0 for a in view.attributions)}
     if place is not None:
         evidence |= {"module": place, "relative": first}
@@ -79,6 +83,11 @@ def _coupled(view: View, freeze: Freeze, step: int) -> list[Suspicion]:
             else "no module's rows change with their company, the loss of the full batch is no sum of theirs"
         )
     return found
+
+
+def _added_to(view: View) -> bool:
+    """Return whether the loop adds something of its own to gradients inside a cycle: no sum of pieces holds it."""
+    return any(event.detail["rest"] > EXACT for event, _ in view.inside("edited"))
 
 
 def _freezable(view: View, freeze: Freeze) -> bool:
@@ -150,18 +159,20 @@ def _adds_up(view: View, attribution: Attribution) -> bool:
     return bool(whole) and total / whole > 0 and abs(math.log(total / whole)) < limit
 
 
-def _first_coupled(view: View) -> tuple[str | None, float]:
-    """Return the first module whose output for a row depends on the other rows, and by how much."""
+def _first_coupled(view: View) -> tuple[str | None, float, bool]:
+    """Return the first module whose output for a row depends on the other rows, how much, and if parameters moved."""
     experiment = view.experiment
     if "fingerprint" not in experiment.remembered:
         print_ = Fingerprint(experiment.cycles())
         try:
             experiment.reference((print_,))
             experiment.pieces((print_,))
-            experiment.remembered["fingerprint"] = print_.first_difference(
-                SAFETY * experiment.noise().floor()
+            limit = SAFETY * experiment.noise().floor()
+            experiment.remembered["fingerprint"] = (
+                *print_.first_difference(limit),
+                print_.moved(limit),
             )
         except (EquivcheckError, RuntimeError):
             # A module that cannot be watched is not named; the verdict stands without.
-            experiment.remembered["fingerprint"] = (None, 0.0)
+            experiment.remembered["fingerprint"] = (None, 0.0, False)
     return experiment.remembered["fingerprint"]  # type: ignore[no-any-return]

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from typing import Final
 
 from equivcheck.errors import EquivcheckError
 from equivcheck.interventions import Defer, Hold, Intervention, Postpone, Retime, Reweight, Shorten
-from equivcheck.recording import Event, Place
+from equivcheck.recording import Event, Place, Recording
 from equivcheck.view import Suspicion, View
+
+# A penalty's gradient points along the weights: |w| to a power below 2 has a cosine above this with normal weights
+# (the sign alone: sqrt(2 / pi) = 0.8), what has nothing to do with them about 0.
+ALONG_WEIGHTS: Final = 0.5
 
 
 def suspect(view: View) -> list[Suspicion]:
@@ -24,7 +30,8 @@ def suspect(view: View) -> list[Suspicion]:
 
 def _evidence(calls: list[tuple[Event, Place]]) -> dict[str, object]:
     event, place = calls[0]
-    return {"calls_inside_cycles": len(calls), "micro_step": place.micro_step, **event.detail}
+    shown = {name: value for name, value in event.detail.items() if name not in ("shrunk", "along")}
+    return {"calls_inside_cycles": len(calls), "micro_step": place.micro_step, **shown}
 
 
 def _after_step(view: View, event: Event) -> bool:
@@ -119,7 +126,7 @@ def _loss_scales(numbers: list[float]) -> bool:
 
 
 def _edited(view: View) -> list[Suspicion]:
-    """Gradients changed between two backwards, without a call that explains it: EQ109, or EQ403 by hand."""
+    """Gradients changed between two backwards, without a call that explains it: EQ109; EQ403, EQ306, EQ107 by hand."""
     explained = {
         each.backwards
         for each, _ in view.inside("clip", "unscale", "zero_grad", "step", "skipped", "cleared")
@@ -139,6 +146,11 @@ def _edited(view: View) -> list[Suspicion]:
             carried.discard(backward.root_scalar)
         by_hand = any(abs(scale * each - 1.0) < 1e-6 for each in carried)
         return [Suspicion("EQ403" if by_hand else "EQ109", [(Hold(),)], evidence, place.cycle, 26)]
+    if event.detail["shrunk"]:
+        evidence["because"] = "gradients are clipped by hand behind every backward of a cycle"
+        return [Suspicion("EQ306", [(Hold(),)], evidence, place.cycle, 45)]
+    if event.detail["along"] < ALONG_WEIGHTS:
+        return []  # Noise, say: what was added is no penalty on the weights.
     return [Suspicion("EQ107", [(Hold(),)], evidence, place.cycle, 45)]
 
 
@@ -176,7 +188,7 @@ def _steps(view: View) -> list[Suspicion]:
         return found
     every = len({event.backwards for event, _ in inside}) == sum(
         not place.last for place in view.places
-    )
+    ) or _each_micro_batch(candidate)
     consumed_per_step = [len(set(step.samples)) for step in candidate.steps]
     evidence: dict[str, object] = {
         "optimizer_steps": len(candidate.steps),
@@ -192,8 +204,28 @@ def _steps(view: View) -> list[Suspicion]:
         # The loop divides by the K that it steps by: both come right together.
         factors = {place.cycle: [factor] * place.micro_steps for place in view.places}
         variants.append((retime, Reweight(factors)))
+    if code == "EQ311" and (changing := _lengths(view)) is not None:
+        variants.append((retime, Reweight(changing)))
     found.append(Suspicion(code, variants, evidence, step, 19))
     return found
+
+
+def _lengths(view: View) -> dict[int, list[float]] | None:
+    """Return, per cycle, the K that the loop stepped by over the true one, where it is not the same in all of them."""
+    factors: dict[int, list[float]] = {}
+    used = 0
+    for step in view.candidate.steps:
+        if step.optimizer != view.candidate.steps[0].optimizer:
+            return None
+        length = step.backwards - step.first_backward
+        for place in view.places[step.first_backward : step.backwards]:
+            factors.setdefault(place.cycle, []).append(length / place.micro_steps)
+        used = step.backwards
+    # What no step took, at the end, belongs to a cycle as long as the last one asked for.
+    for place in view.places[used:]:
+        known = [each for cycle in factors.values() for each in cycle]
+        factors.setdefault(place.cycle, []).append(known[-1] if known else 1.0)
+    return factors if len({each for cycle in factors.values() for each in cycle}) > 1 else None
 
 
 def _recounted(view: View) -> float | None:
@@ -216,7 +248,13 @@ def _every_at_another(view: View) -> bool:
         recording = view.experiment.at(other)
     except EquivcheckError:
         return True
-    return len(recording.steps) >= len(recording.backwards)
+    return len(recording.steps) >= len(recording.backwards) or _each_micro_batch(recording)
+
+
+def _each_micro_batch(recording: Recording) -> bool:
+    """Return whether one of several optimizers steps as often as micro-batches are handed out."""
+    counts = Counter(step.optimizer for step in recording.steps)
+    return len(counts) > 1 and max(counts.values()) >= len(recording.fetched)
 
 
 def _zeroed_away(view: View, tail: set[int]) -> bool:

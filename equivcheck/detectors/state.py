@@ -56,9 +56,13 @@ def suspect(view: View) -> list[Suspicion]:
     if shadows is not None:
         evidence = {"shadow_weights": list(shadows.names[:5]), "relative": shadows.relative}
         # What was copied after one step is seen before the next.
-        found.append(
-            Suspicion("EQ309", [(Rewind("shadows"),)], evidence, max(shadows.matched - 1, 0), 23)
+        copied = Suspicion(
+            "EQ309", [(Rewind("shadows"),)], evidence, max(shadows.matched - 1, 0), 23
         )
+        # Copies alone differ, of weights that agree: by a count of the loop's own, if not by the times they were made.
+        others = {f.kind for f in judgement.findings if not set(f.names) <= set(shadows.names)}
+        copied.is_seen = not others
+        found.append(copied)
     stepped = {event.backwards for event, _ in view.inside("step")}
     moved = [each for each in view.inside("parameters_changed") if each[0].backwards not in stepped]
     updates = judgement.first("parameters", "state")
@@ -151,4 +155,7 @@ def _lost(view: View) -> list[Suspicion]:
         if not evidence:
             evidence = {"lost_micro_steps": lost, "weights": each.w.values}
             step = each.step
-    return [Suspicion("EQ305", [(Restitute(missing),)], evidence, step, 27)]
+    found = Suspicion("EQ305", [(Restitute(missing),)], evidence, step, 27)
+    # A closure is evaluated again at other parameters, where what is missing is not known: weights of 0 are still seen.
+    found.is_seen = True
+    return [found]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from equivcheck.attribution import ratio
+from equivcheck.attribution import predict, ratio
 from equivcheck.errors import EquivcheckError
 from equivcheck.fit import Attribution
 from equivcheck.interventions import Addend, Intervention, Rescale, Reweight
@@ -84,6 +85,27 @@ def _scaled_again(attribution: Attribution, right: Sequence[float]) -> list[floa
     return [x / float(k) ** (k - 1 - i % k) for i, x in enumerate(right)]
 
 
+def _geometric(view: View) -> list[Predict]:
+    """Return the weights of sums that are multiplied by one factor before each micro-batch is added to them.
+
+    The factor is read from one cycle; that it holds in all, and that what it predicts is put right, is the proof.
+    """
+    for each in view.divergent:
+        right = view.right(each)
+        if right is None or not each.w.unique or len(right) < 2 or each.ranks > 1:
+            continue
+        kept = [w / v if v else 0.0 for v, w in zip(right, each.w.solution, strict=True)]
+        if abs(kept[-1] - 1.0) > view.tolerance(each) or not 0.0 < abs(kept[-2]) < 1.0:
+            continue
+        factor = kept[-2]
+        return [
+            lambda _, v, factor=factor: [  # type: ignore[misc]
+                x * factor ** (len(v) - 1 - i) for i, x in enumerate(v)
+            ]
+        ]
+    return []
+
+
 def _all_alike(_: Attribution, right: Sequence[float]) -> list[float]:
     return [1.0 / len(right)] * len(right)
 
@@ -115,17 +137,19 @@ def _within_ranks(predict: Predict) -> Predict:
 
 def _in_all(view: View) -> list[Suspicion]:
     found: list[Suspicion] = []
+    ones: list[Predict] = [_one_each, lambda a, v: [x * a.micro_steps for x in v]]
     tails_only = all(not view.full_size(each) for each in view.divergent) and any(
         view.full_size(each) for each in view.every
     )
     k = view.steps
     if tails_only:
+        # Divided by the K of a complete cycle, or, where complete cycles are right, by nothing.
         tail: list[Predict] = [
             lambda a, v: [x * a.micro_steps / k for x in v],
             lambda a, v: [1 / (k * a.ranks)] * len(v),
+            *ones,
         ]
         found += hypotheses(view, "EQ105", tail, rank=10)
-    ones: list[Predict] = [_one_each, lambda a, v: [x * a.micro_steps for x in v]]
     found += hypotheses(view, "EQ101", ones, rank=12, power=1)
     sums: list[Predict] = [_all_alike]
     if _all_ones(view):
@@ -150,8 +174,13 @@ def _in_all(view: View) -> list[Suspicion]:
     if view.experiment.case.shares == 1:
         twice.append(_all_alike)
     found += hypotheses(view, "EQ102", twice, rank=14, power=-1)
-    again: list[Predict] = [_scaled_again, lambda a, v: _scaled_again(a, [1.0 / len(v)] * len(v))]
+    again: list[Predict] = [
+        _scaled_again,
+        lambda a, v: _scaled_again(a, [1.0 / len(v)] * len(v)),
+    ]
     found += hypotheses(view, "EQ109", again, rank=25)
+    # Behind what names the factor: a loss scale, a clip.
+    found += hypotheses(view, "EQ109", _geometric(view), rank=45)
     factor = factor_of(view)
     if undecided(view):
         return [each for each in found if each.code not in {"EQ101", "EQ102"}] + [
@@ -164,7 +193,7 @@ def _in_all(view: View) -> list[Suspicion]:
         if named is not None and not any(each.code == named for each in found):
             found += scaled(view, named, float(view.steps) ** factor[0], rank=12)
     elif not found:
-        found += _whole(view) or [*_denominator(view), *_hidden(view)]
+        found += _whole(view) or [*_denominator(view), *_clipped_by_hand(view), *_hidden(view)]
     return found
 
 
@@ -205,6 +234,45 @@ def _share(values: list[list[float]], cycle: int, length: int) -> list[float]:
     return [x / (sum(counts) or 1) for x in counts] if len(counts) == length else [0.0] * length
 
 
+def _clipped_by_hand(view: View) -> list[Suspicion]:
+    """Return EQ103 up to a factor of each step: a clip that the loop computes itself scales what an optimizer takes.
+
+    Both runs, and every piece, then carry factors that no micro-batch explains. What remains is how each run's weights
+    go together: the full batch's in proportion to one thing that is counted, the accumulated ones to another, or all
+    alike. With that put right the clip gives both runs the same factor, or the proof fails.
+    """
+    if view.experiment.case.shares > 1 or view.names is not None:
+        return []
+    shares = [_all_alike, *_shares(view)]
+    for meant, wrong in itertools.permutations(shares, 2):
+        factors: dict[int, list[float]] = {}
+        for each in view.divergent:
+            right = view.right(each)
+            if right is None:
+                return []
+            counted, given = meant(each, right), wrong(each, right)
+            if not all(counted) or not all(given):
+                break
+            ratios = [g / c for g, c in zip(given, counted, strict=True)]
+            shape = [v * r for v, r in zip(right, ratios, strict=True)]
+            direction = predict(each.pieces, shape)
+            size = float(direction @ direction)
+            factor = float(direction @ each.candidate) / size if size else 0.0
+            if factor <= 0 or not view.fits(each, [factor * x for x in shape]):
+                break
+            factors[each.matched] = [1.0 / r for r in ratios]
+        if factors and len(factors) == len(view.divergent):
+            first = view.divergent[0]
+            evidence: dict[str, object] = {
+                "weights": first.shaped(first.w.values),
+                "true_weights": first.shaped(first.v.values),
+            }
+            found = Suspicion("EQ103", _reweighted(view, factors), evidence, first.step, rank=55)
+            found.is_guess = True
+            return [found]
+    return []
+
+
 def _hidden(view: View) -> list[Suspicion]:
     """Return EQ101 as a last resort: what a loop does to its sums by hand (a clip, say) may hide the factor."""
     if view.experiment.case.shares > 1 or not view.candidate.backwards:
@@ -243,14 +311,14 @@ def hypotheses(
     """
     if view.experiment.case.shares > 1:
         power = None
-    for predict in predictions:
+    for prediction in predictions:
         factors: dict[int, list[float]] = {}
         shown: list[Attribution] = []
         for each in view.attributions:
             right = view.right(each)
             if right is None:
                 return []
-            wrong = predict(each, right)
+            wrong = prediction(each, right)
             if view.fits(each, wrong) and power in {None, _power(each, right, wrong)}:
                 if each in view.divergent:
                     shown.append(each)
@@ -482,6 +550,8 @@ def _denominators() -> dict[str, Callable[[Sequence[float]], float]]:
         "rounded-up division": lambda counts: len(counts) * -(-sum(counts) // len(counts)),
         "K times the last micro-batch's count": lambda counts: len(counts) * counts[-1],
         "K times the first micro-batch's count": lambda counts: len(counts) * counts[0],
+        "all counts but the first": lambda counts: sum(counts[1:]),
+        "all counts but the last": lambda counts: sum(counts[:-1]),
         "the last micro-batch's count": lambda counts: counts[-1],
         "the first micro-batch's count": lambda counts: counts[0],
         "K times the largest count": lambda counts: len(counts) * max(counts),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 # Coordinates looked at between two backwards: enough to see an edit of all gradients, too few to cost anything.
 PROBE_TENSORS = 16
 PROBE_ELEMENTS = 32
+# A factor between two gradients: float32 leaves 1e-7 of it at the most, another operation than a product far more.
+PURE: Final = 1e-6
 
 
 class Edits(Hooks):
@@ -51,6 +53,17 @@ class Edits(Hooks):
         """Remember gradients as a clip left them."""
         with quiet():
             self._clip_probe = self._gradient_probe()
+
+    def divided_by(self, scale: float) -> bool:
+        """Return whether all gradients were divided by a loss scale, or by more, since the last backward."""
+        if self._probe is None:
+            return False
+        with quiet():
+            now = self._gradient_probe()
+        if len(now) != len(self._probe):
+            return False
+        ratio, rest = _ratio(self._probe, now)
+        return 0.0 < ratio * scale <= 1.0 + PURE and ratio != 1.0 and rest < PURE
 
     def before_step(self) -> None:
         """Notice that gradients were multiplied since the last clip: by hand, since calls are known."""
@@ -90,7 +103,26 @@ class Edits(Hooks):
             self.recorder.note("cleared")
             return
         scale, rest = _ratio(before, now)
-        self.recorder.note("edited", scale=scale, rest=rest)
+        self.recorder.note(
+            "edited",
+            scale=scale,
+            rest=rest,
+            shrunk=_shrunk(before, now),
+            along=self._along_weights(before, now),
+        )
+
+    def _along_weights(self, before: list[torch.Tensor], now: list[torch.Tensor]) -> float:
+        """Return the cosine between what was added to gradients and the weights themselves."""
+        holders = [
+            p
+            for p in self.recorder.gradient_holders()
+            if p.grad is not None and not p.grad.is_sparse
+        ]
+        added = torch.cat([b - a for a, b in zip(before, now, strict=True)]).double()
+        weights = [plain(p.detach()).flatten()[:PROBE_ELEMENTS] for p in holders[: len(now)]]
+        flat = torch.cat(weights).double() if weights else added.new_zeros(0)
+        size = float(added.norm() * flat.norm()) if flat.shape == added.shape else 0.0
+        return abs(float(added @ flat)) / size if size else 0.0
 
     def after_backward(self) -> None:
         """Remember gradients and parameters as the backward left them."""
@@ -134,6 +166,15 @@ def _ratio(before: list[torch.Tensor], now: list[torch.Tensor]) -> tuple[float, 
     size = float(old @ old)
     scale = float(old @ new) / size if size else 0.0
     return scale, float((new - scale * old).norm()) / (float(new.norm()) or 1.0)
+
+
+def _shrunk(before: list[torch.Tensor], now: list[torch.Tensor]) -> bool:
+    """Return whether every coordinate kept its sign and none grew, as a clip by hand of any kind leaves them."""
+    return all(
+        old.shape == new.shape
+        and bool(((old * new >= 0) & (new.abs() <= old.abs() * (1 + PURE))).all())
+        for old, new in zip(before, now, strict=True)
+    )
 
 
 def _same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:

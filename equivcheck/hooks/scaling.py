@@ -40,8 +40,10 @@ class Scaling(Hooks):
         replace(stack, torch.autocast, "__enter__", enter)
 
     def pending(self) -> float:
-        """Return the loss scale that the gradients still carry: 1 once they were unscaled."""
-        return self.loss_scale if self.is_pending else 1.0
+        """Return the loss scale that the gradients still carry: 1 once they were unscaled, by a call or by hand."""
+        if self.is_pending and not self.recorder.edits.divided_by(self.loss_scale):
+            return self.loss_scale
+        return 1.0
 
     def _enter_autocast(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)

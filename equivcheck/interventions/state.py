@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from equivcheck.interventions.base import Intervention
 from equivcheck.parts import is_distributed
-from equivcheck.shadow import shadow_weights
+from equivcheck.shadow import shadow_weights, untrained
 
 if TYPE_CHECKING:
     from equivcheck.recorder import Recorder
@@ -285,6 +285,7 @@ class Rewind(Intervention):
             shadow_weights(recorder)
             for holder in recorder.shadow_holders.values():
                 tensors += self._holder(holder)
+            tensors += [parameter.detach() for _, parameter in untrained(recorder)]
         self._saved = [(tensor, tensor.clone()) for tensor in tensors]
 
     def _holder(self, holder: Any) -> list[torch.Tensor]:

@@ -93,11 +93,22 @@ def block(
     return "\n".join(lines)
 
 
+def wrapped(error: str) -> str:
+    """Return the block of an error with its lines folded to the screen; paths and commands stay whole."""
+    message, *rest = printable(error).splitlines() or [""]
+    lines = textwrap.wrap(message, WIDTH, break_long_words=False, break_on_hyphens=False) or [""]
+    for line in rest:
+        title, content = line[:_INDENT], line[_INDENT:]
+        first, *more = _wrapped(content, WIDTH) or [""]
+        lines += [title + first, *(" " * _INDENT + each for each in more)]
+    return "\n".join(lines)
+
+
 def summary(result: Mapping[str, Any]) -> str:
     """Return the last line: counts per verdict, time, the smallest margin and detection power."""
     cases: Sequence[Mapping[str, Any]] = result["cases"]
     counts = Counter(case["verdict"] for case in cases)
-    total = ", ".join(f"{count} {verdict}" for verdict, count in counts.items()) or "nothing ran"
+    total = ", ".join(f"{count} {verdict}" for verdict, count in counts.items()) or "no case ended"
     told = f"{total} in {sum(case.get('seconds') or 0 for case in cases):.1f} s"
     if result.get("interrupted"):
         told = f"interrupted: {told}"

@@ -334,7 +334,7 @@ def test_rows_that_differ_are_named_with_their_paths():
 
 @pytest.mark.parametrize("batch", [[], {"n": 3}, torch.tensor(1.0), Frozen])
 def test_a_batch_without_rows_is_a_usage_error(batch):
-    with pytest.raises(UsageError, match="no tensor"):
+    with pytest.raises(UsageError, match="no-samples"):
         rows_of(batch)
 
 
