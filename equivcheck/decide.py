@@ -24,6 +24,7 @@ from equivcheck.doubts import (
     not_finite_accumulated,
     stochastic,
     too_coarse,
+    trained,
     usable,
 )
 from equivcheck.errors import EquivcheckError, StepError, TimedOut, UsageError
@@ -226,7 +227,7 @@ def _decide(
         bad = next(step for step in candidate.steps if not step.finite)
         not_finite_accumulated(entry, bad.index)
         return
-    if different_samples(experiment, entry):
+    if different_samples(experiment, entry) or not trained(candidate, entry):
         return
     off = experiment.fit()
     if off is not None:

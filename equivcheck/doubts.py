@@ -68,6 +68,26 @@ def usable(reference: Recording, entry: dict[str, Any], subject: Subject, data: 
     return True
 
 
+def trained(candidate: Recording, entry: dict[str, Any]) -> bool:
+    """Return whether any step was handed a gradient other than zero, in either run; else the case is `invalid`.
+
+    An optimizer of the user's own may take its gradients from elsewhere: only torch's are spoken of.
+    """
+    steps = [step for step in candidate.steps if step.matched is not None and not step.skipped]
+    if not all(hasattr(torch.optim, step.optimizer.split("(")[0]) for step in steps):
+        return True
+    sums = [(overall(step.gradients), overall(step.applied)) for step in steps]
+    if not sums or any(taken.rr or taken.dd for _, taken in sums) or not any(g.rr for g, _ in sums):
+        return True
+    invalid(
+        entry, f"no-update: the gradients of all {len(sums)} optimizer steps are zero when it steps"
+    )
+    entry["expected"] = "the gradients that the backwards left, at the step"
+    entry["because"] = "they are cleared between the last backward and the step, in both runs"
+    entry["fix"] = "optimizer.zero_grad() after optimizer.step()"
+    return False
+
+
 def _source_of(step: Step, data: Data) -> tuple[str, bool]:
     """Return where inf or nan comes from: a batch that holds it (then True), or the parameters that show it."""
     for index, batch in enumerate(data.batches):

@@ -349,6 +349,17 @@ def test_no_optimizer_step_is_invalid(run):
     assert "torch.optim" in ran.out
 
 
+@pytest.mark.parametrize("clip", ["", "nn.utils.clip_grad_norm_(model.parameters(), 0.1); "])
+def test_steps_without_a_gradient_are_invalid(run, clip):
+    """Cleared before the step, gradients train nothing: two runs that agree on that prove nothing."""
+    cleared = f"{clip}optimizer.zero_grad(set_to_none=False); optimizer.step()"
+    ran = run(TRAIN.replace("optimizer.step()", cleared))
+
+    assert ran.code == 4, ran
+    assert [case["verdict"] for case in ran.cases] == ["invalid"] * 2
+    assert ("zero when it steps" if clip else "none ever had a gradient") in ran.out
+
+
 def test_an_optimizer_over_another_model_is_invalid(run):
     """With the reason."""
     ran = run(TRAIN.replace("SGD(model.parameters()", "SGD(build().parameters()"))
