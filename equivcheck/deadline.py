@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from equivcheck.subject import is_library
+from equivcheck.usercode import is_library
 
 
 def _user_frames(frame: FrameType | None, until: str) -> Iterator[FrameType]:

@@ -79,9 +79,8 @@ def trained(candidate: Recording, entry: dict[str, Any]) -> bool:
     sums = [(overall(step.gradients), overall(step.applied)) for step in steps]
     if not sums or any(taken.rr or taken.dd for _, taken in sums) or not any(g.rr for g, _ in sums):
         return True
-    invalid(
-        entry, f"no-update: the gradients of all {len(sums)} optimizer steps are zero when it steps"
-    )
+    times = f"{len(sums)} times of {len(sums)}"
+    invalid(entry, f"no-update: the optimizer's gradients are all zero when it steps, {times}")
     entry["expected"] = "the gradients that the backwards left, at the step"
     entry["because"] = "they are cleared between the last backward and the step, in both runs"
     entry["fix"] = "optimizer.zero_grad() after optimizer.step()"

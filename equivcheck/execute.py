@@ -27,7 +27,8 @@ from equivcheck.observe import Observer, Pieces
 from equivcheck.promotion import promoted
 from equivcheck.recorder import Recorder
 from equivcheck.recording import Place, Recording
-from equivcheck.subject import Code, Subject, arguments, modules_restored, raised
+from equivcheck.subject import Code, Subject, arguments, modules_restored
+from equivcheck.usercode import raised
 
 if TYPE_CHECKING:
     from equivcheck.case import Case

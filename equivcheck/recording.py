@@ -34,6 +34,14 @@ class Event:
     fetches: int
     detail: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def shown(self) -> dict[str, Any]:
+        """The detail for a reader: without what only tells detectors kinds of edits apart."""
+        return {name: value for name, value in self.detail.items() if name not in _FOR_DETECTORS}
+
+
+_FOR_DETECTORS = frozenset({"shrunk", "along"})
+
 
 @dataclass(frozen=True)
 class Collective:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from equivcheck.parts import is_distributed
-from equivcheck.subject import is_library
+from equivcheck.usercode import is_library
 
 if TYPE_CHECKING:
     from equivcheck.recorder import Recorder

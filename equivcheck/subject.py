@@ -14,8 +14,6 @@ import importlib.util
 import inspect
 import os
 import sys
-import sysconfig
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -23,17 +21,13 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from equivcheck.errors import EquivcheckError, StepError, TargetError, UsageError
+from equivcheck.errors import EquivcheckError, TargetError, UsageError
+from equivcheck.usercode import import_failed, is_library, raised, real_path
 
 REQUIRED = ("build", "batches", "train")
 # What each is called with.
 CALLED_WITH = {"build": "", "batches": "", "train": "model, loader, accumulation_steps"}
 FORM = "FILE.py, FILE.py:ATTRIBUTE, package.module or package.module:ATTRIBUTE"
-_OURS = str(Path(__file__).resolve().parent)
-_BUNDLED = f"{_OURS}/_bundled/"
-_LIBRARIES = tuple(
-    str(Path(sysconfig.get_path(name)).resolve()) for name in ("stdlib", "purelib", "platlib")
-)
 
 
 @dataclass(frozen=True)
@@ -435,7 +429,7 @@ def _make_way(package: str, root: Path) -> None:
         sys.path[:] = [folder, *(each for each in sys.path if each != folder)]
     loaded = sys.modules.get(package)
     file = getattr(loaded, "__file__", None)
-    if loaded is not None and not (file and _real(file).startswith(f"{folder}/{package}/")):
+    if loaded is not None and not (file and real_path(file).startswith(f"{folder}/{package}/")):
         for name in [each for each in sys.modules if f"{each}.".startswith(f"{package}.")]:
             del sys.modules[name]
 
@@ -459,7 +453,7 @@ def _dotted_module(place: str) -> Module:
     except ModuleNotFoundError:
         spec = None
     except Exception as error:  # noqa: BLE001 - a parent package may raise anything
-        raise _import_error(error, place) from None
+        raise import_failed(error, place) from None
     if spec is None or spec.origin is None:
         raise TargetError(
             f"module-not-found: no module named {place!r}",
@@ -538,7 +532,7 @@ def executed_again(modules: Sequence[Module]) -> list[ModuleType]:
             except TargetError:
                 raise
             except (Exception, SystemExit) as error:
-                raise _import_error(error, each.place) from error
+                raise import_failed(error, each.place) from error
     return found
 
 
@@ -559,103 +553,4 @@ def _user_path(module: ModuleType) -> str:
     filename = getattr(module, "__file__", None)
     if not filename or getattr(module, "__name__", "") == "__main__":
         return ""
-    return "" if is_library(filename) else _real(filename)
-
-
-# Some thousand modules are asked about before every run: resolving a path once is enough.
-@functools.cache
-def _real(filename: str) -> str:
-    return str(Path(filename).resolve())
-
-
-@functools.cache
-def is_library(filename: str) -> bool:
-    """Return whether a file belongs to Python, an installed package or equivcheck itself."""
-    path = _real(filename)
-    if path.startswith(_BUNDLED):  # suites and fixtures inside the wheel are code under test
-        return False
-    return (
-        path.startswith((*_LIBRARIES, _OURS)) or "site-packages" in path or filename.startswith("<")
-    )
-
-
-def _import_error(error: BaseException, place: str) -> TargetError:
-    failure = TargetError(
-        f"import-failed: {place} raised {type(error).__name__}: {error}"[:100],
-        where=_innermost(error) or place,
-        expected="a module that imports without an error",
-        because="the file itself does not import; the traceback is its own",
-        fix=f"python {place}" if place.endswith(".py") else f"python -m {place}",
-    )
-    failure.user_traceback = user_traceback(error)
-    return failure
-
-
-# What torch says where code asks for a GPU that is not there (torch/cuda/__init__.py).
-_NO_GPU = ("Torch not compiled with CUDA", "Found no NVIDIA driver", "No CUDA GPUs are available")
-
-
-def raised(name: str, error: BaseException, where: str) -> StepError:
-    """Return the error of one of the user's functions that raised, with the user's frames only.
-
-    Args:
-        name: build, batches or train.
-        error: What it raised.
-        where: Role and micro-step, or the function.
-    """
-    said = str(error).splitlines()[0] if str(error) else ""
-    expected, because, fix = _ran_by_itself(name, where)
-    if isinstance(error, SystemExit):
-        because = (
-            f"{name} ends Python itself, which would end the check with whatever exit code it names"
-        )
-        fix = f"return from {name} instead of calling sys.exit()"
-    elif any(each in str(error) for each in _NO_GPU):
-        because = f"{name} asks for a GPU by name, and there is no CUDA device on this machine"
-        fix = "def train(model, loader, accumulation_steps, device): with model.to(device), not .cuda()"
-    return StepError(
-        f"{name}-raised: {type(error).__name__}: {said}"[:100],
-        where=where,
-        expected=expected,
-        because=because,
-        fix=fix,
-        user_traceback=user_traceback(error),
-    )
-
-
-def _ran_by_itself(name: str, where: str) -> tuple[str, str, str]:
-    """Return what was expected, why a function raises, and what to try: by whether micro-batches have a part in it."""
-    if name != "train":
-        alone = f"call {name}() by itself: it is given nothing and needs nothing of equivcheck"
-        return f"{name}() to return", f"{name} raises before any training begins", alone
-    if where.startswith(_ACCUMULATED):
-        because = "the full_batch run went through: the code does not take these micro-batches"
-        return "train to end with micro-batches as with full batches", because, _TRY_MICRO_BATCHES
-    because = "the full_batch run itself raises: accumulation has no part in it"
-    return "train to end", because, "train(build(), batches(), accumulation_steps=1) must end first"
-
-
-# Roles that run in micro-batches, once the full batch has gone through.
-_ACCUMULATED = ("candidate", "native_candidate", "pieces")
-_TRY_MICRO_BATCHES = "let train take as few rows as a micro-batch has, and as many micro-batches"
-
-
-def _innermost(error: BaseException) -> str | None:
-    """Return file and line of the user's innermost frame; where a file does not parse, the place that it names."""
-    if isinstance(error, SyntaxError) and error.filename and error.lineno:
-        return f"{error.filename}:{error.lineno}"
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not is_library(f.filename)]
-    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else None
-
-
-def user_traceback(error: BaseException) -> str:
-    """Return the traceback of an exception with the user's frames only."""
-    lines = ["Traceback (most recent call last):\n"]
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not is_library(frame.filename)
-    ]
-    lines += traceback.format_list(frames)
-    lines += traceback.format_exception_only(error)
-    return "".join(lines)
+    return "" if is_library(filename) else real_path(filename)

@@ -71,8 +71,7 @@ def _placed(
 
 
 def _detail(event: Event, *, several: bool) -> dict[str, Any]:
-    # What tells kinds of edits apart is for detectors; a reader sees the factor and what it does not explain.
-    detail = {k: v for k, v in event.detail.items() if k not in {"shrunk", "along"}}
+    detail = event.shown
     if not several:
         detail.pop("optimizer", None)
     if detail.get("loss_scale") == 1.0:

@@ -12,13 +12,13 @@ from equivcheck.recording import Collective, Recording
 
 # A backward whose reductions carry less than this share of the last one's carries counts, not gradients.
 GRADIENTS: Final = 0.5
-# Strategies in which every micro-batch has to send something are left alone.
 # What to do about it where the catalogue's words, which are DDP's, do not fit.
 SHARDED: Final = (
     "model.set_requires_gradient_sync(False) for all micro-batches but the last (FSDP1: model.no_sync()); "
     "each rank then keeps whole gradients in between"
 )
 BY_HAND: Final = "reduce once, after the last backward of the cycle"
+# Strategies in which every micro-batch has to send something are left alone.
 JUDGED: Final = frozenset({"none", "ddp", "zero", "fsdp"})
 
 

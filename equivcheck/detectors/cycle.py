@@ -30,8 +30,7 @@ def suspect(view: View) -> list[Suspicion]:
 
 def _evidence(calls: list[tuple[Event, Place]]) -> dict[str, object]:
     event, place = calls[0]
-    shown = {name: value for name, value in event.detail.items() if name not in ("shrunk", "along")}
-    return {"calls_inside_cycles": len(calls), "micro_step": place.micro_step, **shown}
+    return {"calls_inside_cycles": len(calls), "micro_step": place.micro_step, **event.shown}
 
 
 def _after_step(view: View, event: Event) -> bool:

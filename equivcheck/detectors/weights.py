@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from equivcheck import denominators
 from equivcheck.attribution import predict, ratio
 from equivcheck.errors import EquivcheckError
 from equivcheck.fit import Attribution
@@ -445,22 +446,18 @@ def _confirmed(view: View, shown: Attribution, scale: float) -> str | None:
         return None
     measured = overall(step.gradients).scale
     limit = view.tolerance(shown)
-    rules = _rules(k, other, scale, limit)
+    rules = denominators.of_steps(k, other, scale, limit)
     here, there = view.counts(), view.counts(other)
     shares = view.experiment.case.shares
     for label, values in here.items():
         cycle = shown.matched % len(values)
-        by_what = _grouped(values[cycle], shares)
-        others_by_what = _grouped(there[label][cycle], shares)
+        by_what = denominators.grouped(values[cycle], shares)
+        others_by_what = denominators.grouped(there[label][cycle], shares)
         for what, mine in by_what.items():
-            others = others_by_what[what]
-            for name, rule in _denominators().items():
-                if isinstance(sum(mine), int) and sum(mine) < max(k, other):
-                    continue
-                if not rule(mine) or not rule(others):
-                    continue
-                if abs(sum(mine) / rule(mine) - scale) <= limit * max(scale, 1.0):
-                    rules[f"{name} ({label}{what})"] = sum(others) / rule(others)
+            if isinstance(sum(mine), int) and sum(mine) < max(k, other):
+                continue
+            predicted = denominators.of_counts(mine, others_by_what[what], scale, limit)
+            rules |= {f"{name} ({label}{what})": value for name, value in predicted.items()}
     return next(
         (
             name
@@ -469,39 +466,6 @@ def _confirmed(view: View, shown: Attribution, scale: float) -> str | None:
         ),
         None,
     )
-
-
-def _grouped(counts: Sequence[float], shares: int) -> dict[str, list[float]]:
-    """Return the counts of every micro-batch; where ranks share the batch, also those of all ranks together.
-
-    Args:
-        counts: Of rank 0's micro-batches, then of rank 1's ...
-        shares: How many ranks share the batch.
-    """
-    found = {"": list(counts)}
-    if shares > 1 and len(counts) % shares == 0:
-        steps = len(counts) // shares
-        found[" of all ranks"] = [sum(counts[k::steps]) for k in range(steps)]
-    return found
-
-
-def _rules(k: int, other: int, scale: float, limit: float) -> dict[str, float]:
-    """Return, by the rule that would explain a factor at K, what it is at another K."""
-    # A denominator a + b K, that the full batch (K = 1) has too: b / a follows from one K.
-    slope = (1.0 / scale - 1.0) / (k - 1.0 / scale) if abs(k * scale - 1.0) > limit else math.inf
-    excess = 1.0 / scale - 1.0
-    return {
-        "the same at every K": scale,
-        "in proportion to K": scale * other / k,
-        "in inverse proportion to K": scale * k / other,
-        "the denominator's excess is in proportion to K": 1.0 / (1.0 + excess * other / k),
-        "the denominator's excess is in proportion to K - 1": 1.0
-        / ((1.0 + excess * (other - 1) / max(k - 1, 1)) or math.inf),
-        "K is counted wrong by the same number at every K": other
-        / ((other + k * excess) or math.inf),
-        "the denominator grows with K, and has grown in the full batch": (1.0 + slope)
-        / ((1.0 + slope * other) or math.inf),
-    }
 
 
 def _confirmed_by_steps(view: View, shown: Attribution, scale: float) -> str | None:
@@ -519,7 +483,7 @@ def _confirmed_by_steps(view: View, shown: Attribution, scale: float) -> str | N
     ]
     predicted: dict[str, list[float]] = {}
     for each in others:
-        found = _rules(shown.micro_steps, each.micro_steps, scale, limit)
+        found = denominators.of_steps(shown.micro_steps, each.micro_steps, scale, limit)
         for label, values in view.counts().items():
             mine, theirs = values[shown.matched % len(values)], values[each.matched % len(values)]
             if sum(mine) and sum(theirs):
@@ -527,11 +491,9 @@ def _confirmed_by_steps(view: View, shown: Attribution, scale: float) -> str | N
                 found[f"the count is off by the same number ({label})"] = sum(theirs) / (
                     (sum(theirs) + excess) or math.inf
                 )
-            for name, rule in _denominators().items():
-                if not mine or not theirs or not rule(mine) or not rule(theirs):
-                    continue
-                if abs(sum(mine) / rule(mine) - scale) <= limit * max(scale, 1.0):
-                    found[f"{name} ({label})"] = sum(theirs) / rule(theirs)
+            if mine and theirs:
+                by_counts = denominators.of_counts(mine, theirs, scale, limit)
+                found |= {f"{name} ({label})": value for name, value in by_counts.items()}
         for name, value in found.items():
             predicted.setdefault(name, []).append(value)
     for name, found_values in predicted.items():
@@ -541,18 +503,3 @@ def _confirmed_by_steps(view: View, shown: Attribution, scale: float) -> str | N
         ):
             return f"{name}: read from one optimizer step, it holds in {len(others)} others"
     return None
-
-
-def _denominators() -> dict[str, Callable[[Sequence[float]], float]]:
-    """Return denominators that are made of counts, wrongly: from the counts of a cycle's micro-batches."""
-    return {
-        "integer division": lambda counts: len(counts) * (sum(counts) // len(counts)),
-        "rounded-up division": lambda counts: len(counts) * -(-sum(counts) // len(counts)),
-        "K times the last micro-batch's count": lambda counts: len(counts) * counts[-1],
-        "K times the first micro-batch's count": lambda counts: len(counts) * counts[0],
-        "all counts but the first": lambda counts: sum(counts[1:]),
-        "all counts but the last": lambda counts: sum(counts[:-1]),
-        "the last micro-batch's count": lambda counts: counts[-1],
-        "the first micro-batch's count": lambda counts: counts[0],
-        "K times the largest count": lambda counts: len(counts) * max(counts),
-    }

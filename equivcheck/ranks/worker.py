@@ -27,7 +27,8 @@ from equivcheck.errors import EquivcheckError, UsageError
 from equivcheck.execute import Run, execute
 from equivcheck.ranks import group, wire
 from equivcheck.ranks.status import RETURNED, RUNNING, Board, Standing
-from equivcheck.subject import Subject, is_library
+from equivcheck.subject import Subject
+from equivcheck.usercode import is_library
 
 if TYPE_CHECKING:
     from equivcheck.case import Case

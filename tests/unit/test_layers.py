@@ -16,6 +16,7 @@ LAYERS = (
     {
         *(
             "subject",
+            "usercode",
             "feed",
             "recording",
             "recorder",
@@ -39,7 +40,7 @@ LAYERS = (
         *("bridges", "execute", "memory", "deadline", "strategies", "suite", "attach"),
     },
     {
-        *("topology", "traffic"),
+        *("topology", "traffic", "denominators"),
         *("experiment", "fit", "sums", "company", "verdict", "view", "diagnose", "detectors"),
         *("shared", "precision", "decide", "describe", "doubts", "series", "timelines", "scripts"),
     },
