@@ -404,6 +404,34 @@ class Experiment:
 
         return self._once(("contributed", interventions), make)
 
+    def contributed_whole(self) -> Recording:
+        """Return the full-batch run once more, with what each backward added."""
+
+        def make() -> Recording:
+            return self._full("full_batch", Comparer(self.reference(), contributions=True), ())
+
+        return self._once(("contributed whole",), make)
+
+    def turned(self, by: int) -> Recording:
+        """Return the accumulated run with the first `by` micro-batches of every cycle moved to its end.
+
+        Same samples in every cycle, and what each backward added.
+        """
+
+        def make() -> Recording:
+            data = self._promoted
+            micro: list[list[int]] = []
+            for batch, slices in enumerate(self.slices(data)):
+                start, turn = data.start(batch), by % len(slices)
+                for first, last in [*slices[turn:], *slices[:turn]]:
+                    micro.append([start + row for row in range(first, last)])
+            run = Run(
+                "candidate", data, micro, self.case.accumulation_steps, self.micro_batch_size
+            )
+            return self._execute(run, Comparer(self.reference(), contributions=True))
+
+        return self._once(("turned", by), make)
+
     def left_by_backward(self) -> Recording:
         """Return native_candidate once more, with the gradients as each cycle's last backward left them.
 

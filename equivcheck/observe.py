@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from equivcheck.differences import Sums, dense, far_apart, sums, sums_many
 from equivcheck.noise import coordinates
-from equivcheck.parts import Holdings, positions
+from equivcheck.parts import Holdings, plain, positions
 from equivcheck.recording import Kept, Recording, Step
 from equivcheck.shadow import shadow_weights
 from equivcheck.shelf import Shelf
@@ -37,6 +37,8 @@ NOISY_ELEMENT = 1e-9
 DIFFERENT = 1e-6
 # Where the code computes as written its rounding may be that of bfloat16.
 DIFFERENT_AS_WRITTEN = 0.1
+# Coordinates that tell whether a parameter was changed by hand.
+FEW = 32
 
 
 class Observer:
@@ -159,6 +161,7 @@ class Keeper(Sampler):
         self.shelf = Shelf()
         self._objective = objective
         self._pending: Kept | None = None
+        self._stepped = False
 
     def gradients(
         self, recorder: Recorder, step: Step, gradients: Gradients, applied: Gradients
@@ -199,7 +202,21 @@ class Keeper(Sampler):
         kept.buffers = {name: self.shelf.keep(b) for name, b in recorder.model.named_buffers()}
         kept.state = state_of(recorder, optimizer, self.shelf.keep)
         recorder.recording.kept.append(kept)
+        self._stepped = True
         self.shelf.release()
+
+    @contextmanager
+    def contributions(self, recorder: Recorder) -> Iterator[None]:
+        """See what the loop itself did to the parameters since the step: copied a master's, averaged them, ..."""
+        if self._stepped:
+            self._stepped = False
+            kept = recorder.recording.kept[-1]
+            kept.begins = {
+                name: self.shelf.keep(p)
+                for name, p in recorder.parameters().items()
+                if name in kept.after and not _alike(p.detach(), kept.after[name])
+            }
+        yield
 
     @staticmethod
     def _initial(recorder: Recorder) -> dict[str, torch.Tensor]:
@@ -215,6 +232,13 @@ class Keeper(Sampler):
             recorder.recording.kept.append(
                 Kept({}, {}, {}, {}, {}, _shadows(recorder, self.shelf.keep, ended=True))
             )
+
+
+def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Return whether a few coordinates of two tensors are the same: what a loop changes by hand it changes all of."""
+    return a.shape == b.shape and torch.equal(
+        plain(a).flatten()[:FEW], plain(b).flatten()[:FEW].to(a.dtype)
+    )
 
 
 def _kept(shelf: Shelf, tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -507,6 +531,10 @@ class Pieces(Comparer):
         if kept is not None:
             with torch.no_grad():
                 set_state(recorder, None, kept)
+                parameters = recorder.parameters()
+                for name, tensor in kept.begins.items():
+                    if name in parameters:
+                        parameters[name].detach().copy_(tensor)
 
 
 def mine_of(

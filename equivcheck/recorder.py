@@ -75,6 +75,7 @@ class Recorder:
         self.watch: Callable[[Recording], None] | None = None
         self.is_paused = False
         self.shadow_holders: dict[str, Any] = {}
+        self.shadow_owners: dict[str, Any] = {}
         self.start = probes(model)
         self.names: dict[int, str] = {id(p): name for name, p in model.named_parameters()}
         self.optimizers: dict[int, str] = {}
@@ -125,6 +126,7 @@ class Recorder:
         self.model = nn.Module()
         self._foreign.clear()
         self.shadow_holders.clear()
+        self.shadow_owners.clear()
         if self.holdings is not None:
             self.holdings.close()
 

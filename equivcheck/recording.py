@@ -141,6 +141,7 @@ class Kept:
         after, buffers, state: Parameters, buffers and optimizer state after the step.
         shadows: Copies of the weights that the loop keeps itself, before the step.
         moved: How far the step moved each parameter, L2.
+        begins: Parameters that the loop changed itself between the step and the next backward, as that found them.
         release: Gives the memory of what lies on disk back, at once or when enough bytes have been read.
     """
 
@@ -151,6 +152,7 @@ class Kept:
     state: dict[str, dict[str, Any]]
     shadows: dict[str, torch.Tensor]
     moved: dict[str, float] = field(default_factory=dict)
+    begins: dict[str, torch.Tensor] = field(default_factory=dict)
     release: Callable[..., None] = lambda _=None: None
 
 

@@ -40,10 +40,13 @@ def shadow_weights(recorder: Recorder, *, ended: bool = False) -> dict[str, torc
     """
     holders = recorder.shadow_holders
     if not ended:
-        for name, value in _variables(sys._getframe(1)):
+        for name, value, owner in _variables(sys._getframe(1)):
             if name not in holders or holders[name] is not value:
+                recorder.shadow_owners.pop(name, None)
                 if _is_holder(value, recorder):
                     holders[name] = value
+                    if owner is not None:
+                        recorder.shadow_owners[name] = owner
                 else:
                     holders.pop(name, None)
     found: dict[str, torch.Tensor] = {}
@@ -87,19 +90,20 @@ def _probe(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.detach().flatten()[:PROBE]
 
 
-def _variables(frame: FrameType | None) -> Iterator[tuple[str, Any]]:
+def _variables(frame: FrameType | None) -> Iterator[tuple[str, Any, Any]]:
     while frame is not None:
         code = frame.f_code
         if code.co_name == "_call_train":
             return
         if not is_library(code.co_filename):
             for name, value in list(frame.f_locals.items()):
-                yield from _reach(name, value, DEPTH)
+                yield from _reach(name, value, None, DEPTH)
         frame = frame.f_back
 
 
-def _reach(name: str, value: Any, depth: int) -> Iterator[tuple[str, Any]]:
-    yield name, value
+def _reach(name: str, value: Any, owner: Any, depth: int) -> Iterator[tuple[str, Any, Any]]:
+    """Yield a value and what its attributes hold, each with the object that it is an attribute of."""
+    yield name, value, owner
     if depth == 0 or isinstance(
         value, (nn.Module, torch.Tensor, Mapping, list, tuple, str, int, float, type(None))
     ):
@@ -108,7 +112,7 @@ def _reach(name: str, value: Any, depth: int) -> Iterator[tuple[str, Any]]:
     if module.split(".")[0] in {"torch", "builtins", "numpy", "collections"}:
         return
     for key, inner in list(getattr(value, "__dict__", {}).items()):
-        yield from _reach(f"{name}.{key}", inner, depth - 1)
+        yield from _reach(f"{name}.{key}", inner, value, depth - 1)
 
 
 def _is_holder(value: Any, recorder: Recorder) -> bool:

@@ -108,6 +108,9 @@ class View:
         except EquivcheckError:
             if together := self._together([]):
                 return together
+            # The loop refuses micro-batches alone.
+            if in_company := attributions_in_company(self.experiment, self.chosen):
+                return in_company
             raise
         if alone and all(self.spans(each, reference=True) for each in alone):
             return alone

@@ -80,22 +80,24 @@ def _unscaled(view: View) -> list[Suspicion]:
 
 def _scales(view: View) -> list[Suspicion]:
     """EQ402: the backwards of one cycle carried different loss scales."""
-    factors: dict[int, list[float]] = {}
-    first: tuple[Place, list[float]] | None = None
-    by_cycle: dict[int, list[tuple[Place, float]]] = {}
-    for place, backward in zip(view.places, view.candidate.backwards, strict=False):
-        by_cycle.setdefault(place.cycle, []).append((place, backward.loss_scale))
-    for cycle, carried in by_cycle.items():
-        scales = [scale for _, scale in carried]
-        if len(set(scales)) > 1:
-            factors[cycle] = [scales[-1] / scale for scale in scales]
-            first = first or (carried[0][0], scales)
-    if first is None:
+    changing = rescaled_losses(view)
+    if not changing:
         return _scales_by_hand(view)
-    place, scales = first
-    evidence = {"loss_scales": scales}
+    cycle = next(iter(changing))
+    evidence = {"loss_scales": changing[cycle]}
+    factors = {
+        each: [scales[-1] / scale for scale in scales] for each, scales in changing.items()
+    }
     variants = [(Defer("scaler"),), (Reweight(factors),)]
-    return [Suspicion("EQ402", variants, evidence, place.cycle, 21)]
+    return [Suspicion("EQ402", variants, evidence, cycle, 21)]
+
+
+def rescaled_losses(view: View) -> dict[int, list[float]]:
+    """Return, for every cycle in which a scaler's loss scale changed, what each backward carried."""
+    by_cycle: dict[int, list[float]] = {}
+    for place, backward in zip(view.places, view.candidate.backwards, strict=False):
+        by_cycle.setdefault(place.cycle, []).append(backward.loss_scale)
+    return {cycle: scales for cycle, scales in by_cycle.items() if len(set(scales)) > 1}
 
 
 def _scales_by_hand(view: View) -> list[Suspicion]:

@@ -8,7 +8,6 @@ import torch
 
 from equivcheck.attribution import predict
 from equivcheck.detectors.coupling import norm_buffers
-from equivcheck.detectors.cycle import zeroing
 from equivcheck.fit import Attribution
 from equivcheck.interventions import (
     Before,
@@ -56,9 +55,8 @@ def suspect(view: View) -> list[Suspicion]:
     if shadows is not None:
         evidence = {"shadow_weights": list(shadows.names[:5]), "relative": shadows.relative}
         # What was copied after one step is seen before the next.
-        copied = Suspicion(
-            "EQ309", [(Rewind("shadows"),)], evidence, max(shadows.matched - 1, 0), 23
-        )
+        variants = [(Rewind("shadows"),), (Rewind("shadows", "counts"),)]
+        copied = Suspicion("EQ309", variants, evidence, max(shadows.matched - 1, 0), 23)
         # Copies alone differ, of weights that agree: by a count of the loop's own, if not by the times they were made.
         others = {f.kind for f in judgement.findings if not set(f.names) <= set(shadows.names)}
         copied.is_seen = not others
@@ -79,7 +77,6 @@ def suspect(view: View) -> list[Suspicion]:
         ]
         found.append(Suspicion("EQ312", variants, evidence, step, 32))
     found += _unused(view)
-    found += _lost(view)
     return found
 
 
@@ -128,34 +125,3 @@ def at_step(
     for (name, _), part in zip(attribution.names, parts, strict=True):
         if names is None or name in names:
             changes.setdefault(name, {})[view.ordinal(step)] = (step.backwards, part)
-
-
-def _lost(view: View) -> list[Suspicion]:
-    """EQ305: the gradient is right but for micro-batches of weight zero, which are added back from their pieces."""
-    cleared = view.inside(*zeroing(view), "step")
-    if cleared or not view.divergent:
-        return []
-    missing: Changes = {}
-    evidence: dict[str, object] = {}
-    step = 0
-    for each in view.divergent:
-        right = view.right(each)
-        if right is None:
-            return []
-        lost = [
-            k for k, w in enumerate(each.w.solution) if abs(w) <= 1e-9 * max(abs(x) for x in right)
-        ]
-        kept = [0.0 if k in lost else v for k, v in enumerate(right)]
-        if not lost or not view.fits(each, kept):
-            return []
-        total = torch.zeros_like(each.reference)
-        for k in lost:
-            total += right[k] * each.pieces[k]
-        at_step(view, each, total, missing)
-        if not evidence:
-            evidence = {"lost_micro_steps": lost, "weights": each.w.values}
-            step = each.step
-    found = Suspicion("EQ305", [(Restitute(missing),)], evidence, step, 27)
-    # A closure is evaluated again at other parameters, where what is missing is not known: weights of 0 are still seen.
-    found.is_seen = True
-    return [found]

@@ -9,6 +9,7 @@ from typing import Final
 
 from equivcheck import denominators
 from equivcheck.attribution import predict, ratio
+from equivcheck.detectors.cycle import rescaled_losses
 from equivcheck.errors import EquivcheckError
 from equivcheck.fit import Attribution
 from equivcheck.interventions import Addend, Intervention, Rescale, Reweight
@@ -179,9 +180,10 @@ def _in_all(view: View) -> list[Suspicion]:
         _scaled_again,
         lambda a, v: _scaled_again(a, [1.0 / len(v)] * len(v)),
     ]
-    found += hypotheses(view, "EQ109", again, rank=25)
-    # Behind what names the factor: a loss scale, a clip.
-    found += hypotheses(view, "EQ109", _geometric(view), rank=45)
+    if not rescaled_losses(view):
+        found += hypotheses(view, "EQ109", again, rank=25)
+        # Behind what names the factor: a loss scale, a clip.
+        found += hypotheses(view, "EQ109", _geometric(view), rank=45)
     factor = factor_of(view)
     if undecided(view):
         return [each for each in found if each.code not in {"EQ101", "EQ102"}] + [

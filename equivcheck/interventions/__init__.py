@@ -22,12 +22,14 @@ from equivcheck.interventions.ranks import (
 )
 from equivcheck.interventions.state import (
     Before,
+    EvaluateOnce,
     Fresh,
     Hold,
     Rescale,
     Restitute,
     Rewind,
     StillBuffers,
+    Supplement,
     ZerosToNone,
 )
 
@@ -38,6 +40,7 @@ __all__ = [
     "Broadcast",
     "Construct",
     "Defer",
+    "EvaluateOnce",
     "FindUnused",
     "Fresh",
     "Hold",
@@ -55,6 +58,7 @@ __all__ = [
     "ScaleParts",
     "Shorten",
     "StillBuffers",
+    "Supplement",
     "Synchronise",
     "SynchroniseOnce",
     "UnscaleFirst",

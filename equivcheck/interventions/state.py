@@ -130,6 +130,56 @@ class Restitute(AtStep[torch.Tensor]):
         parameter.grad = extra.clone() if parameter.grad is None else parameter.grad + extra
 
 
+class Supplement(Intervention):
+    """Add to the gradients, once so many backwards have run, what a hypothesis says is missing from them then.
+
+    Args:
+        missing: By count of backwards, what to add to the gradient of each parameter.
+        losses: By the same count, what to add to the loss that a closure returns.
+    """
+
+    name = "supplement"
+
+    def __init__(
+        self,
+        missing: Mapping[int, Mapping[str, torch.Tensor]],
+        losses: Mapping[int, float] | None = None,
+    ) -> None:
+        self._missing = missing
+        self._losses = losses or {}
+
+    def after_backward(self, recorder: Recorder) -> None:
+        missing = self._missing.get(recorder.backwards)
+        if missing is None:
+            return
+        evaluated = recorder.backward.evaluated
+        if recorder.backwards in self._losses and evaluated and evaluated[-1][0]:
+            loss, factor = evaluated[-1]
+            evaluated[-1] = loss, factor + self._losses[recorder.backwards] / loss
+        with torch.no_grad():
+            for parameter in recorder.gradient_holders():
+                extra = missing.get(recorder.names.get(id(parameter), ""))
+                if extra is None or extra.numel() != parameter.numel():
+                    continue  # Of a sample of coordinates, what is missing is not known.
+                extra = extra.view(parameter.shape).to(parameter.device, parameter.dtype)
+                if parameter.grad is None:
+                    parameter.grad = extra.clone()
+                else:
+                    parameter.grad += extra
+
+
+class EvaluateOnce(Intervention):
+    """Let an optimizer with a closure step on its first evaluation alone, in both runs."""
+
+    name = "one evaluation of the closure"
+    both = True
+
+    def before_step(self, _recorder: Recorder, optimizer: Optimizer) -> None:
+        for group in optimizer.param_groups:
+            if "max_iter" in group:
+                group.update(max_iter=1, max_eval=1, line_search_fn=None)
+
+
 class Rescale(AtStep[float]):
     """Multiply the gradients of a step by a factor: where no backward is seen to be reweighted."""
 
@@ -162,7 +212,7 @@ class Before(Intervention):
     both = True
 
     def __init__(self) -> None:
-        self._known: dict[Any, list[torch.Tensor]] = {}
+        self._known: dict[Any, tuple[list[torch.Tensor], list[dict[str, Any]]]] = {}
         self._count: dict[str, int] = {}
 
     @contextmanager
@@ -182,13 +232,18 @@ class Before(Intervention):
                 for _, each in sorted(entries.items())
                 if isinstance(each, torch.Tensor)
             ]
+        counts = [*optimizer.param_groups, *optimizer.state.values()]
         with torch.no_grad():
             if recorder.recording.role == "reference":
-                self._known[key] = [each.clone() for each in tensors]
-            elif recorder.recording.role == "candidate":
-                for mine, theirs in zip(tensors, self._known.get(key, []), strict=False):
+                known = [each.clone() for each in tensors]
+                self._known[key] = known, [_counts(each) for each in counts]
+            elif recorder.recording.role == "candidate" and key in self._known:
+                known, numbers = self._known[key]
+                for mine, theirs in zip(tensors, known, strict=False):
                     if mine.shape == theirs.shape:
                         mine.copy_(theirs)
+                for entries, values in zip(counts, numbers, strict=False):
+                    entries.update(values)
 
 
 class StillBuffers(Intervention):
@@ -212,11 +267,20 @@ class StillBuffers(Intervention):
                     buffer.detach().copy_(start)
 
 
+def _numbers(entries: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in entries.items() if isinstance(value, (int, float))}
+
+
+def _counts(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the numbers of an optimizer that are not learning rates, which are the scheduler's."""
+    return {key: value for key, value in _numbers(entries).items() if "lr" not in key}
+
+
 class Rewind(Intervention):
     """Set state back to the cycle's start at each micro-batch: it then advances once per cycle.
 
     Args:
-        what: Any of parameters, state, buffers, shadows.
+        what: Any of parameters, state, buffers, shadows, and counts: numbers of the objects that hold the shadows.
     """
 
     name = "rewind"
@@ -279,10 +343,14 @@ class Rewind(Intervention):
                     tensors += [
                         each.detach() for each in entries.values() if isinstance(each, torch.Tensor)
                     ]
-                    numbers = {k: v for k, v in entries.items() if isinstance(v, (int, float))}
-                    self._entries.append((entries, numbers))
+                    self._entries.append((entries, _numbers(entries)))
+                for group in [] if optimizer is None else optimizer.param_groups:
+                    self._entries.append((group, _counts(group)))
         if "shadows" in self._what:
             shadow_weights(recorder)
+            if "counts" in self._what:
+                owners = {id(each): each for each in recorder.shadow_owners.values()}
+                self._entries += [(vars(each), _numbers(vars(each))) for each in owners.values()]
             for holder in recorder.shadow_holders.values():
                 tensors += self._holder(holder)
             tensors += [parameter.detach() for _, parameter in untrained(recorder)]

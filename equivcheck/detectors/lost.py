@@ -1,0 +1,208 @@
+"""Micro-batches that a step never got, EQ305: by their weights of zero, and by sweeps over a cycle that are too short.
+
+A loop may go over its cycle several times (sharpness-aware minimisation, adversarial training), and a sweep may leave
+micro-batches out. What those would have given is taken from the same loop, with the micro-batches of every cycle in
+another order: there the same places are left out, and others stand in them.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from equivcheck.detectors.cycle import zeroing
+from equivcheck.detectors.state import Changes, at_step
+from equivcheck.errors import EquivcheckError
+from equivcheck.interventions import EvaluateOnce, Intervention, Restitute, Supplement
+from equivcheck.recording import Place, Recording
+from equivcheck.view import Suspicion, View
+
+Gradient = dict[str, torch.Tensor]
+# What ends a sweep whose gradients are not added to the next one's.
+_ENDS = frozenset({"step", "skipped", "zero_grad", "cleared", "parameters_changed"})
+
+
+def suspect(view: View) -> list[Suspicion]:
+    """Return EQ305 if micro-batches have no weight, or no backward in one of the sweeps over their cycle."""
+    return _lost(view) or _short_sweeps(view)
+
+
+def _lost(view: View) -> list[Suspicion]:
+    """EQ305: the gradient is right but for micro-batches of weight zero, which are added back from their pieces."""
+    cleared = view.inside(*zeroing(view), "step")
+    if cleared or not view.divergent:
+        return []
+    missing: Changes = {}
+    after: dict[int, Gradient] = {}
+    evidence: dict[str, object] = {}
+    step = 0
+    once = _evaluated_once(view)
+    losses: dict[int, float] = {}
+    attributions = view.experiment.attributions((once,)) if once else view.divergent
+    for each in attributions:
+        right = view.right(each)
+        if right is None:
+            return []
+        lost = [
+            k for k, w in enumerate(each.w.solution) if abs(w) <= 1e-9 * max(abs(x) for x in right)
+        ]
+        kept = [0.0 if k in lost else v for k, v in enumerate(right)]
+        if not lost and once:
+            continue
+        if not lost or not view.fits(each, kept):
+            return []
+        total = torch.zeros_like(each.reference)
+        for k in lost:
+            total += right[k] * each.pieces[k]
+        at_step(view, each, total, missing)
+        parts = torch.split(total, [length for _, length in each.names])
+        names = (name for name, _ in each.names)
+        backwards = view.candidate.steps[each.step].backwards
+        after[backwards] = dict(zip(names, parts, strict=True))
+        if once:
+            alone = _losses_alone(view, once, each.matched)
+            losses[backwards] = sum(right[k] * alone.get(k, 0.0) for k in lost)
+        if not evidence:
+            evidence = {"lost_micro_steps": lost, "weights": each.w.values}
+            step = each.step
+    if not evidence:
+        return []
+    variants: list[tuple[Intervention, ...]] = [(Restitute(missing),), (Supplement(after),)]
+    if once:
+        variants = [(once, Supplement(after, losses))]
+    found = Suspicion("EQ305", variants, evidence, step, 27)
+    found.is_seen = True
+    return [found]
+
+
+def _evaluated_once(view: View) -> EvaluateOnce | None:
+    """Return what makes closures be evaluated once, if they are more often: later, at other parameters, what is
+    missing is not known."""
+    if view.chosen or not any(event.kind == "repeat" for event in view.candidate.timeline):
+        return None
+    known = view.experiment.remembered
+    if "once" not in known:
+        known["once"] = EvaluateOnce()
+    once: EvaluateOnce = known["once"]
+    return once
+
+
+def _losses_alone(view: View, once: EvaluateOnce, matched: int) -> dict[int, float]:
+    """Return the loss of every micro-batch of a cycle alone."""
+    recording = view.experiment.pieces_recording((once,))
+    cycle, found = view.cycle_of(matched), dict[int, float]()
+    for place, backward in zip(recording.places(view.cycles), recording.backwards, strict=False):
+        if place.cycle == cycle:
+            found[place.micro_step] = found.get(place.micro_step, 0.0) + backward.loss
+    return found
+
+
+def _short_sweeps(view: View) -> list[Suspicion]:
+    """EQ305: a sweep has no backward for some micro-batches, and with theirs it makes the full batch's gradient."""
+    experiment = view.experiment
+    if not view.divergent or view.chosen or experiment.crew is not None:
+        return []
+    if "dataset" in experiment.wants or not experiment.other_steps:
+        return []
+    try:
+        whole = experiment.contributed_whole()
+        written = experiment.contributed()
+        turned = [experiment.turned(by) for by in range(1, view.steps)]
+    except EquivcheckError:
+        return []
+    wanted = _sweeps(whole, whole.places(view.cycles))
+    mine = _sweeps(written, view.places)
+    given = [_sweeps(each, each.places(view.cycles)) for each in turned]
+    after: dict[int, Gradient] = {}
+    lost: list[int] = []
+    step = 0
+    for cycle, sweeps in mine.items():
+        if len(sweeps) != len(wanted.get(cycle, ())):
+            return []
+        for index, sweep in enumerate(sweeps):
+            count = sweep.micro_steps
+            absent = [k for k in range(count) if k not in sweep.by_place]
+            if not absent:
+                continue
+            extra: Gradient = {}
+            for k in absent:
+                # Turned by b, the micro-batch that stood at place k stands at k - b.
+                standing = (
+                    found[cycle][index].by_place.get((k - by) % count)
+                    for by, found in enumerate(given, 1)
+                    if len(found.get(cycle, ())) == len(sweeps)
+                )
+                piece = next((each for each in standing if each is not None), None)
+                if piece is None:
+                    return []
+                _add(extra, piece)
+            if not _makes(view, wanted[cycle][index].total(), sweep.total(), extra):
+                return []
+            after[sweep.end] = extra
+            if not lost:
+                lost, step = absent, cycle
+    if not after:
+        return []
+    evidence: dict[str, object] = {
+        "lost_micro_steps": lost,
+        "sweeps_over_the_cycle": max(len(each) for each in mine.values()),
+        "short_sweeps": len(after),
+    }
+    return [Suspicion("EQ305", [(Supplement(after),)], evidence, step, 18, is_seen=True)]
+
+
+class _Sweep:
+    """Backwards of one cycle whose gradients belong together.
+
+    Attributes:
+        by_place: What the backwards of each micro-step added.
+        end: Backwards that had run when it ended.
+        micro_steps: Of the cycle.
+    """
+
+    def __init__(self, micro_steps: int) -> None:
+        self.by_place: dict[int, Gradient] = {}
+        self.end = 0
+        self.micro_steps = micro_steps
+
+    def total(self) -> Gradient:
+        found: Gradient = {}
+        for each in self.by_place.values():
+            _add(found, each)
+        return found
+
+
+def _add(total: Gradient, more: Gradient) -> None:
+    for name, tensor in more.items():
+        total[name] = total[name] + tensor if name in total else tensor
+
+
+def _sweeps(recording: Recording, places: list[Place]) -> dict[int, list[_Sweep]]:
+    """Return the sweeps of every cycle, in order."""
+    added: dict[int, Gradient] = {}
+    for step in recording.steps:
+        begin = step.backwards - len(step.contributions)
+        added.update(enumerate(step.contributions, begin))
+    ends = {event.backwards for event in recording.timeline if event.kind in _ENDS}
+    found: dict[int, list[_Sweep]] = {}
+    for i, place in enumerate(places):
+        sweeps = found.setdefault(place.cycle, [])
+        if not sweeps or i in ends:
+            sweeps.append(_Sweep(place.micro_steps))
+        here = sweeps[-1].by_place.setdefault(place.micro_step, {})
+        _add(here, added.get(i, {}))
+        sweeps[-1].end = i + 1
+    return found
+
+
+def _makes(view: View, wanted: Gradient, mine: Gradient, extra: Gradient) -> bool:
+    """Return whether a sweep with what it lacks is the full batch's, to within noise."""
+    names = [name for name in wanted if wanted[name].numel()]
+    if not names:
+        return False
+    zero = {name: torch.zeros_like(wanted[name]) for name in names}
+    target = torch.cat([wanted[name] for name in names])
+    both = torch.cat([mine.get(n, zero[n]) + extra.get(n, zero[n]) for n in names])
+    size = float(target.norm())
+    noise = view.experiment.noise()
+    limit = max(noise.floor(), noise.passed_on())
+    return float((both - target).norm()) <= limit * size
