@@ -535,6 +535,19 @@ class Pieces(Comparer):
                 for name, tensor in kept.begins.items():
                     if name in parameters:
                         parameters[name].detach().copy_(tensor)
+        self._set_shadows(recorder, cycle)
+
+    def _set_shadows(self, recorder: Recorder, cycle: int) -> None:
+        """Set the loop's own copies of the weights to what they are at this cycle's step: a teacher is part of a loss."""
+        if recorder.holdings is not None or cycle >= len(self._reference.kept):
+            return
+        wanted = self._reference.kept[cycle].shadows
+        if not wanted:
+            return
+        with torch.no_grad():
+            for name, tensor in shadow_weights(recorder).items():
+                if name in wanted and wanted[name].shape == tensor.shape:
+                    tensor.copy_(wanted[name])
 
 
 def mine_of(

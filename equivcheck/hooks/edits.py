@@ -34,7 +34,7 @@ class Edits(Hooks):
     def __init__(self, recorder: Recorder) -> None:
         super().__init__(recorder)
         self.stepped = False
-        self._probe: list[torch.Tensor] | None = None
+        self._probe: dict[int, torch.Tensor] | None = None
         self._clip_probe: list[torch.Tensor] | None = None
         self._had_gradients = False
         self._weights_probe: list[torch.Tensor] | None = None
@@ -52,7 +52,7 @@ class Edits(Hooks):
     def after_clip(self) -> None:
         """Remember gradients as a clip left them."""
         with quiet():
-            self._clip_probe = self._gradient_probe()
+            self._clip_probe = [*self._gradient_probe().values()]
 
     def divided_by(self, scale: float) -> bool:
         """Return whether all gradients were divided by a loss scale, or by more, since the last backward."""
@@ -60,15 +60,15 @@ class Edits(Hooks):
             return False
         with quiet():
             now = self._gradient_probe()
-        if len(now) != len(self._probe):
+        if now.keys() != self._probe.keys():
             return False
-        ratio, rest = _ratio(self._probe, now)
+        ratio, rest = _ratio([*self._probe.values()], [*now.values()])
         return 0.0 < ratio * scale <= 1.0 + PURE and ratio != 1.0 and rest < PURE
 
     def before_step(self) -> None:
         """Notice that gradients were multiplied since the last clip: by hand, since calls are known."""
         with quiet():
-            now = self._gradient_probe()
+            now = [*self._gradient_probe().values()]
             if self._clip_probe is not None and len(now) == len(self._clip_probe):
                 scale, rest = _ratio(self._clip_probe, now)
                 if scale != 1.0:
@@ -83,14 +83,16 @@ class Edits(Hooks):
     def before_backward(self) -> None:
         """Notice what was done to gradients and parameters since the backward before, without a call."""
         with quiet():
-            if self.stepped and any(bool(g.any()) for g in self._gradient_probe()):
+            if self.stepped and any(bool(g.any()) for g in self._gradient_probe().values()):
                 self.recorder.note("leftover")
             elif self._probe is not None and not self.stepped:
                 now = self._gradient_probe()
                 if self._had_gradients and not now:
                     self.recorder.note("cleared")
+                elif self._some_cleared(self._probe, now):
+                    self.recorder.note("cleared")
                 elif now and len(now) == len(self._probe):
-                    self._note_edit(self._probe, now)
+                    self._note_edit([*self._probe.values()], [*now.values()])
             self._clip_probe = None
             weights = self._parameter_probe()
             if self._weights_probe is not None and not _same(weights, self._weights_probe):
@@ -144,11 +146,23 @@ class Edits(Hooks):
         holders = self.recorder.gradient_holders()
         return next((p.grad for p in holders if p.grad is not None), None)
 
-    def _gradient_probe(self) -> list[torch.Tensor]:
-        found = []
-        for parameter in self.recorder.gradient_holders():
+    @staticmethod
+    def _some_cleared(before: dict[int, torch.Tensor], now: dict[int, torch.Tensor]) -> bool:
+        """Return whether some gradients are gone, or zero, and all others are as they were."""
+        kept = [i for i in before if i in now and torch.equal(before[i], now[i])]
+        gone = [
+            i
+            for i in before
+            if i not in kept and bool(before[i].any()) and (i not in now or not bool(now[i].any()))
+        ]
+        return bool(gone) and len(gone) + len(kept) == len(before)
+
+    def _gradient_probe(self) -> dict[int, torch.Tensor]:
+        """Return a few coordinates of the first gradients, by the number of their parameter."""
+        found: dict[int, torch.Tensor] = {}
+        for i, parameter in enumerate(self.recorder.gradient_holders()):
             if parameter.grad is not None and not parameter.grad.is_sparse:
-                found.append(plain(parameter.grad.detach()).flatten()[:PROBE_ELEMENTS].clone())
+                found[i] = plain(parameter.grad.detach()).flatten()[:PROBE_ELEMENTS].clone()
                 if len(found) == PROBE_TENSORS:
                     break
         return found
