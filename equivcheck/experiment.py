@@ -26,7 +26,7 @@ from equivcheck.errors import EquivcheckError, UsageError
 from equivcheck.execute import Run, execute, seed_all
 from equivcheck.feed import Data, Key, read_batches
 from equivcheck.fit import Attribution, attribute, sampled
-from equivcheck.interventions import Intervention
+from equivcheck.interventions import Copies, Intervention
 from equivcheck.memory import estimate
 from equivcheck.observe import Comparer, Keeper, Observer, Perturbed, Pieces
 from equivcheck.ranks.crew import Crew
@@ -431,6 +431,30 @@ class Experiment:
             return self._execute(run, Comparer(self.reference(), contributions=True))
 
         return self._once(("turned", by), make)
+
+    def copies_moved(self) -> dict[str, list[int]]:
+        """Return after how many backwards the loop moves its copies of the weights: in three runs left to themselves.
+
+        The full batches, the accumulated run, and the micro-batches each with a step of its own.
+        """
+
+        def make() -> dict[str, list[int]]:
+            data, k = self._promoted, self.case.accumulation_steps
+            micro, full = self.micro_batches(data), self.full_batches(data)
+            found = {}
+            for role, batches, steps in (
+                ("full_batch", full, 1),
+                ("candidate", micro, k),
+                ("pieces", micro, 1),
+            ):
+                copies = Copies()
+                size = max(len(each) for each in batches)
+                run = Run(role, data, batches, steps, size, interventions=[copies])
+                self._execute(run, Observer())
+                found[role] = copies.moved
+            return found
+
+        return self._once(("copies moved",), make)
 
     def left_by_backward(self) -> Recording:
         """Return native_candidate once more, with the gradients as each cycle's last backward left them.

@@ -8,9 +8,11 @@ import torch
 
 from equivcheck.attribution import predict
 from equivcheck.detectors.coupling import norm_buffers
+from equivcheck.errors import EquivcheckError
 from equivcheck.fit import Attribution
 from equivcheck.interventions import (
     Before,
+    Begin,
     Intervention,
     Restitute,
     Rewind,
@@ -61,6 +63,7 @@ def suspect(view: View) -> list[Suspicion]:
         others = {f.kind for f in judgement.findings if not set(f.names) <= set(shadows.names)}
         copied.is_seen = not others
         found.append(copied)
+    found += _copies_by_count(view)
     stepped = {event.backwards for event, _ in view.inside("step")}
     moved = [each for each in view.inside("parameters_changed") if each[0].backwards not in stepped]
     updates = judgement.first("parameters", "state")
@@ -78,6 +81,56 @@ def suspect(view: View) -> list[Suspicion]:
         found.append(Suspicion("EQ312", variants, evidence, step, 32))
     found += _unused(view)
     return found
+
+
+def _copies_by_count(view: View) -> list[Suspicion]:
+    """EQ309 by prediction: copies of the weights are moved after the same counts of micro-batches, whatever K is.
+
+    The loop run at accumulation_steps 1 shows those counts. It may ask for them at the ends of cycles only.
+    """
+    experiment, kinds = view.experiment, view.judgement.kinds()
+    micro, cycles = len(view.places), len(view.reference.steps)
+    steered = any(kept.begins for kept in view.reference.kept)
+    # Copies that the loop steers its parameters by make gradients differ too, one step later.
+    if view.chosen or not ("shadows" in kinds or steered):
+        return []
+    if (
+        experiment.crew is not None
+        or not experiment.other_steps
+        or "dataset" in experiment.wants
+        or len(view.reference.backwards) != cycles
+        or len(experiment.micro_batches(experiment.data)) != micro
+    ):
+        return []
+    try:
+        moved = experiment.copies_moved()
+    except EquivcheckError:
+        return []
+    ends = [i + 1 for i, place in enumerate(view.places) if place.last]
+    full, mine, alone = moved["full_batch"], moved["candidate"], moved["pieces"]
+    if len(ends) != cycles or not all(0 < n <= cycles for n in full):
+        return []
+    right = [ends[n - 1] for n in full]
+    # A move from a weight to itself is none: where interventions prove it, some may be lacking.
+    exact = mine in (alone, [n for n in alone if n in ends])
+    if mine == right or not set(mine) <= set(alone) or (kinds <= {"shadows"} and not exact):
+        return []
+    evidence = {
+        "rule": "the copies are moved by a count of micro-batches",
+        "moved_after": mine[:8],
+        "full_batch_would": right[:8],
+    }
+    if kinds <= {"shadows"}:
+        found = Suspicion("EQ309", [], evidence, 0, rank=22, proved=True)
+        found.explains = frozenset({"shadows"})
+        return [found]
+    begin = Begin(view.reference)
+    variants: list[tuple[Intervention, ...]] = [
+        (begin,),
+        (Rewind("parameters", "shadows"), begin),
+        (Rewind("parameters", "shadows"), Before(), begin),
+    ]
+    return [Suspicion("EQ309", variants, evidence, 0, rank=22, is_seen=True)]
 
 
 def _advances(view: View) -> set[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from equivcheck.interventions.backwards import Addend, Addends, Reweight, ordinal_of
 from equivcheck.interventions.base import Intervention
 from equivcheck.interventions.calls import Defer, Postpone, Ration, Retime, UnscaleFirst
+from equivcheck.interventions.copies import Begin, Copies
 from equivcheck.interventions.counts import Construct, Length, Repeat, Shorten
 from equivcheck.interventions.ranks import (
     Broadcast,
@@ -37,8 +38,10 @@ __all__ = [
     "Addend",
     "Addends",
     "Before",
+    "Begin",
     "Broadcast",
     "Construct",
+    "Copies",
     "Defer",
     "EvaluateOnce",
     "FindUnused",

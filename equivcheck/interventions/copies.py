@@ -1,0 +1,88 @@
+"""The loop's own copies of the weights: when it moves them, and what a cycle starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from equivcheck.interventions.base import Intervention
+from equivcheck.shadow import shadow_weights
+
+if TYPE_CHECKING:
+    from equivcheck.recorder import Recorder
+    from equivcheck.recording import Recording
+
+# Coordinates of a copy that tell whether it moved.
+FEW: Final = 32
+
+
+class Copies(Intervention):
+    """Notes after how many backwards the loop moved its copies of the weights. Changes nothing.
+
+    Attributes:
+        moved: Those counts, in order.
+    """
+
+    name = "watch copies"
+
+    def __init__(self) -> None:
+        self.moved: list[int] = []
+        self._last: dict[str, torch.Tensor] = {}
+
+    def before_fetch(self, recorder: Recorder) -> None:
+        self._look(recorder, recorder.backwards)
+
+    @contextmanager
+    def around_backward(self, recorder: Recorder, _outputs: Sequence[Any]) -> Iterator[None]:
+        self._look(recorder, recorder.backwards - 1)
+        yield
+
+    def finish(self, recorder: Recorder) -> None:
+        self._look(recorder, recorder.backwards, ended=True)
+
+    def _look(self, recorder: Recorder, count: int, *, ended: bool = False) -> None:
+        with recorder.paused(), torch.no_grad():
+            found = shadow_weights(recorder, ended=ended)
+            now = {name: tensor.flatten()[:FEW].clone() for name, tensor in found.items()}
+        last, self._last = self._last, now
+        if any(name in last and not torch.equal(last[name], each) for name, each in now.items()):
+            self.moved.append(count)
+
+
+class Begin(Intervention):
+    """Start every cycle from the parameters, and the loop's copies of them, that the full batch starts it from.
+
+    Args:
+        reference: The full-batch run.
+    """
+
+    name = "state at the start of the cycle"
+
+    def __init__(self, reference: Recording) -> None:
+        self._reference = reference
+
+    def before_fetch(self, recorder: Recorder) -> None:
+        place = recorder.place()
+        kept = self._reference.kept
+        if place is None or not place.last or not 0 <= place.cycle < len(kept) - 1:
+            return
+        shadows = kept[place.cycle + 1].shadows
+        with recorder.paused(), torch.no_grad():
+            parameters = recorder.parameters()
+            for name, tensor in (kept[place.cycle].after | kept[place.cycle].begins).items():
+                if name in parameters and parameters[name].shape == tensor.shape:
+                    parameters[name].detach().copy_(tensor)
+            for name, tensor in shadow_weights(recorder).items():
+                if name in shadows and shadows[name].shape == tensor.shape:
+                    tensor.copy_(shadows[name])
+
+    def finish(self, recorder: Recorder) -> None:
+        """Leave at the end what the full batch leaves: there is no cycle more to start."""
+        kept = self._reference.kept
+        with torch.no_grad():
+            for name, tensor in shadow_weights(recorder, ended=True).items():
+                if kept and name in kept[-1].shadows:
+                    tensor.copy_(kept[-1].shadows[name])
