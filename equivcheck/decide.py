@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from equivcheck.case import Case
@@ -232,6 +233,7 @@ def _decide(
     off = experiment.fit()
     if off is not None:
         inconclusive(experiment, entry, off)
+        _keyed(experiment, entry, expect, progress)
         return
     judgement = experiment.judgement()
     precision: Precision | None = None
@@ -250,6 +252,7 @@ def _decide(
         diagnosis = diagnose(experiment)
         if not diagnosis.put_right:
             stochastic(experiment, entry, judgement, drawn)
+            _keyed(experiment, entry, expect, progress)
             return
     if precision is not None and _promotion_changed(experiment, judgement, precision):
         _natively(experiment, entry, expect, progress, "float64 and the native runs disagree")
@@ -327,6 +330,39 @@ def conclude(
     entry.update(experiment.facts())
     entry["headline"] = headline(entry, judgement)
     entry["notes"] += [note for note in experiment.notes if note not in entry["notes"]]
+
+
+def _keyed(
+    experiment: Experiment, entry: dict[str, Any], expect: tuple[str, ...], progress: Progress
+) -> None:
+    """Where random draws hide all: let each sample draw the same in every run, and tell of a fault that is proved then.
+
+    That nothing differs then is no verdict on the code as it is: it stays inconclusive.
+    """
+    case = experiment.case
+    if (
+        case.rng != "off"
+        or case.world_size > 1
+        or not experiment.other_steps
+        or {each["code"] for each in entry["causes"]} != {"EQ602"}
+    ):
+        return
+    other = experiment.again(progress, promoted=experiment.is_promoted)
+    other.case = replace(other.case, rng="per-sample")
+    found = {**entry, "notes": list(entry["notes"]), "warnings": [], "causes": []}
+    try:
+        _decide(other, found, expect, progress)
+    except EquivcheckError:
+        return
+    finally:
+        experiment.runs += other.runs
+        other.close()
+    if found["verdict"] not in {"divergent", "expected"} or any(
+        each["status"] != "proved" for each in found["causes"]
+    ):
+        return
+    found["notes"].append("random draws made the same for each sample in every run")
+    entry.update(found)
 
 
 def _before(

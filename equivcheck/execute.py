@@ -229,7 +229,12 @@ def _execute(
             mode = stack.enter_context(promoted(working))
         if is_keyed:
             keyed = KeyedRandom(case.seed, run.seed_offset, first=run.role == "reference")
-            _key(stack, feed, keyed)
+
+            def idle() -> bool:
+                ahead = run.prefetches or recording.prefetched
+                return not ahead and recorder.backwards >= len(recording.fetched) - 1
+
+            _key(stack, feed, keyed, idle)
         if run.seed_offset:
             stack.enter_context(other_seeds(run.seed_offset))
         try:
@@ -263,7 +268,7 @@ def _execute(
     return recording
 
 
-def _key(stack: ExitStack, feed: Feed, mode: KeyedRandom) -> None:
+def _key(stack: ExitStack, feed: Feed, mode: KeyedRandom, idle: Callable[[], bool]) -> None:
     """Key what the loop draws by the samples that it is served."""
     fetched, served = feed.on_fetch, feed.on_served
     keys: list[Key] = []
@@ -273,7 +278,7 @@ def _key(stack: ExitStack, feed: Feed, mode: KeyedRandom) -> None:
         fetched(given)
 
     def on_served(micro_batch: Any) -> None:
-        mode.served(keys, micro_batch)
+        mode.served(keys, micro_batch, is_next=idle())
         served(micro_batch)
 
     feed.on_fetch, feed.on_served = on_fetch, on_served

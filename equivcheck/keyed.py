@@ -54,12 +54,18 @@ class KeyedRandom(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if first:
             _ways.clear()
 
-    def served(self, keys: Sequence[Key], micro_batch: Any) -> None:
-        """Remember which samples the tensors of a micro-batch hold."""
+    def served(self, keys: Sequence[Key], micro_batch: Any, *, is_next: bool = False) -> None:
+        """Remember which samples the tensors of a micro-batch hold.
+
+        Args:
+            keys: The samples.
+            micro_batch: What the loop is given.
+            is_next: Every one before it has had its backward: what is drawn now is drawn for this one.
+        """
         self._held.append(micro_batch)  # Another tensor must not get the address of one of these.
         for tensor in tensors_in(micro_batch):
             self._served[_address(tensor)] = list(keys)
-        if not self._keys:
+        if is_next or not self._keys:
             self._touch(tuple(keys))
 
     def __torch_dispatch__(
