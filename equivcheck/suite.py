@@ -21,17 +21,9 @@ from typing import Any
 from equivcheck.case import SPLITS, STRATEGIES, Case, shares_of
 from equivcheck.causes import CAUSES
 from equivcheck.errors import TargetError, UsageError
+from equivcheck.modules import Module, executed_again, module_at
 from equivcheck.result import EXIT_CODES
-from equivcheck.subject import (
-    Code,
-    Module,
-    Subject,
-    attribute_of,
-    executed_again,
-    location_of,
-    module_at,
-    reading,
-)
+from equivcheck.subject import Code, Subject, attribute_of, location_of, reading
 
 PREFIX = "suite:"
 ALL = "all"

@@ -16,6 +16,7 @@ LAYERS = (
     {
         *(
             "subject",
+            "modules",
             "usercode",
             "feed",
             "recording",
