@@ -50,6 +50,11 @@ def addends(root: torch.Tensor) -> list[Path]:
     return found or [()]
 
 
+def count(root: torch.Tensor) -> int:
+    """Return how many addends a loss has: 1 if it is no sum."""
+    return len(addends(root))
+
+
 def _below(node: Any) -> bool:
     """Return whether a sum stands under this node, reached by scalings only."""
     while node is not None:

@@ -96,6 +96,18 @@ def _no_seed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return all(each is None for each in (*args, *kwargs.values()))
 
 
+def seed_torch(seed: int) -> None:
+    """Seed torch's generators as `torch.manual_seed` does.
+
+    Where there is no accelerator that one still formats the stack for each kind of one, to be shown if seeding it fails
+    some day: up to milliseconds a call under a deep stack.
+    """
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
+
+
 @contextmanager
 def other_seeds(offset: int) -> Iterator[None]:
     """Add a number to every seed that is set while this is open, the loop's own fixed ones too."""

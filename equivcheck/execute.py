@@ -17,17 +17,18 @@ from torch import nn
 
 from equivcheck import bridges
 from equivcheck.casting import promote_module
-from equivcheck.entropy import other_seeds, watch_entropy
+from equivcheck.entropy import other_seeds, seed_torch, watch_entropy
 from equivcheck.errors import EquivcheckError, StepError, UsageError
 from equivcheck.feed import Data, Feed, Key
 from equivcheck.keyed import KeyedRandom, keyed_random
+from equivcheck.modules import modules_restored
 from equivcheck.neutral import functional_dropout_off, switch_off_modules
 from equivcheck.noise import UNIT_ROUNDOFF
 from equivcheck.observe import Observer, Pieces
 from equivcheck.promotion import promoted
 from equivcheck.recorder import Recorder
 from equivcheck.recording import Place, Recording
-from equivcheck.subject import Code, Subject, arguments, modules_restored
+from equivcheck.subject import Code, Subject, arguments
 from equivcheck.usercode import raised
 
 if TYPE_CHECKING:
@@ -402,7 +403,7 @@ def _logged(returned: Any) -> list[float] | None:
 
 def seed_all(seed: int) -> None:
     """Seed every global random generator: of torch, numpy and Python."""
-    torch.manual_seed(seed)
+    seed_torch(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - user code draws from the legacy generator too
     random.seed(seed)
 

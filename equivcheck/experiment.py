@@ -90,7 +90,7 @@ class Experiment:
         self.remembered: dict[Any, Any] = {}
         self._keepers: list[Keeper] = []
         seed_all(case.seed)  # modules may draw while they are imported
-        code = subject.fresh()
+        self._code = code = subject.fresh()
         seed_all(case.seed)
         self.data = read_batches(code.batches, case.optimizer_steps, case.rows)
         self._promoted = (
@@ -160,7 +160,7 @@ class Experiment:
 
     def estimate(self) -> dict[str, Any]:
         """Return what the case is expected to need, before it runs."""
-        return estimate(self.subject, self.data)
+        return estimate(self._code, self.data)
 
     def facts(self) -> dict[str, Any]:
         """Return entries of the result's case that only the runs have shown."""

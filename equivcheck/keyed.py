@@ -23,6 +23,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from equivcheck.entropy import seed_torch
 from equivcheck.feed import Key
 from equivcheck.split import tensors_in
 
@@ -114,7 +115,7 @@ class KeyedRandom(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if keys in self._states:
             torch.set_rng_state(self._states[keys])
         else:
-            torch.manual_seed(_hash(self._seed))
+            seed_torch(_hash(self._seed))
         self._entered.setdefault(keys, []).append((before, torch.get_rng_state()))
         self._keys = keys
 
@@ -126,13 +127,13 @@ class KeyedRandom(TorchDispatchMode):  # type: ignore[no-untyped-call]
             _ways[call] = way
         if way is None or _ways[call] != way:
             self.unkeyed = True
-            torch.manual_seed(_hash(self._seed, call, self._offset, *self._keys))
+            seed_torch(_hash(self._seed, call, self._offset, *self._keys))
             return func(*args, **kwargs)
         assert shape is not None
         dimension, rows = way
         parts = []
         for index, key in enumerate(self._keys):
-            torch.manual_seed(_hash(self._seed, call, key))
+            seed_torch(_hash(self._seed, call, key))
             start = index * rows
 
             def mine(leaf: Any, start: int = start) -> Any:

@@ -14,7 +14,7 @@ from equivcheck.errors import UsageError
 from equivcheck.execute import process_state
 from equivcheck.feed import Data
 from equivcheck.shelf import IN_MEMORY
-from equivcheck.subject import Subject
+from equivcheck.subject import Code
 
 # Float64 copies of all parameters that the largest role holds at once: weights, gradients, two moments, and the copy
 # of gradients that is taken before a clip.
@@ -25,14 +25,18 @@ RATE = 5e9
 ROLES = 5
 
 
-def estimate(subject: Subject, data: Data) -> dict[str, Any]:
+def estimate(code: Code, data: Data) -> dict[str, Any]:
     """Return parameters, bytes and seconds that a case is expected to need.
+
+    Args:
+        code: The user's, as executed for this alone: a model is built of it.
+        data: The full batches.
 
     Bytes are those of float64 parameters, gradients and optimizer state; activations are not known beforehand.
     """
     with process_state(), bridges.installed():
         try:
-            model = subject.fresh().build()
+            model = code.build()
             bridge = bridges.across(model)
         except (Exception, SystemExit):  # noqa: BLE001 - the run itself reports it, with the user's traceback
             return {"parameters": 0, "bytes": 0, "disk_bytes": 0, "seconds": 0.0}

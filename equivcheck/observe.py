@@ -628,11 +628,11 @@ def _shadows(
 def _compare_shadows(
     reference: dict[str, torch.Tensor], candidate: dict[str, torch.Tensor]
 ) -> dict[str, Sums]:
-    return {
-        name: sums(tensor, candidate[name])
-        for name, tensor in reference.items()
-        if name in candidate and candidate[name].shape == tensor.shape
-    }
+    both = [
+        n for n, each in reference.items() if n in candidate and candidate[n].shape == each.shape
+    ]
+    found = sums_many([(reference[name], candidate[name]) for name in both])
+    return dict(zip(both, found, strict=True))
 
 
 def _worse(a: dict[str, Sums], b: dict[str, Sums]) -> dict[str, Sums]:

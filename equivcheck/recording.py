@@ -169,6 +169,7 @@ class Backward:
         root_scalar: The number that the loss was multiplied with last, by hand; 1 if it was not.
         owner: Micro-batch that a forward had used last; -1 where that is unknown.
         at: When it began, as of `time.time_ns`.
+        addends: How many addends the root is a sum of; 1 if it is no sum, 0 where that is unknown.
     """
 
     index: int
@@ -179,6 +180,7 @@ class Backward:
     root_scalar: float = 1.0
     owner: int = -1
     at: int = 0
+    addends: int = 0
 
 
 @dataclass

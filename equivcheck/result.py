@@ -144,12 +144,18 @@ def environment() -> dict[str, Any]:
     return facts
 
 
+_PLAIN = (str, int, bool, type(None))
+
+
 def finite(value: Any) -> Any:
     """Return the value as plain JSON types, with non-finite numbers as null.
 
     A mapping that holds such a number, directly or in a list, gets `"finite": False` beside it,
     so that null for "not computed" stays different from null for infinity.
     """
+    kind = type(value)
+    if kind in _PLAIN or (kind is float and math.isfinite(value)):  # nearly all there is
+        return value
     if isinstance(value, Mapping):
         plain = {str(key): finite(item) for key, item in value.items()}
         if any(_holds_non_finite(item) for item in value.values()):
@@ -167,6 +173,11 @@ def finite(value: Any) -> Any:
 
 
 def _holds_non_finite(value: Any) -> bool:
+    kind = type(value)
+    if kind is float:
+        return not math.isfinite(value)
+    if kind in _PLAIN:
+        return False
     if isinstance(value, (list, tuple)):
         return any(_holds_non_finite(item) for item in value)
     return (

@@ -76,10 +76,13 @@ class Outputs:
 
     def save(self, result: Mapping[str, Any]) -> None:
         """Write the result so far, so that nothing finished is lost to what comes next."""
+        self._save(results.to_json(result))
+
+    def _save(self, text: str) -> None:
         if self._latest:
-            self._try(LATEST / "result.json", results.to_json(result))
+            self._try(LATEST / "result.json", text)
         if self._settings["json"] not in (None, "-"):
-            self._try(self._settings["json"], results.to_json(result))
+            self._try(self._settings["json"], text)
 
     def finish(self, result: Mapping[str, Any], out: TextIO) -> None:
         """Write every rendering asked for.
@@ -87,9 +90,10 @@ class Outputs:
         Raises:
             UsageError: A file could not be written; raised last, when all else is out.
         """
-        self.save(result)
+        text = results.to_json(result)
+        self._save(text)
         if self.json_on_stdout:
-            out.write(results.to_json(result))
+            out.write(text)
             out.flush()
         for name, renderer in (("html", html.render), ("junit", junit.render)):
             if self._settings[name]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -123,6 +124,8 @@ def _parts(view: View) -> Parts | None:
     attributions = view.attributions
     if not attributions:
         return None
+    if _one_each(view):
+        return None
     try:
         alone = _taken(view, "pieces")
         if max((len(each) for each in alone.values()), default=0) < 2:
@@ -133,6 +136,17 @@ def _parts(view: View) -> Parts | None:
         # A graph that cannot be walked twice has no addends to tell apart.
         return None
     return parts if view.experiment.crew is None else _reduced(view, parts)
+
+
+def _one_each(view: View) -> bool:
+    """Return whether every micro-batch has one backward, from a loss that is no sum: there is nothing to tell apart."""
+    recording = view.experiment.pieces_recording(view.chosen)
+    found = Counter(
+        (place.cycle, place.micro_step)
+        for place in recording.places(view.cycles)
+        if place.cycle >= 0
+    )
+    return all(each.addends == 1 for each in recording.backwards) and set(found.values()) == {1}
 
 
 def _reduced(view: View, parts: Parts) -> Parts | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from equivcheck import addends
 from equivcheck.hooks.base import Hooks, replace
 from equivcheck.hooks.roots import scalar_of, scaled, value_of
 from equivcheck.recording import Backward
@@ -99,6 +100,7 @@ class Backwards(Hooks):
             scalar_of(outputs),
             self.recorder.usage.used_last,
             time.time_ns(),
+            addends.count(outputs[0]),
         )
         repeated = self.repeated is not None
         if self.repeated is None:

@@ -441,6 +441,15 @@ def test_a_loop_that_never_ends(run, caught):
     assert time.monotonic() - started < 30
 
 
+@pytest.fixture
+def heeded():
+    """Let processes heed an interrupt, also where these tests were started by a shell in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeded")
 def test_an_interrupt_keeps_what_is_finished(folder):
     """Exit code 130, and a result that can be loaded, with the first case in it."""
     source = """
@@ -468,6 +477,7 @@ def train(model, loader, accumulation_steps):
         out, err = process.communicate(timeout=60)
     finally:
         process.kill()
+        process.wait()
     result = load(folder / "r.json")
 
     assert process.returncode == 130, out + err

@@ -17,8 +17,8 @@ from equivcheck import result as results
 from equivcheck.api import plan
 from equivcheck.config import OPTIONS
 from equivcheck.errors import UsageError
+from equivcheck.modules import executed_again, module_at
 from equivcheck.report import matrix, text
-from equivcheck.subject import executed_again, module_at
 from equivcheck.suite import bundled, expanded, read_suite
 
 FIXTURES = bundled("fixtures")

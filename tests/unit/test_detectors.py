@@ -195,3 +195,28 @@ def test_a_fault_is_named_as_far_as_it_can_be_told(tmp_path, name):
 
     assert case["verdict"] == "divergent"
     assert " ".join(causes) == expected
+
+
+def roles_of(folder, *replacements):
+    """Return the roles of every run that the check of a loop made."""
+    text = SUBJECT
+    for before, after in replacements:
+        assert before in text
+        text = text.replace(before, after)
+    path = folder / "train_step.py"
+    path.write_text(text, encoding="utf-8")
+    entry = run_case(load_subject(str(path)), Case(str(path), accumulation_steps=4))
+    return [each["role"] for each in entry["runs"]]
+
+
+def test_addends_are_taken_only_where_a_loss_is_a_sum(tmp_path):
+    """A loss with one addend needs no runs to tell its addends apart."""
+    one = roles_of(tmp_path, NO_LOG, (BACKWARD, "(loss / 1.7).backward()"))
+    several = roles_of(
+        tmp_path,
+        NO_LOG,
+        (LOSS, f"{LOSS} + model[0].weight.square().sum()"),
+        (BACKWARD, "(loss / 1.7).backward()"),
+    )
+
+    assert (one.count("pieces"), several.count("pieces")) == (1, 2)

@@ -14,7 +14,7 @@ import torch
 import equivcheck
 from equivcheck.case import Case
 from equivcheck.deadline import deadline
-from equivcheck.entropy import other_seeds, watch_entropy
+from equivcheck.entropy import other_seeds, seed_torch, watch_entropy
 from equivcheck.experiment import Experiment
 from equivcheck.subject import load_subject
 
@@ -121,3 +121,12 @@ def test_a_missing_step_is_made_whatever_lies_in_memory():
         result = equivcheck.measure(str(MUTANT), accumulation_steps=2)
 
     assert [cause["code"] for cause in result.cases[0]["causes"]] == ["EQ311"]
+
+
+def test_seeding_draws_what_torch_draws():
+    """The same numbers as after `torch.manual_seed`, for any seed."""
+    for seed in (0, 1, 2**40 + 3):
+        torch.manual_seed(seed)
+        expected = torch.randn(5)
+        seed_torch(seed)
+        assert torch.equal(torch.randn(5), expected)
