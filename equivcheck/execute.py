@@ -233,7 +233,8 @@ def _execute(
 
             def idle() -> bool:
                 ahead = run.prefetches or recording.prefetched
-                return not ahead and recorder.backwards >= len(recording.fetched) - 1
+                known = run.prefetches is False
+                return known or (not ahead and recorder.backwards >= len(recording.fetched) - 1)
 
             _key(stack, feed, keyed, idle)
         if run.seed_offset:

@@ -425,9 +425,7 @@ class Experiment:
                 start, turn = data.start(batch), by % len(slices)
                 for first, last in [*slices[turn:], *slices[:turn]]:
                     micro.append([start + row for row in range(first, last)])
-            run = Run(
-                "candidate", data, micro, self.case.accumulation_steps, self.micro_batch_size
-            )
+            run = Run("candidate", data, micro, self.case.accumulation_steps, self.micro_batch_size)
             return self._execute(run, Comparer(self.reference(), contributions=True))
 
         return self._once(("turned", by), make)

@@ -50,6 +50,8 @@ class KeyedRandom(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._served: dict[int, list[Key]] = {}
         self._held: list[Any] = []
         self._keys: tuple[Key, ...] = ()
+        self._latest: tuple[Key, ...] = ()
+        self._used: tuple[Key, ...] = ()
         self._entered: dict[tuple[Key, ...], list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self._states: dict[tuple[Key, ...], torch.Tensor] = {}
         if first:
@@ -61,13 +63,14 @@ class KeyedRandom(TorchDispatchMode):  # type: ignore[no-untyped-call]
         Args:
             keys: The samples.
             micro_batch: What the loop is given.
-            is_next: Every one before it has had its backward: what is drawn now is drawn for this one.
+            is_next: If the one before it was used, it is done with: what is drawn now is drawn for this one.
         """
         self._held.append(micro_batch)  # Another tensor must not get the address of one of these.
         for tensor in tensors_in(micro_batch):
             self._served[_address(tensor)] = list(keys)
-        if is_next or not self._keys:
+        if not self._keys or (is_next and self._used == self._latest):
             self._touch(tuple(keys))
+        self._latest = tuple(keys)
 
     def __torch_dispatch__(
         self,
@@ -82,7 +85,8 @@ class KeyedRandom(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in given:
             keys = self._served.get(_address(tensor))
             if keys is not None:
-                self._touch(tuple(keys))
+                self._used = tuple(keys)
+                self._touch(self._used)
         if torch.Tag.nondeterministic_seeded not in getattr(func, "tags", ()):
             return func(*args, **kwargs)
         if kwargs.get("generator") is not None:

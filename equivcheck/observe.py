@@ -538,7 +538,7 @@ class Pieces(Comparer):
         self._set_shadows(recorder, cycle)
 
     def _set_shadows(self, recorder: Recorder, cycle: int) -> None:
-        """Set the loop's own copies of the weights to what they are at this cycle's step: a teacher is part of a loss."""
+        """Set the loop's own copies of the weights to what they are at this cycle's step: a teacher makes a loss."""
         if recorder.holdings is not None or cycle >= len(self._reference.kept):
             return
         wanted = self._reference.kept[cycle].shadows

@@ -83,7 +83,9 @@ def suspect(view: View) -> list[Suspicion]:
         main = next(component for component in parts.components if component != main)
     means = [component for component, each in found.items() if each.rule == "EQ103"]
     if means and main in found and found[main].rule == "EQ102":
-        main = means[0]  # A sum that is divided as if it were a mean stands beside means, and may be larger than they.
+        main = means[
+            0
+        ]  # A sum that is divided as if it were a mean stands beside means, and may be larger than they.
     by_code: dict[str, list[Component]] = {}
     for component, each in found.items():
         code = "EQ107" if each.same else each.rule if component == main or alike else "EQ106"

@@ -85,9 +85,7 @@ def _scales(view: View) -> list[Suspicion]:
         return _scales_by_hand(view)
     cycle = next(iter(changing))
     evidence = {"loss_scales": changing[cycle]}
-    factors = {
-        each: [scales[-1] / scale for scale in scales] for each, scales in changing.items()
-    }
+    factors = {each: [scales[-1] / scale for scale in scales] for each, scales in changing.items()}
     variants = [(Defer("scaler"),), (Reweight(factors),)]
     return [Suspicion("EQ402", variants, evidence, cycle, 21)]
 

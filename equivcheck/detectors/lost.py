@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import torch
 
-from equivcheck.detectors.cycle import zeroing
+from equivcheck.detectors.cycle import zeroing as kinds_of_zeroing
 from equivcheck.detectors.state import Changes, at_step
 from equivcheck.errors import EquivcheckError
-from equivcheck.interventions import EvaluateOnce, Intervention, Restitute, Supplement
+from equivcheck.fit import Attribution
+from equivcheck.interventions import EvaluateOnce, Intervention, Restitute, Supplement, Zeroing
 from equivcheck.recording import Place, Recording
 from equivcheck.view import Suspicion, View
 
@@ -28,13 +29,13 @@ def suspect(view: View) -> list[Suspicion]:
 
 def _lost(view: View) -> list[Suspicion]:
     """EQ305: the gradient is right but for micro-batches of weight zero, which are added back from their pieces."""
-    cleared = view.inside(*zeroing(view), "step")
+    cleared = view.inside(*kinds_of_zeroing(view), "step")
     if cleared or not view.divergent:
         return []
     missing: Changes = {}
     after: dict[int, Gradient] = {}
     evidence: dict[str, object] = {}
-    step = 0
+    step, only_last = 0, True
     once = _evaluated_once(view)
     losses: dict[int, float] = {}
     attributions = view.experiment.attributions((once,)) if once else view.divergent
@@ -42,17 +43,17 @@ def _lost(view: View) -> list[Suspicion]:
         right = view.right(each)
         if right is None:
             return []
-        lost = [
-            k for k, w in enumerate(each.w.solution) if abs(w) <= 1e-9 * max(abs(x) for x in right)
-        ]
-        kept = [0.0 if k in lost else v for k, v in enumerate(right)]
+        largest = max(abs(x) for x in (*right, *each.w.solution))
+        lost = [k for k, w in enumerate(each.w.solution) if abs(w) <= 1e-9 * largest]
         if not lost and once:
             continue
-        if not lost or not view.fits(each, kept):
+        meant = _meant(view, each, right, lost)
+        if not lost or meant is None:
             return []
+        only_last &= lost == list(range(len(right) - 1))
         total = torch.zeros_like(each.reference)
         for k in lost:
-            total += right[k] * each.pieces[k]
+            total += meant[k] * each.pieces[k]
         at_step(view, each, total, missing)
         parts = torch.split(total, [length for _, length in each.names])
         names = (name for name, _ in each.names)
@@ -60,7 +61,7 @@ def _lost(view: View) -> list[Suspicion]:
         after[backwards] = dict(zip(names, parts, strict=True))
         if once:
             alone = _losses_alone(view, once, each.matched)
-            losses[backwards] = sum(right[k] * alone.get(k, 0.0) for k in lost)
+            losses[backwards] = sum(meant[k] * alone.get(k, 0.0) for k in lost)
         if not evidence:
             evidence = {"lost_micro_steps": lost, "weights": each.w.values}
             step = each.step
@@ -69,14 +70,49 @@ def _lost(view: View) -> list[Suspicion]:
     variants: list[tuple[Intervention, ...]] = [(Restitute(missing),), (Supplement(after),)]
     if once:
         variants = [(once, Supplement(after, losses))]
-    found = Suspicion("EQ305", variants, evidence, step, 27)
+    code = "EQ301" if only_last and _sums_zeroed(view) else "EQ305"
+    if code == "EQ301":
+        evidence["because"] = "the sums that the loop keeps are set to zero within the cycle"
+        evidence["fix"] = "set them to zero once, after the optimizer step"
+    found = Suspicion(code, variants, evidence, step, 27)
     found.is_seen = True
     return [found]
 
 
+def _meant(
+    view: View, attribution: Attribution, right: list[float], lost: list[int]
+) -> list[float] | None:
+    """Return the weights that all micro-batches would have if none were lost: the true ones, or those of another fault.
+
+    What is put back with a wrong weight leaves that fault alone, to be found.
+    """
+    k = len(right)
+    for weights in (
+        right,
+        [1.0 / k] * k,
+        [1.0] * k,
+        [x * k for x in right],
+        [x / k for x in right],
+    ):
+        if view.fits(attribution, [0.0 if i in lost else w for i, w in enumerate(weights)]):
+            return weights
+    return None
+
+
+def _sums_zeroed(view: View) -> bool:
+    """Return whether the loop sets sums of its own to zero within a cycle: those that it hands over at the step."""
+    if view.experiment.crew is not None or not all(s.handed_over for s in view.candidate.steps):
+        return False
+    zeroing = Zeroing()
+    view.experiment.candidate((*view.chosen, zeroing))
+    return bool(zeroing.inside)
+
+
 def _evaluated_once(view: View) -> EvaluateOnce | None:
-    """Return what makes closures be evaluated once, if they are more often: later, at other parameters, what is
-    missing is not known."""
+    """Return what makes closures be evaluated once, if they are more often.
+
+    At the other parameters of a later evaluation, what is missing is not known.
+    """
     if view.chosen or not any(event.kind == "repeat" for event in view.candidate.timeline):
         return None
     known = view.experiment.remembered

@@ -57,8 +57,8 @@ def suspect(view: View) -> list[Suspicion]:
     if shadows is not None:
         evidence = {"shadow_weights": list(shadows.names[:5]), "relative": shadows.relative}
         # What was copied after one step is seen before the next.
-        variants = [(Rewind("shadows"),), (Rewind("shadows", "counts"),)]
-        copied = Suspicion("EQ309", variants, evidence, max(shadows.matched - 1, 0), 23)
+        copies = [(Rewind("shadows"),), (Rewind("shadows", "counts"),)]
+        copied = Suspicion("EQ309", copies, evidence, max(shadows.matched - 1, 0), 23)
         # Copies alone differ, of weights that agree: by a count of the loop's own, if not by the times they were made.
         others = {f.kind for f in judgement.findings if not set(f.names) <= set(shadows.names)}
         copied.is_seen = not others
@@ -72,7 +72,7 @@ def suspect(view: View) -> list[Suspicion]:
         step = moved[0][1].cycle if moved else (updates.matched if updates is not None else 0)
         names = list(updates.names[:5]) if updates is not None else []
         evidence = {"changed_inside_cycles": len(moved), "tensors": names}
-        variants = [
+        variants: list[tuple[Intervention, ...]] = [
             (Rewind("state"),),
             (Rewind("parameters"),),
             (Rewind("parameters", "state"),),

@@ -87,9 +87,7 @@ class Edits(Hooks):
                 self.recorder.note("leftover")
             elif self._probe is not None and not self.stepped:
                 now = self._gradient_probe()
-                if self._had_gradients and not now:
-                    self.recorder.note("cleared")
-                elif self._some_cleared(self._probe, now):
+                if (self._had_gradients and not now) or self._some_cleared(self._probe, now):
                     self.recorder.note("cleared")
                 elif now and len(now) == len(self._probe):
                     self._note_edit([*self._probe.values()], [*now.values()])

@@ -43,22 +43,21 @@ class Schedulers(Hooks):
             if not self.recorder.allowed("scheduler"):
                 return None
             self._depth += 1
+            result = None
             try:
-                result = None
                 for _ in range(
                     max(each.scheduler_steps(self.recorder) for each in self.recorder.interventions)
                     if self.recorder.interventions
                     else 1
                 ):
                     result = original(scheduler, *args, **kwargs)
-                return result
             except ValueError:
                 # Micro-batches alone make more steps than the schedule was made for; they need no rate.
                 if self.recording.role != "pieces":
                     raise
-                return None
             finally:
                 self._depth -= 1
+            return result
 
         return step
 

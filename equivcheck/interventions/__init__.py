@@ -33,6 +33,7 @@ from equivcheck.interventions.state import (
     Supplement,
     ZerosToNone,
 )
+from equivcheck.interventions.zeroing import Zeroing
 
 __all__ = [
     "Addend",
@@ -65,6 +66,7 @@ __all__ = [
     "Synchronise",
     "SynchroniseOnce",
     "UnscaleFirst",
+    "Zeroing",
     "ZerosToNone",
     "ordinal_of",
 ]

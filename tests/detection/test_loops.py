@@ -25,7 +25,8 @@ def test_loop_gets_its_verdict(path: Path, accumulation_steps: int) -> None:
     allowed = [sorted(codes) for codes in (stated["causes"], *stated.get("any_of", []))]
     suspected = stated.get("suspected", {}).get(str(accumulation_steps))
 
-    case = run_case(load_subject(str(path)), Case(str(path), accumulation_steps))
+    split = stated.get("split", "even")
+    case = run_case(load_subject(str(path)), Case(str(path), accumulation_steps, split=split))
 
     proved = sorted(cause["code"] for cause in case["causes"] if cause["status"] == "proved")
     assert case["verdict"] in verdicts, case["headline"]
