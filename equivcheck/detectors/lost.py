@@ -11,7 +11,6 @@ import torch
 
 from equivcheck.detectors.cycle import zeroing as kinds_of_zeroing
 from equivcheck.detectors.state import Changes, at_step
-from equivcheck.errors import EquivcheckError
 from equivcheck.fit import Attribution
 from equivcheck.interventions import EvaluateOnce, Intervention, Restitute, Supplement, Zeroing
 from equivcheck.recording import Place, Recording
@@ -139,15 +138,11 @@ def _short_sweeps(view: View) -> list[Suspicion]:
         return []
     if "dataset" in experiment.wants or not experiment.other_steps:
         return []
-    try:
-        whole = experiment.contributed_whole()
-        written = experiment.contributed()
-        turned = [experiment.turned(by) for by in range(1, view.steps)]
-    except EquivcheckError:
+    mine = _sweeps(experiment.contributed(), view.places)
+    if all(len(each.by_place) == each.micro_steps for sweeps in mine.values() for each in sweeps):
         return []
+    whole = experiment.contributed_whole()
     wanted = _sweeps(whole, whole.places(view.cycles))
-    mine = _sweeps(written, view.places)
-    given = [_sweeps(each, each.places(view.cycles)) for each in turned]
     after: dict[int, Gradient] = {}
     lost: list[int] = []
     step = 0
@@ -155,19 +150,12 @@ def _short_sweeps(view: View) -> list[Suspicion]:
         if len(sweeps) != len(wanted.get(cycle, ())):
             return []
         for index, sweep in enumerate(sweeps):
-            count = sweep.micro_steps
-            absent = [k for k in range(count) if k not in sweep.by_place]
+            absent = [k for k in range(sweep.micro_steps) if k not in sweep.by_place]
             if not absent:
                 continue
             extra: Gradient = {}
             for k in absent:
-                # Turned by b, the micro-batch that stood at place k stands at k - b.
-                standing = (
-                    found[cycle][index].by_place.get((k - by) % count)
-                    for by, found in enumerate(given, 1)
-                    if len(found.get(cycle, ())) == len(sweeps)
-                )
-                piece = next((each for each in standing if each is not None), None)
+                piece = _in_another_place(view, sweep, k, cycle, index)
                 if piece is None:
                     return []
                 _add(extra, piece)
@@ -176,14 +164,20 @@ def _short_sweeps(view: View) -> list[Suspicion]:
             after[sweep.end] = extra
             if not lost:
                 lost, step = absent, cycle
-    if not after:
-        return []
     evidence: dict[str, object] = {
         "lost_micro_steps": lost,
         "sweeps_over_the_cycle": max(len(each) for each in mine.values()),
         "short_sweeps": len(after),
     }
     return [Suspicion("EQ305", [(Supplement(after),)], evidence, step, 18, is_seen=True)]
+
+
+def _in_another_place(view: View, short: _Sweep, k: int, cycle: int, index: int) -> Gradient | None:
+    """Return what the micro-batch of place k gives where another order puts it in a place that is not left out."""
+    place = min(short.by_place)
+    recording = view.experiment.turned((k - place) % short.micro_steps)
+    sweeps = _sweeps(recording, recording.places(view.cycles)).get(cycle, [])
+    return sweeps[index].by_place.get(place) if index < len(sweeps) else None
 
 
 class _Sweep:
