@@ -1,0 +1,112 @@
+"""Micro-batches that never reached a step, and copies of weights: what is proved of them, and what is not."""
+
+from __future__ import annotations
+
+import pytest
+
+from equivcheck.case import Case
+from equivcheck.decide import run_case
+from equivcheck.subject import load_subject
+
+SUBJECT = """
+import itertools
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+def build():
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
+
+def batches():
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.randn(8, 4, generator=generator), torch.arange(8) % 2) for _ in range(4)]
+
+def train(model, loader, accumulation_steps):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    copies = [p.detach().clone() for p in model.parameters()]
+    index = 0
+    iterator = iter(loader)
+    while group := list(itertools.islice(iterator, accumulation_steps)):
+        rows = sum(len(y) for _, y in group)
+        for x, y in group:  # first sweep
+            index += 1
+            (F.cross_entropy(model(x), y, reduction="sum") / rows).backward()
+        with torch.no_grad():
+            ascents = [0.1 * p.grad for p in model.parameters()]
+            for p, ascent in zip(model.parameters(), ascents):
+                p.add_(ascent)
+        optimizer.zero_grad()
+        for x, y in group:  # second sweep
+            (F.cross_entropy(model(x), y, reduction="sum") / rows).backward()
+        with torch.no_grad():
+            for p, ascent in zip(model.parameters(), ascents):
+                p.sub_(ascent)
+        optimizer.step()
+        optimizer.zero_grad()
+        if index:  # copies
+            with torch.no_grad():
+                for copy, p in zip(copies, model.parameters()):
+                    copy.lerp_(p, 0.1)
+"""
+FIRST = "for x, y in group:  # first sweep"
+SECOND = "for x, y in group:  # second sweep"
+COPIES = "if index:  # copies"
+ALONE = "    index = 0\n"
+TOLD = {
+    "as it is": ("equivalent", ""),
+    "the second sweep misses one": (
+        "divergent",
+        "EQ305 proved",
+        (SECOND, "for x, y in group[:1]:"),
+    ),
+    "the first sweep misses one": ("divergent", "EQ305 proved", (FIRST, "for x, y in group[:1]:")),
+    "both sweeps miss one": (
+        "divergent",
+        "EQ305 proved",
+        (FIRST, "for x, y in group[:1]:"),
+        (SECOND, "for x, y in group[:1]:"),
+    ),
+    "what is left of a sweep is weighted anew": (
+        "divergent",
+        "EQ000 suspected",
+        (SECOND, "rows = len(group[0][1])\n        for x, y in group[:1]:"),
+    ),
+    "no second sweep": (
+        "divergent",
+        "EQ000 suspected",
+        (SECOND, "for x, y in group if accumulation_steps == 1 else []:"),
+    ),
+    "copies by a count of micro-batches": (
+        "divergent",
+        "EQ309 proved",
+        (COPIES, "if index % 2 == 0:"),
+    ),
+    "copies by a count, micro-batches alone refused": (
+        "divergent",
+        "EQ309 suspected",
+        (COPIES, "if index % 2 == 0:"),
+        (ALONE, ALONE + "    assert accumulation_steps > 1 or len(loader) == 4\n"),
+    ),
+    "copies by what no count gives": (
+        "divergent",
+        "EQ309 suspected",
+        (COPIES, "if accumulation_steps == 1 or index > 4:"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_it_is_proved_what_a_step_never_got(tmp_path, name):
+    """The codes, and whether they are proved."""
+    verdict, expected, *replaced = TOLD[name]
+    source = SUBJECT
+    for line, other in replaced:
+        assert line in source
+        source = source.replace(line, other)
+    path = tmp_path / "subject.py"
+    path.write_text(source, encoding="utf-8")
+    case = run_case(load_subject(str(path)), Case(str(path), 2))
+    causes = [f"{each['code']} {each['status']}" for each in case["causes"]]
+
+    assert case["verdict"] == verdict
+    assert " ".join(causes) == expected
