@@ -58,6 +58,9 @@ class Observer:
     def start(self, recorder: Recorder) -> None:
         """See the state before the run."""
 
+    def fetched(self, recorder: Recorder) -> None:
+        """See the state before a micro-batch is handed out."""
+
     def take(self, _name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Return the coordinates of one parameter's tensor that are looked at, float64, on the cpu."""
         return tensor.detach().flatten().to("cpu", torch.float64, copy=True)
@@ -205,10 +208,9 @@ class Keeper(Sampler):
         self._stepped = True
         self.shelf.release()
 
-    @contextmanager
-    def contributions(self, recorder: Recorder) -> Iterator[None]:
+    def fetched(self, recorder: Recorder) -> None:
         """See what the loop itself did to the parameters since the step: copied a master's, averaged them, ..."""
-        if self._stepped:
+        if self._stepped and recorder.holdings is None:
             self._stepped = False
             kept = recorder.recording.kept[-1]
             kept.begins = {
@@ -216,7 +218,6 @@ class Keeper(Sampler):
                 for name, p in recorder.parameters().items()
                 if name in kept.after and not _alike(p.detach(), kept.after[name])
             }
-        yield
 
     @staticmethod
     def _initial(recorder: Recorder) -> dict[str, torch.Tensor]:

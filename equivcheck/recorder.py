@@ -191,6 +191,7 @@ class Recorder:
         """Note a micro-batch that is about to be handed out."""
         for each in self.interventions:
             each.before_fetch(self)
+        self.observer.fetched(self)
         self.recording.fetched.append(keys)
         self.note("fetch", samples=len(keys))
 

@@ -141,7 +141,7 @@ class Kept:
         after, buffers, state: Parameters, buffers and optimizer state after the step.
         shadows: Copies of the weights that the loop keeps itself, before the step.
         moved: How far the step moved each parameter, L2.
-        begins: Parameters that the loop changed itself between the step and the next backward, as that found them.
+        begins: Parameters that the loop changed itself between the step and the next micro-batch it took.
         release: Gives the memory of what lies on disk back, at once or when enough bytes have been read.
     """
 

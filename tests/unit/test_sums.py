@@ -7,9 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from equivcheck.detectors import stale
 from equivcheck.errors import EquivcheckError
 from equivcheck.recording import Step
 from equivcheck.sums import kept_sums, weight_of_earlier
+from equivcheck.verdict import Finding, Judgement
 
 FIRST = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
 SECOND = torch.tensor([4.0, -3.0, 2.0, -1.0], dtype=torch.float64)
@@ -88,6 +90,13 @@ def test_the_weight_of_the_step_before_is_read_from_what_each_gives_alone(second
     assert found == (None if weight is None else pytest.approx(weight, abs=1e-12))
 
 
+def test_a_step_before_without_a_gradient_has_no_weight():
+    experiment = an_experiment(0.0 * FIRST, SECOND)
+    first, step = experiment.reference().steps
+
+    assert weight_of_earlier(experiment, step, first) is None
+
+
 @pytest.mark.parametrize("more", [{"alone": None}, {"batches": 1}, {"by": "Adam"}])
 def test_a_full_batch_that_cannot_be_run_alone_tells_nothing(more):
     experiment = an_experiment(FIRST, FIRST + SECOND, **more)
@@ -139,3 +148,35 @@ def test_gradients_that_no_backward_made_are_looked_into(contributed, promoted, 
     experiment = an_experiment(FIRST, FIRST + SECOND, contributed=contributed, is_promoted=promoted)
 
     assert (kept_sums(experiment) is not None) is told
+
+
+def a_view(*steps, findings=(1,), chosen=(), **more):
+    """Return what the detector is shown: an accumulated run, and which of its steps differ."""
+    experiment = an_experiment(FIRST, FIRST + SECOND, **more)
+    judgement = Judgement([Finding("gradients", i, i, ("w",), 0.5, 1e-9) for i in findings])
+    candidate = SimpleNamespace(steps=[a_step(i, gradient) for i, gradient in enumerate(steps)])
+    return SimpleNamespace(
+        experiment=experiment, judgement=judgement, chosen=chosen, candidate=candidate
+    )
+
+
+def test_stale_sums_explain_a_difference_that_is_all_theirs():
+    """The accumulated run holds another share of the step before than the full batch does."""
+    (found,) = stale.suspect(a_view(FIRST, SECOND + 0.5 * FIRST))
+
+    assert (found.code, found.step, found.proved, found.shared) == ("EQ302", 1, True, True)
+
+
+@pytest.mark.parametrize(
+    ("steps", "more"),
+    [
+        ((FIRST, SECOND + OTHER), {}),
+        ((OTHER, SECOND), {"findings": (0,)}),
+        ((FIRST, SECOND + 0.5 * FIRST), {"findings": ()}),
+        ((FIRST, SECOND + 0.5 * FIRST), {"chosen": ("something",)}),
+        ((FIRST, SECOND + 0.5 * FIRST), {"other_steps": False}),
+    ],
+    ids=["something else", "no step before", "no difference", "put right", "no sums"],
+)
+def test_stale_sums_do_not_explain(steps, more):
+    assert stale.suspect(a_view(*steps, **more)) == []
