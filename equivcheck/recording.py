@@ -262,7 +262,8 @@ class Recording:
             members = [i for i, (c, _) in enumerate(owner) if c == cycle]
             count = len(by_cycle[cycle])
             fetched_last = {owner[i][1] for i in members}
-            if members and len(fetched_last) == 1 and count > 1 and len(members) % count == 0:
+            # All were fetched, or went forward, before the first backward: the last of them is no backward's own.
+            if fetched_last == {count - 1} and count > 1 and len(members) % count == 0:
                 share = len(members) // count
                 sweeps = self._sweeps(members, count)
                 for rank, i in enumerate(members):

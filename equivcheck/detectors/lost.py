@@ -155,15 +155,14 @@ def _short_sweeps(view: View) -> list[Suspicion]:
                 continue
             extra: Gradient = {}
             for k in absent:
-                piece = _in_another_place(view, sweep, k, cycle, index)
-                if piece is None:
-                    return []
-                _add(extra, piece)
+                _add(extra, _in_another_place(view, sweep, k, cycle, index))
             if not _makes(view, wanted[cycle][index].total(), sweep.total(), extra):
-                return []
+                break  # Another fault; or a sweep after a short one, which starts from elsewhere.
             after[sweep.end] = extra
             if not lost:
                 lost, step = absent, cycle
+    if not after:
+        return []
     evidence: dict[str, object] = {
         "lost_micro_steps": lost,
         "sweeps_over_the_cycle": max(len(each) for each in mine.values()),
@@ -172,12 +171,12 @@ def _short_sweeps(view: View) -> list[Suspicion]:
     return [Suspicion("EQ305", [(Supplement(after),)], evidence, step, 18, is_seen=True)]
 
 
-def _in_another_place(view: View, short: _Sweep, k: int, cycle: int, index: int) -> Gradient | None:
+def _in_another_place(view: View, short: _Sweep, k: int, cycle: int, index: int) -> Gradient:
     """Return what the micro-batch of place k gives where another order puts it in a place that is not left out."""
     place = min(short.by_place)
     recording = view.experiment.turned((k - place) % short.micro_steps)
     sweeps = _sweeps(recording, recording.places(view.cycles)).get(cycle, [])
-    return sweeps[index].by_place.get(place) if index < len(sweeps) else None
+    return sweeps[index].by_place.get(place, {}) if index < len(sweeps) else {}
 
 
 class _Sweep:

@@ -62,7 +62,7 @@ TOLD = {
     "the first sweep misses one": ("divergent", "EQ305 proved", (FIRST, "for x, y in group[:1]:")),
     "both sweeps miss one": (
         "divergent",
-        "EQ305 proved",
+        "EQ305 suspected",
         (FIRST, "for x, y in group[:1]:"),
         (SECOND, "for x, y in group[:1]:"),
     ),
