@@ -128,13 +128,22 @@ def test_a_loop_that_insists_on_its_seed_is_decided_all_the_same(decide):
     assert told(case) == "divergent EQ101 proved"
 
 
-def test_micro_batches_that_cannot_be_run_alone_have_no_weights(decide):
+def test_micro_batches_that_cannot_be_run_alone_have_the_weights_of_what_their_backwards_add(
+    decide,
+):
     alone = "    assert accumulation_steps > 1 or len(loader) <= len(ROWS)\n    optimizer ="
     case = decide(UNDIVIDED, ("    optimizer =", alone))
 
-    assert case["verdict"] == "divergent"
-    assert case["attribution"] is None
-    assert any(note.startswith("no attribution") for note in case["notes"])
+    assert told(case) == "divergent EQ101 proved"
+    scale = [
+        w / v
+        for v, w in zip(
+            case["attribution"]["reference_weights"],
+            case["attribution"]["candidate_weights"],
+            strict=True,
+        )
+    ]
+    assert scale == pytest.approx([case["accumulation_steps"]] * len(scale))
 
 
 ASSERTED = f"{LOSS}\n        assert loss.dtype == torch.float32"
