@@ -55,6 +55,7 @@ STATED = {
     "DPO aot": "sorts the rows of a batch: they are coupled by definition",
     "DPO aot_unpaired": "sorts the rows of a batch: they are coupled by definition",
     "KTO kto": "takes its KL from the batch: rows are coupled by definition",
+    "GRPO dapo, entropy bonus": "stated in its code: the bonus is a mean over each micro-batch",
     "GRPO bnpo": "documented as normalised over the local batch",
 }
 
@@ -163,12 +164,6 @@ def cases() -> dict[str, Callable[[dict[str, Any]], Any]]:
     found["Reward"] = lambda given: offline(RewardTrainer, RewardConfig, preferences, given)
     found["GRPO dapo, entropy bonus"] = lambda given: online(
         GRPOTrainer, GRPOConfig, given, entropy_coef=0.1
-    )
-    found["GRPO dapo, two steps per generation"] = lambda given: online(
-        GRPOTrainer,
-        GRPOConfig,
-        given,
-        steps_per_generation=2 * given["gradient_accumulation_steps"],
     )
     found["RLOO"] = lambda given: online(RLOOTrainer, RLOOConfig, given, beta=0.0)
     for loss in ("nll", "dft"):
