@@ -49,7 +49,7 @@ def _unused(view: View) -> list[Suspicion]:
     found = []
     for each in _apart_at_the_step(view):
         variants: list[Interventions] = [(FindUnused(),)]
-        partly = _on_some_ranks(_steps_of(view.candidate, each.step))
+        partly = _on_some_ranks(steps_of(view.candidate, each.step))
         if partly:
             variants.append((Synchronise(),))
         evidence = {**each.evidence, "on_some_ranks_only": partly[:5]}
@@ -102,7 +102,7 @@ def _clipped_by_hand(view: View) -> list[Suspicion]:
     factors: dict[int, list[float]] = {}
     first: int | None = None
     for step in view.candidate.steps:
-        own = _steps_of(view.candidate, step.index)
+        own = steps_of(view.candidate, step.index)
         if step.matched is None or not any(each.parts for each in own):
             continue
         parts = [overall(each.gradients) for each in own]
@@ -163,7 +163,7 @@ def _rank_scale(view: View) -> list[Suspicion]:
 # ---- what differs between ranks ----------------------------------------------------------------
 
 
-def _steps_of(recording: Recording, index: int) -> list[Step]:
+def steps_of(recording: Recording, index: int) -> list[Step]:
     """Return every rank's own view of an optimizer step."""
     return [each.steps[index] for each in recording.ranks if index < len(each.steps)]
 
@@ -195,7 +195,7 @@ def _apart_at_the_step(view: View) -> list[Suspicion]:
     """EQ502 where ranks hold gradients whole: they differ between the ranks."""
     limit = SAFETY * view.experiment.noise().floor()
     for index in range(len(view.candidate.steps)):
-        steps = _steps_of(view.candidate, index)
+        steps = steps_of(view.candidate, index)
         spread = gradient_spread(steps) if len(steps) > 1 else 0.0
         if spread > limit and not _reduced_after_a_clip(steps, limit):
             evidence: dict[str, object] = {"spread_between_ranks": spread}
@@ -214,7 +214,7 @@ def _unsynchronised_parts(view: View) -> list[Suspicion]:
     finding = view.judgement.first("gradients", "none")
     if finding is None or finding.step < 0:
         return []
-    steps = _steps_of(view.candidate, finding.step)
+    steps = steps_of(view.candidate, finding.step)
     sent = [reductions(each)[finding.step] for each in view.candidate.ranks]
     if not any(each.parts for each in steps) or not all(sent):
         return []
@@ -242,7 +242,7 @@ def _weights_of_ranks(view: View, index: int) -> list[list[float | None]]:
     if found is None:
         return []
     result = []
-    for step in _steps_of(view.candidate, index):
+    for step in steps_of(view.candidate, index):
         parts = [
             torch.zeros(length, dtype=torch.float64) if (s := step.sample.get(name)) is None else s
             for name, length in found.names
@@ -255,7 +255,7 @@ def _parted(view: View) -> list[Suspicion]:
     """EQ505: the ranks hold different parameters or buffers, although no gradient differs between them."""
     limit = SAFETY * view.experiment.noise().floor()
     for index in range(len(view.candidate.steps)):
-        steps = _steps_of(view.candidate, index)
+        steps = steps_of(view.candidate, index)
         if len(steps) < 2 or gradient_spread(steps) > limit:
             continue
         kinds = ("parameters", "buffers")
