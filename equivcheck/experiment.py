@@ -430,6 +430,15 @@ class Experiment:
 
         return self._once(("left_on_ranks", interventions), make)
 
+    def left_by_full_batch(self) -> Recording:
+        """Return the full-batch run once more, with what its backwards left."""
+        return self._once(
+            ("left_by_full_batch",),
+            lambda: self._full(
+                "full_batch", Comparer(self.reference(), contributions=True, left=True), ()
+            ),
+        )
+
     def _refuse_ranks(self) -> None:
         if self.case.world_size > 1:
             raise UsageError(f"backwards of {self.case.world_size} ranks are not put together")

@@ -14,7 +14,6 @@ from equivcheck.interventions import (
     Broadcast,
     FindUnused,
     NormOfWhole,
-    ScaleParts,
     Synchronise,
     SynchroniseOnce,
 )
@@ -71,8 +70,6 @@ def _on_some_ranks(steps: Sequence[Step]) -> list[str]:
 
 # Norms that agree to this are the same norm: rounding is far below it, and parts of a gradient far above.
 _SAME = 1e-6
-# What a clip adds to a norm is far below the norm itself.
-_EPSILON = 1e-3
 
 
 def _clipped(view: View) -> list[Suspicion]:
@@ -85,7 +82,7 @@ def _clipped(view: View) -> list[Suspicion]:
         for each in view.candidate.ranks
     ]
     if not all(events):
-        return _clipped_by_hand(view)
+        return []  # What ranks do without a call, or some of them only, is looked for elsewhere.
     norms = {view.cycle_of(step.index): step.norm for step in view.reference.steps}
     used = [each[0].detail["norm"] for each in events]
     wanted = next((e for e in view.reference.timeline if e.kind == "clip"), None)
@@ -95,46 +92,6 @@ def _clipped(view: View) -> list[Suspicion]:
     # Where the reduction comes after the clip, both are put right by one that comes before it.
     variants: list[Interventions] = [(NormOfWhole(norms),), (Synchronise(),)]
     return [Suspicion("EQ506", variants, evidence, max(finding.matched, 0), 21)]
-
-
-def _clipped_by_hand(view: View) -> list[Suspicion]:
-    """EQ506 without a call: each rank's part is as long as the whole ought to be, in its own direction."""
-    factors: dict[int, list[float]] = {}
-    first: int | None = None
-    for step in view.candidate.steps:
-        own = steps_of(view.candidate, step.index)
-        if step.matched is None or not any(each.parts for each in own):
-            continue
-        parts = [overall(each.gradients) for each in own]
-        whole = overall(step.gradients).reference_norm
-        if not whole or not all(part.rr for part in parts):
-            return []
-        shares = [part.reference_norm / whole for part in parts]
-        predicted = _with_epsilon([part.scale for part in parts], shares)
-        if all(abs(part.scale * x - 1.0) < _SAME for part, x in zip(parts, predicted, strict=True)):
-            factors[view.cycle_of(step.matched)] = predicted
-            first = step.index if first is None else first
-    if first is None:
-        return []
-    evidence = {"share_of_the_norm": next(iter(factors.values()))}
-    return [Suspicion("EQ506", [(ScaleParts(factors),)], evidence, first, 21)]
-
-
-def _with_epsilon(scales: Sequence[float], shares: Sequence[float]) -> list[float]:
-    """Return the factors between the norm of a part and that of the whole, as a clip has them: (|part| + e)/(|G| + e).
-
-    What is added to a norm before it is divided by (torch's clips add 1e-6) is read from the rank that is furthest off,
-    in units of |G|; the others have to agree.
-
-    Args:
-        scales: How much too long the part of each rank is.
-        shares: |part| / |G|.
-    """
-    scale, share = max(zip(scales, shares, strict=True), key=lambda pair: abs(pair[0] - 1.0))
-    epsilon = (1.0 - scale * share) / (scale - 1.0) if scale != 1.0 else 0.0
-    if not 0.0 < epsilon < _EPSILON:
-        epsilon = 0.0
-    return [(each + epsilon) / (1.0 + epsilon) for each in shares]
 
 
 # ---- weights -----------------------------------------------------------------------------------

@@ -1,10 +1,11 @@
 """What some ranks do to their gradients between the last backward of a cycle and the step: EQ505, EQ506.
 
-R ranks, each holding the gradient whole. A change that all of them make alike is looked for elsewhere.
+R ranks, each holding the gradient whole, or a part of it. A change that all of them make alike is looked for elsewhere.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Final
 
@@ -12,7 +13,7 @@ import torch
 
 from equivcheck.attribution import solve
 from equivcheck.detectors.ranks import gradient_spread, steps_of
-from equivcheck.interventions import Synchronise, TakeFrom
+from equivcheck.interventions import ScaleParts, Synchronise, TakeFrom
 from equivcheck.noise import SAFETY
 from equivcheck.recording import Event, Recording, Step
 from equivcheck.verdict import overall
@@ -21,38 +22,105 @@ from equivcheck.view import Suspicion, View
 # What a hand-written clip makes longer is rounding; what it makes shorter it shortens by more than that.
 _SAME: Final = 1e-6
 
+# What a clip adds to a norm before it divides by it (torch's clips add 1e-6) is far below the norm itself.
+_EPSILON: Final = 1e-3
+
 Gradients = dict[str, "torch.Tensor | None"]
 
 
 def suspect(view: View) -> list[Suspicion]:
-    """Return suspicions where ranks that hold the same parameters did something of their own to a gradient."""
-    if view.experiment.case.world_size == 1 or view.judgement.first("gradients", "applied") is None:
+    """Return suspicions where ranks did something of their own to a gradient before they stepped."""
+    ranks = view.candidate.ranks
+    if len(ranks) < 2 or view.judgement.first("gradients", "applied") is None:
         return []
-    if any(step.parts for each in view.candidate.ranks for step in each.steps):
-        return []
+    steps = [step for each in ranks for step in each.steps]
+    is_shared_out = any(step.parts for step in steps) or len({*map(_names, steps)}) > 1
+    return _parts_clipped(view) if is_shared_out else _replicas_changed(view)
+
+
+def _names(step: Step) -> frozenset[str]:
+    return frozenset(step.sample)
+
+
+def _replicas_changed(view: View) -> list[Suspicion]:
+    """EQ505, EQ506: ranks that hold gradients whole change them, each in its own way."""
     limit = SAFETY * view.experiment.noise().floor()
     for index in range(len(view.candidate.steps)):
         steps = steps_of(view.candidate, index)
         if len(steps) < view.experiment.case.world_size:
             return []
-        as_taken = [each.sample for each in steps]
         apart = max(gradient_spread(steps), _applied_apart(steps))
-        if apart > limit:
-            as_left = _as_left(view, index)
-            if not as_left or _spread(as_left) > limit:
-                return []
-            return [_changed_by_some(view, index, apart)]
-        if any(event.kind == "clip" for event in _events(view.candidate.ranks, index)):
+        clips = any(event.kind == "clip" for event in _events(view.candidate.ranks, index))
+        if apart <= limit and clips:
             continue
         as_left = _as_left(view, index)
-        if as_left and _spread(as_left) > limit:
-            shares = _shortened(as_left, as_taken[0])
-            if shares:
-                evidence: dict[str, object] = {"share_of_each_rank": shares}
-                found = Suspicion("EQ506", [(Synchronise(),)], evidence, index, 20)
-                found.is_seen = True
-                return [found]
+        if not as_left:
+            return []
+        if apart > limit:
+            return [] if _spread(as_left) > limit else [_changed_by_some(view, index, apart)]
+        shares = _shortened(as_left, steps[0].sample) if _spread(as_left) > limit else []
+        if shares:
+            evidence: dict[str, object] = {"share_of_each_rank": shares}
+            found = Suspicion("EQ506", [(Synchronise(),)], evidence, index, 20)
+            found.is_seen = True
+            return [found]
     return []
+
+
+def _parts_clipped(view: View) -> list[Suspicion]:
+    """EQ506 without a call: what each rank multiplies its part by is not what the full batch multiplies the whole by.
+
+    The factors of all of them have to be those of clips.
+    """
+    if any(event.kind == "clip" for each in view.candidate.ranks for event in each.timeline):
+        return []
+    alone = view.experiment.left_by_full_batch().steps
+    ranks = [each.steps for each in view.experiment.left_on_ranks(view.chosen).ranks]
+    whole = _clips(alone)
+    parts = [_clips(each) for each in ranks]
+    if not whole or not all(parts):
+        return []
+    factors: dict[int, list[float]] = {}
+    first: tuple[int, list[float], float] | None = None
+    for index, step in enumerate(view.candidate.steps):
+        if step.matched is None:
+            continue
+        right, used = whole[step.matched], [each[index] for each in parts if index < len(each)]
+        if len(used) < len(parts):
+            return []
+        factors[view.cycle_of(step.matched)] = [right / each for each in used]
+        if first is None and any(abs(each / right - 1.0) > _SAME for each in used):
+            first = index, used, right
+    if first is None:
+        return []
+    evidence: dict[str, object] = {"factor_of_each_rank": first[1], "factor_of_the_whole": first[2]}
+    return [Suspicion("EQ506", [(ScaleParts(factors),)], evidence, first[0], 21)]
+
+
+def _clips(steps: Sequence[Step]) -> list[float]:
+    """Return the factor of every step, if all are a clip's: 1, or less where gradients of one norm are left."""
+    found = [(_factor(each.left, each.sample), each.norm) for each in steps]
+    factors = [factor for factor, _ in found if factor is not None and factor <= 1.0 + _SAME]
+    shortest = min((n for f, n in found if f is not None and f < 1.0 - _SAME), default=math.inf)
+    longest = max((norm for _, norm in found), default=0.0)
+    is_clip = len(factors) == len(found) and longest <= shortest * (1.0 + _EPSILON)
+    return factors if is_clip else []
+
+
+def _factor(left: Gradients, taken: Gradients) -> float | None:
+    """Return what gradients were multiplied with between the last backward and the step; None if by no one number."""
+    names = [name for name, each in taken.items() if each is not None]
+    pairs = [(left.get(name), taken[name]) for name in names]
+    if not pairs or any(each is None for each, _ in pairs):
+        return None
+    before = torch.cat([each for each, _ in pairs if each is not None])
+    after = torch.cat([each for _, each in pairs if each is not None])
+    held = ~after.isnan()
+    before, after = before[held], after[held]
+    size = float(before @ before)
+    scale = float(before @ after) / size if size else 0.0
+    rest = float((after - scale * before).norm())
+    return scale if scale > 0.0 and rest <= _SAME * float(after.norm()) else None
 
 
 def _changed_by_some(view: View, index: int, apart: float) -> Suspicion:
@@ -121,7 +189,7 @@ def _shortened(ranks: Sequence[Gradients], taken: Gradients) -> list[float]:
         return []
     pieces = torch.stack([torch.cat([t for n in names if (t := r[n]) is not None]) for r in ranks])
     found = solve(pieces, torch.cat([t for n in names if (t := taken[n]) is not None]))
-    if not found.unique or found.residual > _SAME:
+    if not found.unique or found.residual is None or found.residual > _SAME:
         return []
     shares = [len(ranks) * weight for weight in found.solution]
     is_clip = all(0.0 < each <= 1.0 + _SAME for each in shares) and min(shares) < 1.0 - _SAME
