@@ -3,7 +3,7 @@
 # make lint       ruff and mypy alone
 # make bench      the benchmarks
 # make calibrate  measure rounding on correct code: what the limits are set by
-# make search     check 10,000 generated correct loops, an hour or two at low priority; begun again, it goes on
+# make search     check 10,500 generated correct loops, 20 minutes; begun again, it goes on
 # make search-mutants  rewrite reports/search.*: generated cases until each mutant is found
 # make planted    rewrite reports/planted.md: trainers with one fault under all suites, an hour
 # make wheel      build the wheel and use it where there is no clone

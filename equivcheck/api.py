@@ -367,7 +367,8 @@ def plan(
     from equivcheck.decide import plan_cases  # noqa: PLC0415 - torch is loaded only to run
     from equivcheck.execute import process_state  # noqa: PLC0415
     from equivcheck.subject import load_subject  # noqa: PLC0415
-    from equivcheck.suite import cases_of, expanded, is_suite  # noqa: PLC0415
+    from equivcheck.suite import expanded, is_suite  # noqa: PLC0415
+    from equivcheck.workload import cases_of  # noqa: PLC0415
 
     fields = (
         *("split", "strategy", "precision", "device", "optimizer_steps", "rows", "seed"),
@@ -415,7 +416,7 @@ def job_of(case: Mapping[str, Any]) -> Job:
     """
     from equivcheck.scripts.target import script_of  # noqa: PLC0415 - loaded only to run
     from equivcheck.subject import load_subject  # noqa: PLC0415
-    from equivcheck.suite import load_workload  # noqa: PLC0415
+    from equivcheck.workload import load_workload  # noqa: PLC0415
 
     point = Case.from_dict(case)
     script = script_of(case)

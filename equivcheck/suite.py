@@ -9,21 +9,17 @@ from __future__ import annotations
 
 import difflib
 import functools
-import importlib
-import inspect
-import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from equivcheck.case import SPLITS, STRATEGIES, Case, shares_of
+from equivcheck.case import SPLITS, STRATEGIES
 from equivcheck.causes import CAUSES
 from equivcheck.errors import TargetError, UsageError
-from equivcheck.modules import Module, executed_again, module_at
+from equivcheck.modules import executed_again, module_at
 from equivcheck.result import EXIT_CODES
-from equivcheck.subject import Code, Subject, attribute_of, location_of, reading
 
 PREFIX = "suite:"
 ALL = "all"
@@ -61,6 +57,11 @@ def loop(path: str) -> dict[str, Part]:
     return {name: Part(f"{path}:{name}") for name in ("build", "batches", "train")}
 
 
+def several(value: Any) -> tuple[Any, ...]:
+    """Return the values of an axis that may be stated as one."""
+    return tuple(value) if isinstance(value, (list, tuple, set, frozenset)) else (value,)
+
+
 @dataclass(frozen=True)
 class Theory:
     """What theory says of the cases of a workload that `when` describes.
@@ -80,7 +81,7 @@ class Theory:
 
     def covers(self, case: Mapping[str, Any]) -> bool:
         """Return whether this is said of a case, given as its fields."""
-        return all(case[name] in _several(value) for name, value in self.when.items())
+        return all(case[name] in several(value) for name, value in self.when.items())
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as the result has it."""
@@ -333,248 +334,3 @@ def _is_suite_file(path: Path) -> bool:
     except (OSError, UnicodeDecodeError):
         return False
     return re.search(r"^WORKLOADS\b", text, re.MULTILINE) is not None
-
-
-# ---- planning ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A case of a suite, the subject to run it on, and what theory expects."""
-
-    subject: Subject
-    case: Case
-    theory: Theory
-
-
-def cases_of(
-    target: str, values: Mapping[str, Any], stated: Callable[[str], bool]
-) -> tuple[list[Planned], list[str]]:
-    """Return the cases of a suite, and notes on the rows that are left out.
-
-    Args:
-        target: The suite.
-        values: Options by name, checked.
-        stated: Tells whether the user stated an option; only then does it take the place of what the rows say.
-
-    Raises:
-        UsageError: An option makes no sense for a suite, or a row cannot be planned.
-    """
-    for name, instead in (("expect", "the suite states what theory expects"), *_ROWS_OWN):
-        if stated(name):
-            raise UsageError(f"--{name} has no place in a run of {target}", because=instead)
-    suite = read_suite(target)
-    train = values.get("train")
-    found: list[Planned] = []
-    left: dict[str, list[str]] = {}
-    for row in suite.workloads.values():
-        if train is not None and row.train is not None:
-            left.setdefault("whose own loop is the point", []).append(row.name)
-            continue
-        subject = load_workload(target, row.name, train)
-        code = subject.fresh()
-        asked = _asked(code)
-        absent = [name for name in row.needs if asked is not None and name not in asked]
-        if absent and train is not None:
-            reason = f"for which train would have to ask for {', '.join(absent)}"
-            left.setdefault(reason, []).append(row.name)
-            continue
-        found += _cases_of_row(target, row, subject, code, values, stated)
-    notes = [
-        f"{target}: {len(names)} workloads {reason} are left out under --train"
-        for reason, names in left.items()
-    ]
-    return found, notes
-
-
-_ROWS_OWN = (("precision", "each workload states its own; -k precision=bf16 selects"),)
-
-
-def _asked(code: Code) -> set[str] | None:
-    """Return the names that `train` asks for; None where it takes whatever there is."""
-    parameters = inspect.signature(code.train).parameters.values()
-    if any(each.kind is each.VAR_KEYWORD for each in parameters):
-        return None
-    return {each.name for each in parameters}
-
-
-def _cases_of_row(
-    target: str,
-    row: Workload,
-    subject: Subject,
-    code: Code,
-    values: Mapping[str, Any],
-    stated: Callable[[str], bool],
-) -> list[Planned]:
-    from equivcheck.feed import read_batches  # noqa: PLC0415 - rows can be listed without torch
-    from equivcheck.split import plan  # noqa: PLC0415
-
-    def axis(name: str, own: Sequence[Any]) -> Sequence[Any]:
-        return _several(values[name]) if stated(name) else own
-
-    steps = values["optimizer_steps"] if stated("optimizer_steps") else row.optimizer_steps
-    data = read_batches(code.batches, steps)
-    full = max(data.rows)
-    found: list[Planned] = []
-    seen: set[Any] = set()
-    batches_itself = (_asked(code) or set()) & {"dataset", "micro_batch_size"}
-    for world_size, strategy, split, k in itertools.product(
-        axis("world_size", row.world_sizes),
-        axis("strategy", row.strategies),
-        axis("split", row.splits),
-        axis("accumulation_steps", row.accumulation_steps),
-    ):
-        case = Case(
-            target=target,
-            accumulation_steps=full // shares_of(world_size, strategy) if k == FULL else k,
-            split=split,
-            world_size=world_size,
-            strategy=strategy,
-            precision=row.precision or "native",
-            seed=values.get("seed", 0),
-            device=values.get("device", "cpu"),
-            optimizer_steps=steps,
-            workload=row.name,
-            train=values.get("train"),
-            rng=values["rng"] if stated("rng") else row.rng,
-        )
-        # With a sample in each micro-batch, or as many as rows allow, an uneven cut is the even one.
-        cut = plan(
-            data.rows,
-            case.accumulation_steps,
-            split,
-            world_size,
-            every_rank_all=case.shares < world_size,
-        )
-        if batches_itself and (split != "even" or full % (case.shares * case.accumulation_steps)):
-            continue  # A framework that batches by itself cannot be given uneven slices.
-        point = (world_size, strategy, case.accumulation_steps, repr(cut))
-        if point in seen:
-            continue
-        seen.add(point)
-        found.append(Planned(subject, case, row.theory(case.as_dict(), full // case.shares)))
-    return found
-
-
-# ---- running -----------------------------------------------------------------------------------
-
-
-def load_workload(target: str, name: str, train: str | None = None) -> Subject:
-    """Return the subject that a row of a suite stands for.
-
-    Args:
-        target: The suite.
-        name: The workload.
-        train: `FILE:ATTR`, a loop to take the place of the suite's.
-
-    Raises:
-        TargetError: There is no such row, or one of its parts is not there.
-    """
-    suite = read_suite(target)
-    if name not in suite.workloads:
-        raise TargetError(
-            f"no-workload: {target} has no workload {name!r}",
-            expected="one of " + ", ".join(suite.workloads),
-        )
-    row = suite.workloads[name]
-    parts = {
-        "build": row.build,
-        "batches": row.batches,
-        "loss": row.loss or _standard("losses.py:CrossEntropy"),
-        "optimizer": row.optimizer or Part("torch.optim:SGD", {"lr": 0.1}),
-        "train": row.train or _standard("suite_trainers/standard.py:train"),
-    }
-    if train is not None:
-        parts["train"] = Part(train if ":" in train else f"{train}:train")
-    if row.scheduler is not None:
-        parts["scheduler"] = row.scheduler
-    user = {"train"} if train is not None else set()
-    places = {
-        role: _place(each, None if role in user else suite.path.parent)
-        for role, each in parts.items()
-    }
-    modules = {place: _module(place) for place, _ in places.values()}
-
-    def load() -> Code:
-        found = dict(zip(modules, executed_again(list(modules.values())), strict=True))
-        made = {
-            role: functools.partial(
-                attribute_of(found[place], attribute, parts[role].address), **parts[role].options
-            )
-            for role, (place, attribute) in places.items()
-        }
-        offers = {
-            "loss": made["loss"](),
-            "optimizer": made["optimizer"],
-            "scheduler": _scheduler(made.get("scheduler")),
-            "max_norm": row.max_norm,
-        }
-        where = f"{target} {name}"
-        loop = made["train"] if row.logs else _silent(made["train"])
-        return Code(made["build"], reading(made["batches"], where), loop, None, offers)
-
-    code = load()
-    return Subject(target, repeatable=True, location=location_of(code.train), _load=load)
-
-
-def _standard(address: str) -> Part:
-    return Part(f"{bundled('fixtures')}/{address}")
-
-
-def _place(each: Part, folder: Path | None) -> tuple[str, str]:
-    """Return the module and the attribute of an address, files meant relative to the folder."""
-    place, _, attribute = each.address.partition(":")
-    if folder is not None and (place.endswith(".py") or "/" in place):
-        place = str((folder / place).resolve())
-    return place, attribute
-
-
-def _module(place: str) -> Module:
-    """Return the module of a part; a fixture of ours has a name that no package of the user's can have."""
-    found = module_at(place)
-    root, path = bundled("fixtures"), Path(place)
-    if not path.is_relative_to(root):
-        return found
-    parts = path.relative_to(root.parent).with_suffix("").parts
-    name = ".".join(("equivcheck._bundled", *parts))
-    return replace(
-        found,
-        root=root,
-        execute=functools.partial(importlib.import_module, name),
-        importable=False,
-    )
-
-
-def _scheduler(make: functools.partial[Any] | None) -> Callable[..., Any]:
-    """Return what `train` gets as `scheduler`.
-
-    The horizon of a schedule is counted in optimizer steps. A loop that states its own number of them shows whether it
-    counts right; by default it is what the full batches make.
-    """
-
-    def scheduler(optimizer: Any, optimizer_steps: int | None = None) -> Any:
-        if make is None:
-            return None
-        horizon = scheduler.optimizer_steps if optimizer_steps is None else optimizer_steps  # type: ignore[attr-defined]
-        options = {k: horizon if v is HORIZON else v for k, v in make.keywords.items()}
-        return make.func(optimizer, *make.args, **options)
-
-    return scheduler
-
-
-def _silent(train: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the loop without what it returns: only rows about logging judge that."""
-
-    @functools.wraps(train)
-    def silent(**given: Any) -> None:
-        returned = train(**given)
-        if hasattr(returned, "__next__"):
-            for _ in returned:
-                pass
-
-    silent.__signature__ = inspect.signature(train)  # type: ignore[attr-defined]
-    return silent
-
-
-def _several(value: Any) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, (list, tuple, set, frozenset)) else (value,)

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Spec", "adopt_states", "states_of"]
 
-OBSERVERS = ("write", "compare", "perturb", "contribute", "watch")
-
 
 @dataclass
 class Spec:

@@ -5,8 +5,7 @@ P parameters; all tensors lie on the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -183,13 +182,3 @@ class Link:
             if parameter.shape == leaf.shape and key.endswith(name):
                 return parameter
         return next(iter(self.parameters.values()))
-
-
-@contextmanager
-def linked(holder: list[Link], link: Link) -> Iterator[None]:
-    """Let a bridge's hooks find the link of the run that is under way."""
-    holder.append(link)
-    try:
-        yield
-    finally:
-        holder.remove(link)

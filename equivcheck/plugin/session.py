@@ -42,7 +42,6 @@ class Session:
         self._written: list[str] = []
         self._failures: list[str] = []
         self._replay: str | None = config.getoption("equivcheck_replay")
-        self._replayed = 0
         # Reports arrive here from every worker, and this very process is the one that tells them.
         self.reports = facts.Reports()
         if self._worker is None:
@@ -88,7 +87,6 @@ class Session:
             chosen = [job for job in jobs if job.case.id.startswith(self._replay.lower())]
             if jobs and not chosen:
                 pytest.skip(f"equivcheck: no case {self._replay} here")
-            self._replayed += len(chosen)
         most = self.max_ranks
         fitting = [job for job in chosen if job.case.world_size <= most]
         above = sorted(

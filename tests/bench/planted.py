@@ -28,7 +28,8 @@ from equivcheck import result as results
 from equivcheck.feed import read_batches
 from equivcheck.split import plan, take, walk
 from equivcheck.subject import Code
-from equivcheck.suite import bundled, load_workload, read_suite
+from equivcheck.suite import bundled, read_suite
+from equivcheck.workload import load_workload
 
 ROOT = Path(__file__).parents[2]
 LATEST = ROOT / "reports" / "latest"

@@ -113,12 +113,8 @@ def ran(monkeypatch):
     put("equivcheck.decide", plan_cases=plan_cases, run_case=run_case)
     put("equivcheck.execute", process_state=nullcontext)
     put("equivcheck.subject", load_subject=load_subject, Parts=Parts)
-    put(
-        "equivcheck.suite",
-        cases_of=None,
-        expanded=lambda target: [target],
-        is_suite=lambda _: False,
-    )
+    put("equivcheck.suite", expanded=lambda target: [target], is_suite=lambda _: False)
+    put("equivcheck.workload", cases_of=None)
     return cases
 
 

@@ -38,7 +38,7 @@ LAYERS = (
             "addends",
         ),
         *("ranks", "parts"),
-        *("bridges", "execute", "memory", "deadline", "strategies", "suite", "attach"),
+        *("bridges", "execute", "memory", "deadline", "strategies", "suite", "workload", "attach"),
     },
     {
         *("topology", "traffic", "denominators"),
