@@ -20,6 +20,7 @@ from equivcheck.interventions.ranks import (
     ScaleParts,
     Synchronise,
     SynchroniseOnce,
+    TakeFrom,
 )
 from equivcheck.interventions.state import (
     Before,
@@ -65,6 +66,7 @@ __all__ = [
     "Supplement",
     "Synchronise",
     "SynchroniseOnce",
+    "TakeFrom",
     "UnscaleFirst",
     "Zeroing",
     "ZerosToNone",
