@@ -60,25 +60,9 @@ TOLD = {
         (SECOND, "for x, y in group[:1]:"),
     ),
     "the first sweep misses one": ("divergent", "EQ305 proved", (FIRST, "for x, y in group[:1]:")),
-    "both sweeps miss one": (
+    "copies by a count, with two backwards for each": (
         "divergent",
-        "EQ305 suspected",
-        (FIRST, "for x, y in group[:1]:"),
-        (SECOND, "for x, y in group[:1]:"),
-    ),
-    "what is left of a sweep is weighted anew": (
-        "divergent",
-        "EQ000 suspected",
-        (SECOND, "rows = len(group[0][1])\n        for x, y in group[:1]:"),
-    ),
-    "no second sweep": (
-        "divergent",
-        "EQ000 suspected",
-        (SECOND, "for x, y in group if accumulation_steps == 1 else []:"),
-    ),
-    "copies by a count of micro-batches": (
-        "divergent",
-        "EQ309 proved",
+        "EQ309 suspected",
         (COPIES, "if index % 2 == 0:"),
     ),
     "copies by a count, micro-batches alone refused": (
