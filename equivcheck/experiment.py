@@ -419,6 +419,26 @@ class Experiment:
 
         return self._once(("left",), make)
 
+    def left_on_ranks(self, interventions: Interventions = ()) -> Recording:
+        """Return the accumulated run in float64 once more, with what each rank's last backward of a cycle left."""
+
+        def make() -> Recording:
+            comparer = Comparer(self.reference(interventions), contributions=True, left=True)
+            schedule = self.schedule() if interventions else []
+            data = self.data_for(interventions, promoted=True)
+            return self._accumulated("candidate", comparer, data, interventions, schedule)
+
+        return self._once(("left_on_ranks", interventions), make)
+
+    def left_by_full_batch(self) -> Recording:
+        """Return the full-batch run once more, with what its backwards left."""
+        return self._once(
+            ("left_by_full_batch",),
+            lambda: self._full(
+                "full_batch", Comparer(self.reference(), contributions=True, left=True), ()
+            ),
+        )
+
     def _refuse_ranks(self) -> None:
         if self.case.world_size > 1:
             raise UsageError(f"backwards of {self.case.world_size} ranks are not put together")

@@ -419,10 +419,22 @@ class Comparer(Sampler):
             yield
         if self._want_left:
             with torch.no_grad():
-                self._left = {
-                    name: None if p.grad is None else self.take(name, p.grad)
-                    for name, p in recorder.parameters().items()
-                }
+                self._left = self._as_left(recorder)
+
+    def _as_left(self, recorder: Recorder) -> dict[str, torch.Tensor | None]:
+        """Return the gradients as they are now, at the sampled coordinates; of a rank, of the parts that it holds."""
+        if recorder.holdings is None:
+            return {
+                name: None if p.grad is None else self.take(name, p.grad)
+                for name, p in recorder.parameters().items()
+            }
+        self._find_places(recorder.holdings)
+        return {
+            part.name: None
+            if part.holder.grad is None
+            else self.take(part.name, part.local(part.holder.grad))
+            for part in recorder.holdings.held()
+        }
 
     def returned(self, recorder: Recorder, inputs: Any, result: Any) -> None:
         if self._want_contributions:

@@ -195,7 +195,8 @@ def native_gap(full: Recording, accumulated: Recording) -> float:
     """Return the largest relative difference of the two native gradients, at the sampled coordinates."""
     by_match = {step.matched: step for step in full.steps if step.matched is not None}
     worst = 0.0
-    for step in accumulated.steps:
+    # A rank that differs counts, whichever it is; parts of a gradient count together.
+    for step in [step for each in (accumulated, *accumulated.ranks) for step in each.steps]:
         other = by_match.get(step.matched) if step.matched is not None else None
         if other is None or step.skipped or other.skipped:
             continue

@@ -14,7 +14,6 @@ from equivcheck.interventions import (
     Broadcast,
     FindUnused,
     NormOfWhole,
-    ScaleParts,
     Synchronise,
     SynchroniseOnce,
 )
@@ -49,7 +48,7 @@ def _unused(view: View) -> list[Suspicion]:
     found = []
     for each in _apart_at_the_step(view):
         variants: list[Interventions] = [(FindUnused(),)]
-        partly = _on_some_ranks(_steps_of(view.candidate, each.step))
+        partly = _on_some_ranks(steps_of(view.candidate, each.step))
         if partly:
             variants.append((Synchronise(),))
         evidence = {**each.evidence, "on_some_ranks_only": partly[:5]}
@@ -71,8 +70,6 @@ def _on_some_ranks(steps: Sequence[Step]) -> list[str]:
 
 # Norms that agree to this are the same norm: rounding is far below it, and parts of a gradient far above.
 _SAME = 1e-6
-# What a clip adds to a norm is far below the norm itself.
-_EPSILON = 1e-3
 
 
 def _clipped(view: View) -> list[Suspicion]:
@@ -85,7 +82,7 @@ def _clipped(view: View) -> list[Suspicion]:
         for each in view.candidate.ranks
     ]
     if not all(events):
-        return _clipped_by_hand(view)
+        return []  # What ranks do without a call, or some of them only, is looked for elsewhere.
     norms = {view.cycle_of(step.index): step.norm for step in view.reference.steps}
     used = [each[0].detail["norm"] for each in events]
     wanted = next((e for e in view.reference.timeline if e.kind == "clip"), None)
@@ -95,46 +92,6 @@ def _clipped(view: View) -> list[Suspicion]:
     # Where the reduction comes after the clip, both are put right by one that comes before it.
     variants: list[Interventions] = [(NormOfWhole(norms),), (Synchronise(),)]
     return [Suspicion("EQ506", variants, evidence, max(finding.matched, 0), 21)]
-
-
-def _clipped_by_hand(view: View) -> list[Suspicion]:
-    """EQ506 without a call: each rank's part is as long as the whole ought to be, in its own direction."""
-    factors: dict[int, list[float]] = {}
-    first: int | None = None
-    for step in view.candidate.steps:
-        own = _steps_of(view.candidate, step.index)
-        if step.matched is None or not any(each.parts for each in own):
-            continue
-        parts = [overall(each.gradients) for each in own]
-        whole = overall(step.gradients).reference_norm
-        if not whole or not all(part.rr for part in parts):
-            return []
-        shares = [part.reference_norm / whole for part in parts]
-        predicted = _with_epsilon([part.scale for part in parts], shares)
-        if all(abs(part.scale * x - 1.0) < _SAME for part, x in zip(parts, predicted, strict=True)):
-            factors[view.cycle_of(step.matched)] = predicted
-            first = step.index if first is None else first
-    if first is None:
-        return []
-    evidence = {"share_of_the_norm": next(iter(factors.values()))}
-    return [Suspicion("EQ506", [(ScaleParts(factors),)], evidence, first, 21)]
-
-
-def _with_epsilon(scales: Sequence[float], shares: Sequence[float]) -> list[float]:
-    """Return the factors between the norm of a part and that of the whole, as a clip has them: (|part| + e)/(|G| + e).
-
-    What is added to a norm before it is divided by (torch's clips add 1e-6) is read from the rank that is furthest off,
-    in units of |G|; the others have to agree.
-
-    Args:
-        scales: How much too long the part of each rank is.
-        shares: |part| / |G|.
-    """
-    scale, share = max(zip(scales, shares, strict=True), key=lambda pair: abs(pair[0] - 1.0))
-    epsilon = (1.0 - scale * share) / (scale - 1.0) if scale != 1.0 else 0.0
-    if not 0.0 < epsilon < _EPSILON:
-        epsilon = 0.0
-    return [(each + epsilon) / (1.0 + epsilon) for each in shares]
 
 
 # ---- weights -----------------------------------------------------------------------------------
@@ -163,7 +120,7 @@ def _rank_scale(view: View) -> list[Suspicion]:
 # ---- what differs between ranks ----------------------------------------------------------------
 
 
-def _steps_of(recording: Recording, index: int) -> list[Step]:
+def steps_of(recording: Recording, index: int) -> list[Step]:
     """Return every rank's own view of an optimizer step."""
     return [each.steps[index] for each in recording.ranks if index < len(each.steps)]
 
@@ -195,7 +152,7 @@ def _apart_at_the_step(view: View) -> list[Suspicion]:
     """EQ502 where ranks hold gradients whole: they differ between the ranks."""
     limit = SAFETY * view.experiment.noise().floor()
     for index in range(len(view.candidate.steps)):
-        steps = _steps_of(view.candidate, index)
+        steps = steps_of(view.candidate, index)
         spread = gradient_spread(steps) if len(steps) > 1 else 0.0
         if spread > limit and not _reduced_after_a_clip(steps, limit):
             evidence: dict[str, object] = {"spread_between_ranks": spread}
@@ -214,7 +171,7 @@ def _unsynchronised_parts(view: View) -> list[Suspicion]:
     finding = view.judgement.first("gradients", "none")
     if finding is None or finding.step < 0:
         return []
-    steps = _steps_of(view.candidate, finding.step)
+    steps = steps_of(view.candidate, finding.step)
     sent = [reductions(each)[finding.step] for each in view.candidate.ranks]
     if not any(each.parts for each in steps) or not all(sent):
         return []
@@ -242,7 +199,7 @@ def _weights_of_ranks(view: View, index: int) -> list[list[float | None]]:
     if found is None:
         return []
     result = []
-    for step in _steps_of(view.candidate, index):
+    for step in steps_of(view.candidate, index):
         parts = [
             torch.zeros(length, dtype=torch.float64) if (s := step.sample.get(name)) is None else s
             for name, length in found.names
@@ -255,7 +212,7 @@ def _parted(view: View) -> list[Suspicion]:
     """EQ505: the ranks hold different parameters or buffers, although no gradient differs between them."""
     limit = SAFETY * view.experiment.noise().floor()
     for index in range(len(view.candidate.steps)):
-        steps = _steps_of(view.candidate, index)
+        steps = steps_of(view.candidate, index)
         if len(steps) < 2 or gradient_spread(steps) > limit:
             continue
         kinds = ("parameters", "buffers")

@@ -19,6 +19,7 @@ from equivcheck.interventions.ranks import (
     ScaleParts,
     Synchronise,
     SynchroniseOnce,
+    TakeFrom,
 )
 from equivcheck.interventions.state import (
     Before,
@@ -57,6 +58,7 @@ __all__ = [
     "StillBuffers",
     "Synchronise",
     "SynchroniseOnce",
+    "TakeFrom",
     "UnscaleFirst",
     "ZerosToNone",
     "ordinal_of",

@@ -256,3 +256,41 @@ class Broadcast(Intervention):
         with quiet():
             for each in _replicas(tensors):
                 dist.broadcast(each.detach(), self._source)
+
+
+class TakeFrom(Intervention):
+    """Give every rank, before it steps, the gradients that one of them has made ready for its own step.
+
+    What that rank has clipped is the clipped gradient of all.
+
+    Args:
+        source: The rank that they are taken from.
+    """
+
+    name = "take the gradients of one rank"
+
+    def __init__(self, source: int) -> None:
+        self._source = source
+
+    def before_step(self, recorder: Recorder, optimizer: Optimizer) -> None:
+        if recorder.world_size == 1:
+            return
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        parameters = _replicas(parameters)
+        snapshots = recorder.clips.snapshots
+        with quiet():
+            shares = [snapshots[id(p)][1] if id(p) in snapshots else 0.0 for p in parameters]
+            present = [float(p.grad is not None) for p in parameters]
+            told = torch.tensor([present, shares], dtype=torch.float64)
+            dist.broadcast(told, self._source)
+            for parameter, there, share in zip(parameters, *told.tolist(), strict=True):
+                if not there:
+                    parameter.grad = None
+                    continue
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                before = snapshots.pop(id(parameter), (torch.zeros_like(parameter.grad), 0.0))[0]
+                dist.broadcast(parameter.grad, self._source)
+                if share:
+                    dist.broadcast(before, self._source)
+                    snapshots[id(parameter)] = (before, share)
