@@ -255,17 +255,24 @@ class Feed:
     def watching_own(self) -> Iterator[None]:
         """See the batches of a data set that the loop made of all samples: trainers copy them into tables of their own.
 
-        Its rows are the samples then, numbered as it numbers them, whatever it made of ours (packed them, say).
+        Its rows are the samples then, numbered as it numbers them, whatever it made of ours (packed them, say). A row
+        that stands in a batch several times, and a batch that a loader yields several times in a row, are the same
+        samples again and no further pass over the data: trainers that draw several answers to a prompt work so.
         """
+        last: tuple[Any, list[int], list[Key]] | None = None
         original: Callable[[Any, Any], Any] = _MapDatasetFetcher.fetch
 
         @functools.wraps(original)
         def fetch(fetcher: Any, index: Any) -> Any:
             if self._busy or not isinstance(index, list) or not self._is_own(fetcher.dataset):
                 return original(fetcher, index)
-            self._look_again(index)
-            keys = [self._own_key(each) for each in index]
-            self.on_fetch(keys)
+            nonlocal last
+            if last is None or last[0] is not fetcher or last[1] != index:
+                self._look_again(index)
+                known = {each: self._own_key(each) for each in dict.fromkeys(index)}
+                last = fetcher, list(index), [known[each] for each in index]
+            keys = last[2]
+            self.on_fetch(list(keys))
             self._busy = True
             try:
                 return original(fetcher, [sample for _, sample in keys])

@@ -21,6 +21,7 @@ import torch.distributed
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from equivcheck.attach.digests import Rule
+from equivcheck.attach.groups import never_freed
 from equivcheck.attach.looks import counted, loaders_of_length, watch_targets
 from equivcheck.attach.observers import Contributor, Follower, Shaken, Watcher, Writer
 from equivcheck.attach.seeds import random_states, same_states
@@ -124,6 +125,7 @@ class Attachment:
         self._stack.enter_context(self.recorder)
         self._stack.callback(register_optimizer_step_post_hook(self._stepped).remove)
         watch_targets(self._stack, self._counted)
+        never_freed(self._stack)
         if spec.length is not None:
             loaders_of_length(self._stack, spec.length)
         if spec.promoted:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from equivcheck.config import OPTIONS, closest
@@ -69,7 +70,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
             expected="one of " + ", ".join(COMMANDS),
             fix=f"equivcheck {guess}" if guess else f"equivcheck run {first}",
         )
-    parser, commands = build()
+    # The command named first is the only one that is needed: the others' modules are not even imported.
+    parser, commands = build(COMMANDS if first is None or arguments[0] != first else (first,))
     options, extra = parser.parse_known_args(arguments)
     if not hasattr(options, "execute"):
         parser.print_help()
@@ -88,8 +90,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-def build() -> tuple[Parser, dict[str, Parser]]:
-    """Return the parser and those of its commands, by name."""
+def build(names: Sequence[str] = COMMANDS) -> tuple[Parser, dict[str, Parser]]:
+    """Return the parser and those of the commands named, by name."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = Parser(
         prog="equivcheck",
@@ -101,7 +103,7 @@ def build() -> tuple[Parser, dict[str, Parser]]:
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
     group = parser.add_subparsers(metavar="COMMAND", dest="command", parser_class=Parser)
     commands = {}
-    for name in COMMANDS:
+    for name in names:
         module = importlib.import_module(f"equivcheck.cli.{name}")
         command = group.add_parser(
             name,

@@ -42,6 +42,9 @@ DISTRIBUTIONS = {
 BESIDE = {
     "torch": "torch.distributed.pipelining: every schedule on two ranks against the full batch in one process",
     "deepspeed": "C20: the batch settings of DeepSpeed (whole, micro, accumulation), and what they come to",
+    "transformers": (
+        "Every loss of TRL's trainers, without the engine: relative difference of the first step's gradient in float64"
+    ),
     "jax": "C29: JAX without the engine, relative difference of the update or the gradient",
     "keras": "Keras without the engine, relative difference of the update",
 }
@@ -122,11 +125,12 @@ def run(family: str, paths: list[Path], envs: Path, results: Path) -> list[dict[
     by_target = {case["target"]: case for case in cases}
     missing = [path for path in paths if str(path.relative_to(ROOT)) not in by_target]
     said = ""
-    if missing:
+    for ranks in sorted({frameworks.ranks(path) for path in missing}):
+        mine = [path for path in missing if frameworks.ranks(path) == ranks]
         found = next(
             path for n in range(1000) if not (path := results / f"{family}-{n}.json").exists()
         )
-        said = measured(python, missing, found)
+        said = measured(python, mine, found, ranks)
         cases = json.loads(found.read_text())["cases"] if found.exists() else []
         by_target |= {case["target"]: case for case in cases}
     return [
@@ -135,10 +139,11 @@ def run(family: str, paths: list[Path], envs: Path, results: Path) -> list[dict[
     ]
 
 
-def measured(python: Path, paths: list[Path], found: Path) -> str:
-    """Run trainers in one process, write their result, and return the last words of the run."""
+def measured(python: Path, paths: list[Path], found: Path, ranks: tuple[int, str]) -> str:
+    """Run trainers, on the ranks they are made for, write their result, and return the last words of the run."""
     command = [str(python), "-m", "equivcheck", "run", *(str(p.relative_to(ROOT)) for p in paths)]
     command += ["--accumulation-steps", str(ACCUMULATION_STEPS), "-q", "--json", str(found)]
+    command += ["--world-size", str(ranks[0]), "--strategy", ranks[1]]
     try:
         done = subprocess.run(
             command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=LIMIT

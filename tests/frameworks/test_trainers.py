@@ -18,12 +18,18 @@ from fixtures import frameworks
 pytestmark = pytest.mark.filterwarnings("default")  # a framework's warnings are its own
 
 
+def name(path: Path) -> str:
+    """Return a trainer's own name, and where it runs."""
+    size, _ = frameworks.ranks(path)
+    return path.stem if size == 1 else f"{path.stem}-{size}-ranks"
+
+
 def marked(paths: list[Path]) -> list[object]:
     """Return the trainers as parameters, each with its environment as a marker."""
     return [
         pytest.param(
             path,
-            id=f"{frameworks.family(path)}-{path.stem}",
+            id=f"{frameworks.family(path)}-{name(path)}",
             marks=getattr(pytest.mark, str(frameworks.family(path))),
         )
         for path in paths
@@ -38,7 +44,9 @@ def run(path: Path) -> dict[str, object]:
     reason = frameworks.missing(path)
     if reason is not None:
         pytest.skip(reason)
-    return run_case(load_subject(str(path)), Case(str(path), accumulation_steps=4))
+    size, strategy = frameworks.ranks(path)
+    case = Case(str(path), accumulation_steps=4, world_size=size, strategy=strategy)
+    return run_case(load_subject(str(path)), case)
 
 
 @pytest.mark.parametrize("path", marked(frameworks.trainers()))
