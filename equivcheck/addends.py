@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-_SUMS = ("AddBackward0", "SubBackward0", "RsubBackward1")
-_SCALES = (
+SUMS = ("AddBackward0", "SubBackward0", "RsubBackward1")
+SCALES = (
     "DivBackward0",
     "MulBackward0",
     "NegBackward0",
@@ -41,9 +41,9 @@ def addends(root: torch.Tensor) -> list[Path]:
             for i, (edge, _) in enumerate(getattr(node, "next_functions", ()))
             if edge is not None
         ]
-        if kind in _SUMS and len(edges) > 1 and len(found) + len(open_) + len(edges) <= MOST:
+        if kind in SUMS and len(edges) > 1 and len(found) + len(open_) + len(edges) <= MOST:
             open_ += [((*path, i), edge) for i, edge in edges]
-        elif kind in (*_SUMS, *_SCALES) and len(edges) == 1 and _below(edges[0][1]):
+        elif kind in (*SUMS, *SCALES) and len(edges) == 1 and _below(edges[0][1]):
             open_.insert(0, ((*path, edges[0][0]), edges[0][1]))
         else:
             found.append(path)
@@ -60,9 +60,9 @@ def _below(node: Any) -> bool:
     while node is not None:
         kind = type(node).__name__
         edges = [edge for edge, _ in getattr(node, "next_functions", ()) if edge is not None]
-        if kind in _SUMS and len(edges) > 1:
+        if kind in SUMS and len(edges) > 1:
             return True
-        if kind not in (*_SUMS, *_SCALES) or len(edges) != 1:
+        if kind not in (*SUMS, *SCALES) or len(edges) != 1:
             return False
         node = edges[0]
     return False

@@ -156,6 +156,26 @@ class Kept:
     release: Callable[..., None] = lambda _=None: None
 
 
+@dataclass(frozen=True)
+class Reduction:
+    """How one number was made of many.
+
+    Attributes:
+        kind: mean or sum.
+        factor: The number that it was multiplied with since.
+        terms: How many there were; of a mean of weighted targets, the sum of their weights.
+    """
+
+    kind: str
+    factor: float
+    terms: float
+
+    @property
+    def scale(self) -> float:
+        """What each term is multiplied with."""
+        return self.factor / self.terms if self.kind == "mean" and self.terms else self.factor
+
+
 @dataclass
 class Backward:
     """One root backward.
@@ -170,6 +190,7 @@ class Backward:
         owner: Micro-batch that a forward had used last; -1 where that is unknown.
         at: When it began, as of `time.time_ns`.
         addends: How many addends the root is a sum of; 1 if it is no sum, 0 where that is unknown.
+        reduction: How the loss was made of its terms; None where that is not seen.
     """
 
     index: int
@@ -181,6 +202,7 @@ class Backward:
     owner: int = -1
     at: int = 0
     addends: int = 0
+    reduction: Reduction | None = None
 
 
 @dataclass

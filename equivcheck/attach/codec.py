@@ -15,12 +15,12 @@ import torch
 
 from equivcheck.differences import Sums
 from equivcheck.interventions import Intervention
-from equivcheck.recording import Backward, Event, Kept, Place, Step
+from equivcheck.recording import Backward, Event, Kept, Place, Reduction, Step
 
 __all__ = ["Unencodable", "decode", "encode"]
 
 _CLASSES: dict[str, type] = {
-    each.__name__: each for each in (Backward, Event, Kept, Place, Step, Sums)
+    each.__name__: each for each in (Backward, Event, Kept, Place, Reduction, Step, Sums)
 }
 # Tensors up to this many elements stand in the JSON: a file header has 100 bytes for each.
 _INLINE = 8

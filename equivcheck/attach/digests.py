@@ -49,7 +49,8 @@ class Rule:
 
     Attributes:
         paths: Tensors whose dimension 0 is the sample, by where they stand in the call; empty until it is known.
-        padding: By path, the value that shorter rows end with.
+        padding: By path, the value that shorter rows end with; 0 where nothing is taken off.
+        endings: By path, the values that rows ended with while nothing was taken off; of this run alone.
         row_length: Most entries of an integer row so far.
         forwards: Forwards before one backward, at most.
         axis: The dimension that is the sample: 0, or 1 in models that take time first; LISTED where an argument is a
@@ -61,12 +62,14 @@ class Rule:
     row_length: int = 1
     forwards: int = 1
     axis: int = 0
+    endings: dict[str, set[int]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the rule, JSON-ready."""
         return {
             "paths": self.paths,
-            "padding": self.padding,
+            # What the full batch was not seen to pad is settled too: a micro-batch may look as if it were.
+            "padding": {**dict.fromkeys(self.endings, 0), **self.padding},
             "row_length": self.row_length,
             "forwards": self.forwards,
             "axis": self.axis,
@@ -201,8 +204,12 @@ def _strip(path: str, values: Array, rule: Rule) -> None:
         last = values[:, -1]
         value = int(Counter(last.tolist()).most_common(1)[0][0])
         repeated = (last == value) & (values[:, -2] == value)
-        if value and repeated.any() and (last != value).any():
+        known = rule.endings.setdefault(path, set())
+        # Rows that were seen to end with it had it counted: they must not be others from now on.
+        if value and value not in known and repeated.any() and (last != value).any():
             rule.padding[path] = value
+        else:
+            known.update(last.tolist())
     value = rule.padding.get(path, 0)
     if value:
         trailing = np.logical_and.accumulate((values == value)[:, ::-1], axis=1)[:, ::-1]

@@ -1,27 +1,19 @@
-"""What is looked at in a process besides steps: counts of what losses are means over, and how losses are reduced."""
+"""What is looked at in a process besides steps: counts of what losses are means over."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch.nn import functional
 
 from equivcheck.counting import masks
 from equivcheck.hooks.base import quiet, replace
-from equivcheck.interventions import Intervention
 
-if TYPE_CHECKING:
-    from equivcheck.recorder import Recorder
-
-__all__ = ["Reduction", "counted", "loaders_of_length", "watch_targets"]
-
-# Nodes between a loss and what it was scaled with: a division by 1, a cast, a view.
-_THROUGH: Final = {"ToCopyBackward0", "ViewBackward0", "SqueezeBackward0", "AliasBackward0"}
-_REDUCTIONS: Final = ("none", "mean", "sum")
+__all__ = ["counted", "loaders_of_length", "watch_targets"]
 
 
 def counted(named: Sequence[tuple[str, torch.Tensor]], rows: int) -> dict[str, int]:
@@ -60,47 +52,3 @@ def watch_targets(stack: ExitStack, found: Callable[[str, int], None]) -> None:
 def loaders_of_length(stack: ExitStack, length: int) -> None:
     """Let `len` of every DataLoader say a number."""
     replace(stack, torch.utils.data.DataLoader, "__len__", lambda _: length)
-
-
-class Reduction(Intervention):
-    """Sees what the loss of the first backward did to its terms. Changes nothing.
-
-    Attributes:
-        found: mean, sum, or "" where that is not seen: several losses, or one that was divided by a count.
-    """
-
-    name = "look at the reduction"
-
-    def __init__(self) -> None:
-        self.found: str | None = None
-
-    @contextmanager
-    def around_backward(self, _recorder: Recorder, outputs: Sequence[Any]) -> Iterator[None]:
-        if self.found is None:
-            self.found = _reduction(outputs[0]) if len(outputs) == 1 else ""
-        yield
-
-
-def _reduction(output: Any) -> str:
-    node = getattr(output, "grad_fn", None)
-    for _ in range(16):
-        if node is None:
-            return ""
-        name = type(node).__name__
-        try:
-            kind = getattr(node, "_saved_reduction", None)
-            if isinstance(kind, int) and 0 <= kind < len(_REDUCTIONS):
-                return _REDUCTIONS[kind]
-            if name.startswith(("SumBackward", "MeanBackward")):
-                return "sum" if name.startswith("Sum") else "mean"
-            if name in {"DivBackward0", "MulBackward0"}:
-                other = getattr(node, "_saved_other", None)
-                with quiet():
-                    if other is None or other.numel() != 1 or float(other) != 1.0:
-                        return ""
-            elif name not in _THROUGH:
-                return ""
-        except RuntimeError:  # The graph was freed.
-            return ""
-        node = node.next_functions[0][0] if node.next_functions else None
-    return ""

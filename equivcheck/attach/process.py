@@ -22,7 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from equivcheck.attach.digests import Rule
 from equivcheck.attach.groups import never_freed
-from equivcheck.attach.looks import Reduction, counted, loaders_of_length, watch_targets
+from equivcheck.attach.looks import counted, loaders_of_length, watch_targets
 from equivcheck.attach.observers import Contributor, Follower, Shaken, Watcher, Writer
 from equivcheck.attach.seeds import random_states, same_states
 from equivcheck.attach.spec import Spec
@@ -85,7 +85,6 @@ class Attachment:
         self._pid = os.getpid()
         self._stack = ExitStack()
         self._promotion: Promotion | None = None
-        self._reduction = Reduction()
         self._began = time.perf_counter()
         self._states = random_states()
         self._is_done = False
@@ -113,7 +112,7 @@ class Attachment:
         self.recorder = ProcessRecorder(
             self.recording,
             _Later(self),
-            interventions=[*spec.interventions, self._reduction],
+            interventions=[*spec.interventions],
             schedule=spec.schedule,
             rule=self.rule,
             samples=self._samples(0, 1),
@@ -277,7 +276,9 @@ class Attachment:
         self.facts.environment["packages"] = _packages()
         self.facts.digests = recorder.samples.digests
         self.facts.rule = self.rule.as_dict()
-        self.facts.reduction = self._reduction.found or ""
+        # A sum that was divided is one that was made a mean by hand.
+        first = recording.backwards[0].reduction if recording.backwards else None
+        self.facts.reduction = first.kind if first is not None and first.factor == 1.0 else ""
         self.facts.states = self.spec.interventions
         save(self._folder, recording, self.facts)
 

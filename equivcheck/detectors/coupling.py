@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from equivcheck.attribution import predict
 from equivcheck.detectors.addends import coupled_addends, spanned
@@ -10,6 +11,7 @@ from equivcheck.errors import EquivcheckError
 from equivcheck.fit import BEYOND_ROUNDING, Attribution
 from equivcheck.freeze import Fingerprint, Freeze, Statistics
 from equivcheck.noise import SAFETY
+from equivcheck.recording import Backward
 from equivcheck.view import Suspicion, View, within
 
 # A factor leaves no more of a gradient than float32 rounds.
@@ -142,21 +144,45 @@ def _shares(view: View, attribution: Attribution) -> list[list[float]]:
 
 def _adds_up(view: View, attribution: Attribution) -> bool:
     """Return whether losses or gradients of the micro-batches add up to about the full batch's, not to K times it."""
+    target = view.reference.steps[attribution.matched]
+    full = view.reference.backwards[target.first_backward : target.backwards]
+    alone = view.experiment.pieces_recording(view.chosen)
+    cycle = view.cycle_of(attribution.matched)
+    own = [
+        (place, backward)
+        for place, backward in zip(alone.places(view.cycles), alone.backwards, strict=False)
+        if place.cycle == cycle
+    ]
+    stated = _stated(full, [backward for _, backward in own])
+    if stated is not None:
+        return all(abs(each - 1.0) <= EXACT for each in stated)
     # Halfway, on the scale of factors, between right and wrong by K.
     limit = math.log(max(attribution.pieces.shape[0], 2)) / 2
     sizes = float(attribution.candidate.norm()), float(attribution.reference.norm())
     if all(sizes) and abs(math.log(sizes[0] / sizes[1])) < limit:
         return True
-    target = view.reference.steps[attribution.matched]
-    whole = sum(b.loss for b in view.reference.backwards[target.first_backward : target.backwards])
-    alone = view.experiment.pieces_recording(view.chosen)
-    cycle = view.cycle_of(attribution.matched)
+    whole = sum(each.loss for each in full)
     losses: dict[int, float] = {}
-    for place, backward in zip(alone.places(view.cycles), alone.backwards, strict=False):
-        if place.cycle == cycle:
-            losses[place.micro_step] = losses.get(place.micro_step, 0.0) + backward.loss
+    for place, backward in own:
+        losses[place.micro_step] = losses.get(place.micro_step, 0.0) + backward.loss
     total = sum(losses.values())
     return bool(whole) and total / whole > 0 and abs(math.log(total / whole)) < limit
+
+
+def _stated(full: Sequence[Backward], alone: Sequence[Backward]) -> list[float] | None:
+    """Return the weights that the loss's own reduction gives micro-batches; None where it is not seen.
+
+    A mean over terms, or a sum that is divided, multiplies each term with one number: in the full batch, and in every
+    micro-batch alone. The terms have to be those of the samples, of which each micro-batch has its part.
+    """
+    made = [each.reduction for each in (*full, *alone)]
+    if len(full) != 1 or any(each is None or not each.scale for each in made):
+        return None
+    whole, *parts = [each for each in made if each is not None]
+    terms = sum(each.terms for each in parts)
+    if any(each.kind != whole.kind for each in parts) or abs(terms - whole.terms) > EXACT * terms:
+        return None
+    return [whole.scale / each.scale for each in parts]
 
 
 def _first_coupled(view: View) -> tuple[str | None, float, bool]:

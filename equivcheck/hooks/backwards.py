@@ -12,7 +12,7 @@ import torch
 
 from equivcheck import addends
 from equivcheck.hooks.base import Hooks, replace
-from equivcheck.hooks.roots import scalar_of, scaled, value_of
+from equivcheck.hooks.roots import reduction_of, scalar_of, scaled, value_of
 from equivcheck.recording import Backward
 
 if TYPE_CHECKING:
@@ -101,6 +101,7 @@ class Backwards(Hooks):
             self.recorder.usage.used_last,
             time.time_ns(),
             addends.count(outputs[0]),
+            reduction_of(outputs),
         )
         repeated = self.repeated is not None
         if self.repeated is None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
+from equivcheck.addends import SCALES, SUMS
 from equivcheck.hooks.base import number, quiet
 from equivcheck.noise import SAFETY, UNIT_ROUNDOFF, gamma
+from equivcheck.recording import Reduction
 
 
 def value_of(outputs: list[Any], seeds: Any) -> tuple[float, str]:
@@ -48,6 +51,49 @@ def _other_of(node: Any) -> float | None:
             if other is not None and other.numel() == 1 and not other.requires_grad
             else None
         )
+
+
+_REDUCTIONS = ("none", "mean", "sum")
+# Nodes between a root and its reduction that are looked at: as many as code of a few lines makes.
+_DEPTH = 16
+
+
+def reduction_of(outputs: list[Any]) -> Reduction | None:
+    """Return how one loss was made of its terms; None where that is not seen, or where addends were made otherwise."""
+    root = outputs[0] if len(outputs) == 1 else None
+    return _reduced(root.grad_fn, 1.0, _DEPTH) if isinstance(root, torch.Tensor) else None
+
+
+def _reduced(node: Any, factor: float, depth: int) -> Reduction | None:
+    kind = type(node).__name__
+    if kind.startswith(("SumBackward", "MeanBackward")):
+        terms = math.prod(map(int, node._saved_self_sym_sizes))
+        return Reduction("sum" if kind.startswith("Sum") else "mean", factor, float(terms))
+    saved = getattr(node, "_saved_reduction", 0)
+    if isinstance(saved, int) and 0 < saved < len(_REDUCTIONS):
+        terms_of = _terms(node)
+        return None if terms_of is None else Reduction(_REDUCTIONS[saved], factor, terms_of)
+    if depth == 0 or kind not in (*SUMS, *SCALES):
+        return None
+    if kind in ("DivBackward0", "MulBackward0"):
+        other = _other_of(node)
+        if not other:
+            return None
+        factor = factor / other if kind == "DivBackward0" else factor * other
+    edges = [edge for edge, _ in node.next_functions if edge is not None]
+    found = {_reduced(edge, factor, depth - 1) for edge in edges}
+    return found.pop() if len(found) == 1 else None
+
+
+def _terms(node: Any) -> float | None:
+    """Return what a loss of `torch.nn.functional` is a mean or sum over: elements, or the weights of targets."""
+    try:
+        with quiet():
+            if hasattr(node, "_saved_total_weight"):
+                return float(node._saved_total_weight)
+            return float(node._saved_target.numel())
+    except (AttributeError, RuntimeError):  # the graph was freed
+        return None
 
 
 def scaled(seeds: Any, outputs: list[Any], factor: float) -> tuple[Any, ...]:

@@ -33,7 +33,8 @@ UNTRIED = {
     "Unsloth": "not tried here: it needs a GPU at import",
     "torchtitan": "not tried here: its attention has no backward on a CPU",
     "TRL GRPOTrainer on two ranks as a subject": (
-        "no verdict: with answers that a prompt decides, gradients on two ranks differ by 8.7e-1 from one process; "
+        "divergent (EQ201 suspected), unexplained: with answers that a prompt decides, gradients on two ranks differ "
+        "by 8.7e-1 from one process; "
         "whether that is the trainer or how its groups are shared out here was not found"
     ),
     "Keras, JAX, Lightning and Fabric on two ranks as subjects": "not tried here: no trainer was written for it",

@@ -25,6 +25,8 @@ from equivcheck.subject import load_subject
 QUICK = settings(
     max_examples=settings.default.max_examples // 25, suppress_health_check=list(HealthCheck)
 )
+# torch says once, in a process, that a float32 norm is given what autocast has cast.
+pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 MUTANTS = Path(__file__).parents[2] / "fixtures" / "mutants"
 # Faults of the weights of micro-batches, whose effect is zero exactly where those weights are equal.
 MEANS = ("eq103_mean_of_means_samples", "eq103_mean_of_means_tokens")

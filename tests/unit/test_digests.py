@@ -177,3 +177,16 @@ def test_padding_along_any_dimension_counts_for_nothing(value):
 
     assert digests(padded) == digests(rows)
     assert digests(padded.double()) == digests(rows)
+
+
+def test_segments_that_end_rows_are_not_taken_for_padding_midway():
+    """All rows of one batch end alike, some of the next: what was counted in the first is counted ever after."""
+    alike = torch.tensor([[0, 1, 2, 2], [0, 0, 1, 2]])
+    mixed = torch.tensor([[0, 1, 2, 2], [0, 0, 1, 1], [0, 1, 2, 2], [1, 1, 2, 2]])
+    full = Rule()
+    known = [row_digests([("args.0", each)], full) for each in (alike, mixed)]
+    micro = Rule(**full.as_dict())
+    again = [row_digests([("args.0", each)], micro) for each in (alike, mixed[:2], mixed[2:])]
+
+    assert known[0] == again[0]
+    assert known[1] == again[1] + again[2]
