@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 
 from equivcheck import result as results
-from equivcheck.api import plan
+from equivcheck.api import measure, plan
 from equivcheck.config import OPTIONS
 from equivcheck.errors import UsageError
 from equivcheck.modules import executed_again, module_at
 from equivcheck.report import matrix, text
 from equivcheck.suite import bundled, expanded, read_suite
+from equivcheck.workload import OFFERED, load_workload
 
 FIXTURES = bundled("fixtures")
 SUITE = f"""
@@ -144,6 +145,45 @@ def test_a_loop_with_one_fault_fails_where_that_fault_matters(suite):
     assert ran.returncode == 1
     # Without a schedule there is nothing to advance too often.
     assert failed == {"scheduled"}
+
+
+def test_a_loop_that_asks_for_what_is_not_there_is_refused_once(suite):
+    """Before any case runs, with its own place and the closest name."""
+    (suite / "loop.py").write_text("\n\ndef train(modle, loader, loss): ...\n", encoding="utf-8")
+
+    ran = cli(suite, "run", "mine.py", "--train", "loop.py:train", "--json", "r.json")
+
+    assert ran.returncode == 2
+    assert "unknown-argument: train of loop.py:train asks for 'modle'" in ran.stderr
+    assert "where     loop.py:3" in ran.stderr
+    assert "did you mean model?" in ran.stderr
+    assert not (suite / "r.json").exists()
+
+
+def test_what_a_loop_is_refused_for_is_what_no_run_offers():
+    """The names that are known before a run are those that a run has."""
+    seen = set()
+
+    def train(model, loader, accumulation_steps, **others):
+        seen.update({"model", "loader", "accumulation_steps", *others})
+        plain_mean.train(model, loader, accumulation_steps)
+
+    plain_mean = executed_again([module_at(str(FIXTURES / "trainers" / "plain_mean.py"))])[0]
+    found = measure(plain_mean, train=train, accumulation_steps=2)
+
+    assert found.verdict == "equivalent"
+    assert seen == set(OFFERED)
+
+
+@pytest.mark.parametrize("logs", [True, False])
+def test_a_loop_is_known_by_its_own_place(suite, logs):
+    """Whatever wraps it, and whatever options a row gives it."""
+    path = suite / "mine.py"
+    own = f'**PARTS, train=part("loop.py:train", rate=2), logs={logs})'
+    path.write_text(SUITE.replace("**PARTS)", own, 1), encoding="utf-8")
+    (suite / "loop.py").write_text("\ndef train(model, loader, rate): ...\n", encoding="utf-8")
+
+    assert load_workload(str(path), "right").location == f"{suite}/loop.py:2"
 
 
 @pytest.mark.parametrize(
