@@ -14,6 +14,7 @@ import pytest
 
 from equivcheck import noise
 from equivcheck import result as results
+from equivcheck.errors import UsageError
 from equivcheck.report import (
     budget,
     changes,
@@ -164,6 +165,37 @@ def test_a_result_without_some_key_renders(name):
                 assert render(less) is not None
             except Exception as error:
                 raise AssertionError((place, render.__module__)) from error
+
+
+@pytest.mark.parametrize("name", ["EQ306", "EQ303", "EQ602"])
+@pytest.mark.parametrize("other", ["text", 1.5, [1], {"a": 1}], ids=repr)
+def test_what_is_of_another_kind_is_refused_or_rendered(tmp_path, name, other):
+    """Whatever is edited by hand: the file is refused with the place, or every rendering takes it."""
+    whole = load(name)
+    path = tmp_path / "result.json"
+    refused = 0
+    for place in list(paths(whole)):
+        changed = copy.deepcopy(whole)
+        holder = changed
+        for key in place[:-1]:
+            holder = holder[key]
+        if type(holder[place[-1]]) is type(other):
+            continue
+        holder[place[-1]] = other
+        path.write_text(json.dumps(changed), encoding="utf-8")
+        try:
+            loaded = results.load(path)
+        except UsageError as error:
+            assert str(place[-1]) in str(error)  # noqa: PT017 - either of two ends is right
+            refused += 1
+            continue
+        for render in (html.render, text.render, markdown.render, junit.render, slides.render):
+            try:
+                assert render(loaded) is not None
+            except Exception as error:
+                raise AssertionError((place, render.__module__)) from error
+
+    assert refused > 20
 
 
 def test_nothing_here_loads_torch(tmp_path):
