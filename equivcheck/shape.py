@@ -124,13 +124,10 @@ CASE = {
         "traceback": TEXT,
         "exit_code": WHOLE,
     },
-    "divergence": {
-        name: _COMPARED
-        for name in (
-            *("gradients", "losses", "parameters", "buffers", "learning_rates"),
-            "optimizer_state",
-        )
-    },
+    "divergence": dict.fromkeys(
+        ("gradients", "losses", "parameters", "buffers", "learning_rates", "optimizer_state"),
+        _COMPARED,
+    ),
     "attribution": _ATTRIBUTION,
     "attributions": [_ATTRIBUTION],
     "detection_power": NUMBER,
