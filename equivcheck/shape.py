@@ -205,8 +205,8 @@ RESULT = {
 def misfit(value: Any, shape: Any = RESULT, place: str = "") -> str | None:
     """Return the first place where a value is not of the shape, in words; None where all of it is."""
     if isinstance(shape, tuple):
-        found = [misfit(value, each, place) for each in shape]
-        return None if None in found else found[0]
+        tried = [misfit(value, each, place) for each in shape]
+        return None if None in tried else tried[0]
     if isinstance(shape, dict):
         if not isinstance(value, dict):
             return f"{place or 'the whole'} is {kind(value)}, not a table"
@@ -253,7 +253,9 @@ def kind(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, (int, float)):
         return "a number" if _is_finite(value) else "a number out of range"
-    return {str: "a string", list: "a list", dict: "a table"}.get(type(value), "something else")
+    if isinstance(value, str):
+        return "a string"
+    return "a list" if isinstance(value, list) else "a table"
 
 
 def _is_a(value: Any, what: str) -> bool:

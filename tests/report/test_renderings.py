@@ -266,6 +266,30 @@ def test_thinning_keeps_the_worst():
     assert found["optimizer_step"][found["gradients"]["relative"].index(3.0)] == 517
 
 
+def test_every_rendering_says_that_cases_are_missing():
+    """An interrupted run is no pass, however good what has run is."""
+    cases = [{**load("equivalent")["cases"][0], "id": f"{n:010x}"} for n in range(4)]
+    whole = {**load("equivalent"), "cases": cases, "interrupted": True, "planned": 6}
+    told = "interrupted: 4 of 6 cases ran"
+    suite = ET.fromstring(junit.render(whole)).find("testsuite")
+
+    assert html.title(whole) == f"{told}; these 4 agree with the full batch"
+    assert markdown.render(whole).startswith(f"### equivcheck: {told}\n")
+    assert told in text.render(whole)
+    assert "--resume" in text.render(whole)
+    assert (suite.get("tests"), suite.get("errors")) == ("5", "1")
+    assert suite.find("testcase/error").get("message") == told
+
+
+def test_a_headline_counts_the_cases_that_have_the_cause():
+    """A case that raised is none of them."""
+    wrong, right = load("EQ103")["cases"][0], load("equivalent")["cases"][0]
+    raised = {**right, "verdict": "error", "causes": [], "error": {"type": "StepError"}}
+    whole = {**load("EQ103"), "cases": [wrong, raised, right]}
+
+    assert html.title(whole) == "EQ103 mean-of-means in 1 of 3 cases, 1 more without a cause"
+
+
 def test_junit_has_a_testcase_per_case():
     """With the cause as the type of its failure."""
     root = ET.fromstring(junit.render(load("several")))
