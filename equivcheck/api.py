@@ -313,6 +313,7 @@ def scenario(
     axes = {name: _several(given.pop(name)) for name in AXES if name in given}
     values = {name: checked(name, value) for name, value in given.items()}
     values["train"] = train
+    require_device(values.get("device", OPTIONS["device"].default))
     jobs: list[Job] = []
     notes: list[str] = []
     for point in itertools.product(*axes.values()):
@@ -404,8 +405,40 @@ def plan(
                 )
                 expect = tuple(values.get("expect") or ())
                 jobs += [Job(subject, case, expect) for case in cases]
+                remarks = [*remarks, *_unasked(subject, values)]
         notes += remarks
     return jobs, notes
+
+
+def _unasked(subject: Any, values: Mapping[str, Any]) -> list[str]:
+    """Return a note on each option that is there to be handed to `train`, was stated, and is not asked for."""
+    if subject.asks is None:
+        return []
+    return [
+        f"{OPTIONS[name].flag} {values[name]} changes nothing: train of {subject.target} does not ask for {name}"
+        for name in ("precision", "device")
+        if values.get(name, OPTIONS[name].default) != OPTIONS[name].default
+        and name not in subject.asks
+    ]
+
+
+def require_device(device: str) -> None:
+    """Refuse a device that this machine does not have, before anything runs.
+
+    Raises:
+        UsageError: It is `cuda`, and there is none.
+    """
+    if device != "cuda":
+        return
+    import torch  # noqa: PLC0415 - loaded only to run
+
+    if not torch.cuda.is_available():
+        raise UsageError(
+            f"no-gpu: {OPTIONS['device'].flag} cuda, and torch {torch.__version__} finds no CUDA device here",
+            expected="a CUDA device, and a torch that is built for it",
+            because="what is stated as checked on a GPU has to run on one",
+            fix=f"{OPTIONS['device'].flag} cpu, or equivcheck doctor",
+        )
 
 
 def job_of(case: Mapping[str, Any]) -> Job:
@@ -419,6 +452,7 @@ def job_of(case: Mapping[str, Any]) -> Job:
     from equivcheck.workload import load_workload  # noqa: PLC0415
 
     point = Case.from_dict(case)
+    require_device(point.device)
     script = script_of(case)
     if script is not None:
         point = replace(point, accumulation_steps=1, world_size=1)

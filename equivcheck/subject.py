@@ -48,12 +48,14 @@ class Subject:
         repeatable: True when every `fresh` executes the code again; False for objects, whose state
             may survive from run to run.
         location: `file:line` of `train`.
+        asks: What `train` names as its arguments; None where it takes whatever there is, or cannot be read.
     """
 
     target: str
     repeatable: bool
     location: str
     _load: Callable[[], Code]
+    asks: frozenset[str] | None = None
 
     def fresh(self) -> Code:
         """Return the code, executed again where that is possible."""
@@ -135,7 +137,9 @@ def load_subject(target: object, train: str | None = None) -> Subject:
         return Code(build, reading(batches, name), loop, objective)
 
     code = load()
-    return Subject(name, source.repeatable and not given, location_of(code.train), load)
+    return Subject(
+        name, source.repeatable and not given, location_of(code.train), load, _names(code.train)
+    )
 
 
 def _nowhere(given: Mapping[str, Callable[..., Any]]) -> _Source:
@@ -331,6 +335,17 @@ def arguments(
             fix=f"did you mean {close[0]}?" if close else f"give {unknown[0]} a default",
         )
     return wanted
+
+
+def _names(function: Callable[..., Any]) -> frozenset[str] | None:
+    """Return the names of a function's arguments; None where it takes any."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    if any(each.kind is each.VAR_KEYWORD for each in parameters):
+        return None
+    return frozenset(each.name for each in parameters)
 
 
 def location_of(function: Callable[..., Any]) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 from equivcheck.case import Case, shares_of
 from equivcheck.errors import TargetError, UsageError
 from equivcheck.modules import Module, executed_again, module_at
-from equivcheck.subject import Code, Subject, attribute_of, location_of, reading
+from equivcheck.subject import Code, Subject, arguments, attribute_of, location_of, reading
 from equivcheck.suite import FULL, HORIZON, Part, Theory, Workload, bundled, read_suite, several
 
 
@@ -62,6 +62,10 @@ def cases_of(
             reason = f"for which train would have to ask for {', '.join(absent)}"
             left.setdefault(reason, []).append(row.name)
             continue
+        # A wrong name is one mistake of the loop, and no case of it needs to run to find it.
+        arguments(
+            code.train, dict.fromkeys((*OFFERED, *code.offers)), train or f"{target} {row.name}"
+        )
         found += _cases_of_row(target, row, subject, code, values, stated)
     notes = [
         f"{target}: {len(names)} workloads {reason} are left out under --train"
@@ -70,6 +74,11 @@ def cases_of(
     return found, notes
 
 
+OFFERED = (
+    *("model", "loader", "dataset", "accumulation_steps", "micro_batch_size", "optimizer_steps"),
+    *("device", "precision", "strategy", "rank", "world_size"),
+)
+"""What every `train` may ask for; a row offers its objects besides."""
 _ROWS_OWN = (("precision", "each workload states its own; -k precision=bf16 selects"),)
 
 
@@ -193,7 +202,7 @@ def load_workload(target: str, name: str, train: str | None = None) -> Subject:
             "max_norm": row.max_norm,
         }
         where = f"{target} {name}"
-        loop = made["train"] if row.logs else _silent(made["train"])
+        loop = _loop(made["train"], logs=row.logs)
         return Code(made["build"], reading(made["batches"], where), loop, None, offers)
 
     code = load()
@@ -245,15 +254,22 @@ def _scheduler(make: functools.partial[Any] | None) -> Callable[..., Any]:
     return scheduler
 
 
-def _silent(train: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the loop without what it returns: only rows about logging judge that."""
+def _loop(train: functools.partial[Any], *, logs: bool) -> Callable[..., Any]:
+    """Return the loop with its options, known by the name and place of the function that it is.
 
-    @functools.wraps(train)
-    def silent(**given: Any) -> None:
+    What it returns is left out unless the row is about logging: only those judge that.
+    """
+
+    @functools.wraps(train.func)
+    def loop(**given: Any) -> Any:
         returned = train(**given)
+        if logs:
+            return returned
         if hasattr(returned, "__next__"):
             for _ in returned:
                 pass
+        return None
 
-    silent.__signature__ = inspect.signature(train)  # type: ignore[attr-defined]
-    return silent
+    loop.__qualname__ = getattr(train.func, "__qualname__", type(train.func).__qualname__)
+    loop.__signature__ = inspect.signature(train)  # type: ignore[attr-defined]
+    return loop

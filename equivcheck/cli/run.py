@@ -14,7 +14,7 @@ from contextlib import closing, nullcontext
 from typing import Any, TextIO
 
 from equivcheck import result as results
-from equivcheck.api import Job, outcomes, plan
+from equivcheck.api import Job, outcomes, plan, require_device
 from equivcheck.cli import selection
 from equivcheck.cli.journal import Journal
 from equivcheck.cli.outputs import LATEST, Outputs, open_page
@@ -205,6 +205,7 @@ class _Run:
         """Run what is selected; return the usage error that ended it, if one did."""
         settings = self._settings
         try:
+            require_device(settings["device"])
             if not self._options.quiet:
                 say(self._out, text.header(results.environment(), settings["seed"]))
             if max(settings["world_size"]) > 1 and settings["jobs"] == 1:
@@ -243,6 +244,7 @@ class _Run:
         whole["shard"] = self._options.shard
         if self._options.shard:
             whole["planned"] = self._planned
+            whole["run"] = self._journal.run
         whole["counts"] = matrix.counts(self._cases)
         whole["matrix"] = matrix.table(whole["cases"])
         return whole

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from equivcheck import result as results
-from equivcheck.api import DEFAULT_ACCUMULATION_STEPS
+from equivcheck.api import DEFAULT_ACCUMULATION_STEPS, require_device
 from equivcheck.case import Case
 from equivcheck.cli.outputs import Outputs, refuse_unwritable
 from equivcheck.cli.parser import add_options, flags
@@ -113,6 +113,7 @@ def _search(target: str, settings: Settings, budget: int) -> Any:
     from equivcheck.search import Search  # noqa: PLC0415 - as above
     from equivcheck.subject import load_subject  # noqa: PLC0415 - as above
 
+    require_device(settings["device"])
     with process_state():
         subject = load_subject(target, settings["train"])
         seed_all(settings["seed"])

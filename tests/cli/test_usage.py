@@ -59,6 +59,31 @@ def test_a_mistake_is_exit_code_2(cli, engine, arguments, told):
     assert engine.ran == []
 
 
+def test_a_gpu_that_is_not_there_is_refused(cli, engine, monkeypatch):
+    """Before anything runs: a pass on the cpu must not be shown as one on a GPU."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    outcome = cli("run", "train_step.py", "--device", "cuda")
+
+    assert outcome.code == 2
+    assert "no-gpu: --device cuda" in outcome.err
+    assert "--device cpu" in outcome.err
+    assert engine.ran == []
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_what_train_does_not_ask_for_is_said(cli, asked):
+    """A precision that was stated and handed to nobody has a note; any word is right for a train that asks."""
+    if asked:
+        source = Path("train_step.py").read_text(encoding="utf-8")
+        source = source.replace("accumulation_steps)", "accumulation_steps, precision)")
+        Path("train_step.py").write_text(source, encoding="utf-8")
+    outcome = cli("run", "train_step.py", "--precision", "fp17")
+    said = " ".join(outcome.out.split())
+
+    assert outcome.code == 0
+    assert ("train of train_step.py does not ask for precision" in said) is not asked
+
+
 def test_an_unknown_key_is_refused(cli):
     """Section, key, closest valid key, valid list."""
     Path("pyproject.toml").write_text("[tool.equivcheck]\nspilt = 'even'\n", encoding="utf-8")

@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 
 from equivcheck import result as results
-from equivcheck.api import plan
+from equivcheck.api import measure, plan
 from equivcheck.config import OPTIONS
 from equivcheck.errors import UsageError
 from equivcheck.modules import executed_again, module_at
 from equivcheck.report import matrix, text
 from equivcheck.suite import bundled, expanded, read_suite
+from equivcheck.workload import OFFERED, load_workload
 
 FIXTURES = bundled("fixtures")
 SUITE = f"""
@@ -144,6 +145,45 @@ def test_a_loop_with_one_fault_fails_where_that_fault_matters(suite):
     assert ran.returncode == 1
     # Without a schedule there is nothing to advance too often.
     assert failed == {"scheduled"}
+
+
+def test_a_loop_that_asks_for_what_is_not_there_is_refused_once(suite):
+    """Before any case runs, with its own place and the closest name."""
+    (suite / "loop.py").write_text("\n\ndef train(modle, loader, loss): ...\n", encoding="utf-8")
+
+    ran = cli(suite, "run", "mine.py", "--train", "loop.py:train", "--json", "r.json")
+
+    assert ran.returncode == 2
+    assert "unknown-argument: train of loop.py:train asks for 'modle'" in ran.stderr
+    assert "where     loop.py:3" in ran.stderr
+    assert "did you mean model?" in ran.stderr
+    assert not (suite / "r.json").exists()
+
+
+def test_what_a_loop_is_refused_for_is_what_no_run_offers():
+    """The names that are known before a run are those that a run has."""
+    seen = set()
+
+    def train(model, loader, accumulation_steps, **others):
+        seen.update({"model", "loader", "accumulation_steps", *others})
+        plain_mean.train(model, loader, accumulation_steps)
+
+    plain_mean = executed_again([module_at(str(FIXTURES / "trainers" / "plain_mean.py"))])[0]
+    found = measure(plain_mean, train=train, accumulation_steps=2)
+
+    assert found.verdict == "equivalent"
+    assert seen == set(OFFERED)
+
+
+@pytest.mark.parametrize("logs", [True, False])
+def test_a_loop_is_known_by_its_own_place(suite, logs):
+    """Whatever wraps it, and whatever options a row gives it."""
+    path = suite / "mine.py"
+    own = f'**PARTS, train=part("loop.py:train", rate=2), logs={logs})'
+    path.write_text(SUITE.replace("**PARTS)", own, 1), encoding="utf-8")
+    (suite / "loop.py").write_text("\ndef train(model, loader, rate): ...\n", encoding="utf-8")
+
+    assert load_workload(str(path), "right").location == f"{suite}/loop.py:2"
 
 
 @pytest.mark.parametrize(
@@ -277,7 +317,7 @@ def test_results_that_disagree_are_refused(suite):
     ("shards", "told"),
     [
         (("1/2", "1/3"), "shards of other runs: 1/2, 1/3"),
-        (("1/2", "1/2"), "shard 1/2 is there twice"),
+        (("1/2", "1/2"), "shards overlap: 1/2 is there twice"),
         (("1/2", "2/2"), "shards overlap: case"),
     ],
     ids=["other-counts", "twice", "overlapping"],
@@ -297,6 +337,45 @@ def test_shards_that_are_no_parts_of_one_run_are_refused(tmp_path, shards, told)
     assert told in merged.stderr
     assert "1.json" in merged.stderr
     assert not (tmp_path / "all.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"seed": 7}, "seed is 0, and 7"),
+        ({"device": "cuda"}, "device is cpu, and cuda"),
+        ({"train": "loop.py:train"}, "train is none, and loop.py:train"),
+        ({"run": {"settings": {"rng": "per-sample"}}}, "rng is off, and per-sample"),
+        ({"run": {"code": {"a.py": "2"}}}, "code of a.py is 1, and 2"),
+        ({"target": "suite:ddp"}, "target is suite:amp, and suite:ddp"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_shards_made_with_other_settings_are_refused(tmp_path, changed, told):
+    """Both values are named: what is missing between two runs would not be seen."""
+    run = {"settings": {"rng": "off"}, "code": {"a.py": "1"}}
+    for number, more in ((1, {}), (2, changed)):
+        own = {name: value for name, value in more.items() if name not in ("run", "target")}
+        case = {"id": f"{number:010x}", "verdict": "equivalent", "causes": []}
+        case |= {"target": "suite:amp", "seed": 0, "device": "cpu", "train": None, **own}
+        whole = results.assemble([case], target=more.get("target", "suite:amp"))
+        shard = {"shard": f"{number}/2", "planned": 2, "run": run | more.get("run", {})}
+        results.write(tmp_path / f"{number}.json", {**whole, **shard})
+
+    merged = cli(tmp_path, "merge", "1.json", "2.json", "--json", "all.json")
+
+    assert merged.returncode == 2
+    assert f"shards of other runs: {told}" in merged.stderr
+    assert not (tmp_path / "all.json").exists()
+
+
+def test_a_result_given_twice_is_refused(tmp_path):
+    """However the path is written."""
+    results.write(tmp_path / "a.json", results.assemble([], target="a.py"))
+    merged = cli(tmp_path, "merge", "a.json", "./a.json", "--json", "all.json")
+
+    assert merged.returncode == 2
+    assert "results overlap: ./a.json is there twice" in merged.stderr
 
 
 def test_a_shard_that_lacks_cases_is_no_whole(suite):
