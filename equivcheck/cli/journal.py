@@ -34,12 +34,13 @@ class Journal:
     ) -> None:
         self.path = None if path is None else path.with_name(f"{path.stem}.jsonl")
         facts = results.environment()
-        self._header = {
-            "schema": SCHEMA,
+        # What makes cases those of one run; the result keeps it too, for `merge`.
+        self.run: dict[str, Any] = {
             "versions": {name: facts[name] for name in ("equivcheck", "torch", "numpy", "python")},
             "code": _digests(targets),
             "settings": results.finite(settings),
         }
+        self._header = {"schema": SCHEMA, **self.run}
 
     def begin(self) -> None:
         """Start anew: what an earlier run has left is gone."""

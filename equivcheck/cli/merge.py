@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from equivcheck import result as results
@@ -28,7 +29,7 @@ def execute(options: argparse.Namespace) -> int:
     """Write the whole, print its matrix and summary, and return its exit code."""
     if options.json != "-":
         refuse_unwritable("--json", options.json)
-    whole = merged({path: results.load(path) for path in options.results})
+    whole = merged({path: results.load(path) for path in _each_once(options.results)})
     out = sys.stdout
     if options.json == "-":
         sys.stdout.write(results.to_json(whole))
@@ -96,6 +97,20 @@ def merged(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return whole
 
 
+def _each_once(paths: Sequence[str]) -> Sequence[str]:
+    found: dict[Path, str] = {}
+    for path in paths:
+        other = found.setdefault(Path(path).resolve(), path)
+        if other is not path:
+            raise UsageError(
+                f"results overlap: {path} is there twice",
+                where=f"{other} and {path}",
+                expected="each result once",
+                fix="leave one of them out",
+            )
+    return paths
+
+
 def _decided(case: Mapping[str, Any]) -> tuple[Any, ...]:
     return (*(case.get(name) for name in _DECIDING), sorted(words.codes(case)))
 
@@ -110,11 +125,12 @@ def _refuse_other_shards(parts: Mapping[str, Mapping[str, Any]]) -> None:
             expected="I/N with the same N",
             fix="merge the shards of one run first",
         )
+    _refuse_other_runs({path: parts[path] for path in shards})
     found: dict[str, str] = {}
     for path, shard in shards.items():
         if shard in found:
             raise UsageError(
-                f"shard {shard} is there twice",
+                f"shards overlap: {shard} is there twice",
                 where=f"{found[shard]} and {path}",
                 expected="one result of each shard",
                 fix="leave one of them out",
@@ -132,6 +148,42 @@ def _refuse_other_shards(parts: Mapping[str, Mapping[str, Any]]) -> None:
                     because="they were made with other targets, another -k or other suites",
                     fix="the same command with each --shard",
                 )
+
+
+# What every case of one run shares; a suite's rows may differ in all else.
+_SHARED = ("seed", "device", "train")
+
+
+def _refuse_other_runs(parts: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse shards of which one was made with another command, or with other code."""
+    known: dict[str, tuple[str, Any]] = {}
+    for path, part in parts.items():
+        for name, value in _made_with(part).items():
+            other, before = known.setdefault(name, (path, value))
+            if before != value:
+                raise UsageError(
+                    f"shards of other runs: {name} is {_told(before)}, and {_told(value)}",
+                    where=f"{other} and {path}",
+                    expected=f"one {name} in all shards",
+                    because="shards are parts of one run; what is missing between two runs would not be seen",
+                    fix="the same command with each --shard",
+                )
+
+
+def _made_with(part: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what all cases of a run have in common, as far as its result says it."""
+    run = part.get("run") or {}
+    common: dict[str, Any] = {"target": part["target"]}
+    for name in _SHARED:
+        values = {case.get(name) for case in part["cases"] if name in case}
+        if len(values) == 1:
+            [common[name]] = values
+    common |= run.get("settings") or {}
+    return common | {f"code of {name}": digest for name, digest in (run.get("code") or {}).items()}
+
+
+def _told(value: Any) -> str:
+    return "none" if value is None else str(value)
 
 
 def _refuse_other_versions(parts: Mapping[str, Mapping[str, Any]]) -> None:

@@ -244,6 +244,7 @@ class _Run:
         whole["shard"] = self._options.shard
         if self._options.shard:
             whole["planned"] = self._planned
+            whole["run"] = self._journal.run
         whole["counts"] = matrix.counts(self._cases)
         whole["matrix"] = matrix.table(whole["cases"])
         return whole

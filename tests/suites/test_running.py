@@ -317,7 +317,7 @@ def test_results_that_disagree_are_refused(suite):
     ("shards", "told"),
     [
         (("1/2", "1/3"), "shards of other runs: 1/2, 1/3"),
-        (("1/2", "1/2"), "shard 1/2 is there twice"),
+        (("1/2", "1/2"), "shards overlap: 1/2 is there twice"),
         (("1/2", "2/2"), "shards overlap: case"),
     ],
     ids=["other-counts", "twice", "overlapping"],
@@ -337,6 +337,45 @@ def test_shards_that_are_no_parts_of_one_run_are_refused(tmp_path, shards, told)
     assert told in merged.stderr
     assert "1.json" in merged.stderr
     assert not (tmp_path / "all.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"seed": 7}, "seed is 0, and 7"),
+        ({"device": "cuda"}, "device is cpu, and cuda"),
+        ({"train": "loop.py:train"}, "train is none, and loop.py:train"),
+        ({"run": {"settings": {"rng": "per-sample"}}}, "rng is off, and per-sample"),
+        ({"run": {"code": {"a.py": "2"}}}, "code of a.py is 1, and 2"),
+        ({"target": "suite:ddp"}, "target is suite:amp, and suite:ddp"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_shards_made_with_other_settings_are_refused(tmp_path, changed, told):
+    """Both values are named: what is missing between two runs would not be seen."""
+    run = {"settings": {"rng": "off"}, "code": {"a.py": "1"}}
+    for number, more in ((1, {}), (2, changed)):
+        own = {name: value for name, value in more.items() if name not in ("run", "target")}
+        case = {"id": f"{number:010x}", "verdict": "equivalent", "causes": []}
+        case |= {"target": "suite:amp", "seed": 0, "device": "cpu", "train": None, **own}
+        whole = results.assemble([case], target=more.get("target", "suite:amp"))
+        shard = {"shard": f"{number}/2", "planned": 2, "run": run | more.get("run", {})}
+        results.write(tmp_path / f"{number}.json", {**whole, **shard})
+
+    merged = cli(tmp_path, "merge", "1.json", "2.json", "--json", "all.json")
+
+    assert merged.returncode == 2
+    assert f"shards of other runs: {told}" in merged.stderr
+    assert not (tmp_path / "all.json").exists()
+
+
+def test_a_result_given_twice_is_refused(tmp_path):
+    """However the path is written."""
+    results.write(tmp_path / "a.json", results.assemble([], target="a.py"))
+    merged = cli(tmp_path, "merge", "a.json", "./a.json", "--json", "all.json")
+
+    assert merged.returncode == 2
+    assert "results overlap: ./a.json is there twice" in merged.stderr
 
 
 def test_a_shard_that_lacks_cases_is_no_whole(suite):
