@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import os
 import shlex
 import traceback
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -263,6 +265,31 @@ def raise_unless_equivalent(found: Result) -> None:
     raise _RAISED[code](message)
 
 
+SUBJECT = (
+    "a file, a module or an object with build, batches and train; or build=, batches= and train="
+)
+
+
+def without_our_frames(error: EquivcheckError) -> EquivcheckError:
+    """Return an error of ours without its traceback, and what it was raised from with the user's own frames alone."""
+    from equivcheck.usercode import is_library  # noqa: PLC0415 - only where something is wrong
+
+    cause = error.__cause__
+    if cause is not None:
+        steps = []
+        step = cause.__traceback__
+        while step is not None:
+            if not is_library(step.tb_frame.f_code.co_filename):
+                steps.append(step)
+            step = step.tb_next
+        own: types.TracebackType | None = None
+        for each in reversed(steps):
+            own = types.TracebackType(own, each.tb_frame, each.tb_lasti, each.tb_lineno)
+        cause.__traceback__ = own
+    error.__traceback__ = None
+    return error
+
+
 def subject_of(
     target: object = None,
     *,
@@ -281,8 +308,18 @@ def subject_of(
         train: As for `measure`; text is no part, but an option of the plan.
         objective: As for `measure`.
         name: What a subject that is no text is called in the result.
+
+    Raises:
+        UsageError: The target is a function, which has no parts.
     """
     loop = None if isinstance(train, str) else train
+    if inspect.isroutine(target) and not hasattr(target, "build"):
+        called = getattr(target, "__name__", type(target).__name__)
+        raise UsageError(
+            f"no-subject: the target is the function {called}, without a model and batches",
+            expected=SUBJECT,
+            fix=f"build=..., batches=..., train={called}",
+        )
     is_whole = all(part is None for part in (build, batches, loop, objective))
     if target is not None and is_whole and (isinstance(target, str) or name is None):
         return target
@@ -551,4 +588,15 @@ def checked(name: str, value: Any) -> Any:
     try:
         return OPTIONS[name].parse(value)
     except ValueError as error:
-        raise UsageError(f"{name} is {value!r}", expected=str(error)) from None
+        shown = value[0] if isinstance(value, tuple) and len(value) == 1 else value
+        expected = _IN_PYTHON.get(name, str(error))
+        raise UsageError(f"{name} is {shown!r}", expected=expected) from None
+
+
+# In Python several values are a list; text with commas is for command lines.
+_NUMBERS = "a whole number of at least 1, or several in a list, as in [2, 4]"
+_IN_PYTHON = {
+    "accumulation_steps": _NUMBERS,
+    "world_size": _NUMBERS,
+    "expect": "a code that `equivcheck explain` lists, as in ['EQ201']",
+}

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from equivcheck.case import SPLITS, STRATEGIES
+from equivcheck.case import RNGS, SPLITS, STRATEGIES
 from equivcheck.causes import CAUSES
 from equivcheck.errors import TargetError, UsageError
 from equivcheck.modules import executed_again, module_at
@@ -278,6 +278,10 @@ def read_suite(target: str) -> Suite:
 def _read(target: str, path: Path, _modified: int) -> Suite:
     [module] = executed_again([module_at(str(path), alone=True)])
     rows = getattr(module, "WORKLOADS", None)
+    if rows is None:
+        holding = [name for name, value in vars(module).items() if _has_rows(value)]
+        fix = f"rename {holding[0]} to WORKLOADS" if holding else None
+        raise _bad(target, "there is no WORKLOADS", "WORKLOADS = [Workload(...), ...]", fix)
     if not isinstance(rows, (list, tuple)) or not all(isinstance(row, Workload) for row in rows):
         raise _bad(target, "WORKLOADS is no list of Workload", "WORKLOADS = [Workload(...), ...]")
     if not rows:
@@ -291,6 +295,10 @@ def _read(target: str, path: Path, _modified: int) -> Suite:
     return Suite(target, path, workloads)
 
 
+def _has_rows(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and any(isinstance(each, Workload) for each in value)
+
+
 def _check(target: str, row: Workload) -> None:
     allowed: tuple[tuple[str, Iterable[Any], Iterable[Any]], ...] = (
         ("splits", row.splits, SPLITS),
@@ -302,18 +310,49 @@ def _check(target: str, row: Workload) -> None:
     for name, values, known in allowed:
         for value in values:
             if value not in known:
-                raise _bad(
-                    target, f"{name} of {row.name} holds {value!r}", "one of " + ", ".join(known)
-                )
+                raise _wrong(target, f"{name} of {row.name} holds {value!r}", value, known)
+    for theory in row.theories:
+        for name, wanted in theory.when.items():
+            for value in several(wanted):
+                _check_condition(target, row, name, value)
     if any(not each.source for each in row.theories):
         raise _bad(target, f"an expectation of {row.name} has no source", "source=...")
 
 
 _WHEN = ("accumulation_steps", "split", "world_size", "strategy", "precision", "rng")
+_WORDS = {"split": SPLITS, "strategy": STRATEGIES, "rng": RNGS}
+_PRECISIONS = ("native", "bf16", "fp16")
 
 
-def _bad(target: str, problem: str, expected: str) -> TargetError:
-    return TargetError(f"bad-suite: {problem}"[:100], where=target, expected=expected)
+def _check_condition(target: str, row: Workload, name: str, value: Any) -> None:
+    """Refuse a condition of a theory that no case can ever meet.
+
+    Raises:
+        TargetError: The value is none that the field of a case can have.
+    """
+    problem = f"an expectation of {row.name} is for {name}={value!r}"
+    if name in ("accumulation_steps", "world_size"):
+        is_full = name == "accumulation_steps" and value == FULL
+        if not is_full and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            expected = "a whole number of at least 1"
+            if name == "accumulation_steps":
+                expected += f", or {FULL!r}"
+            raise _bad(target, problem, expected)
+        return
+    known = _WORDS.get(name, (*_PRECISIONS, *([row.precision] if row.precision else ())))
+    if value not in known:
+        raise _wrong(target, problem, value, known)
+
+
+def _wrong(target: str, problem: str, value: Any, known: Iterable[Any]) -> TargetError:
+    names = list(dict.fromkeys(known))
+    close = difflib.get_close_matches(str(value), names, n=1)
+    fix = f"did you mean {close[0]!r}?" if close else None
+    return _bad(target, problem, "one of " + ", ".join(names), fix)
+
+
+def _bad(target: str, problem: str, expected: str, fix: str | None = None) -> TargetError:
+    return TargetError(f"bad-suite: {problem}"[:100], where=target, expected=expected, fix=fix)
 
 
 def _python_files(folder: Path) -> list[Path]:
@@ -333,4 +372,9 @@ def _is_suite_file(path: Path) -> bool:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return False
-    return re.search(r"^WORKLOADS\b", text, re.MULTILINE) is not None
+    if re.search(r"^WORKLOADS\b", text, re.MULTILINE):
+        return True
+    # Rows under another name are a slip of the pen; a subject has a build.
+    has_rows = re.search(r"^from equivcheck\.suite import\b", text, re.MULTILINE)
+    is_subject = re.search(r"^(def|class) |^build\b", text, re.MULTILINE)
+    return has_rows is not None and is_subject is None

@@ -5,6 +5,7 @@ A row names its parts by address; each run executes them anew. `train` is the su
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib
 import inspect
@@ -106,6 +107,8 @@ def _cases_of_row(
 
     steps = values["optimizer_steps"] if stated("optimizer_steps") else row.optimizer_steps
     data = read_batches(code.batches, steps)
+    if row.train is None and values.get("train") is None and row.loss is None:
+        _require_classes(target, row.name, data.batches[0])
     full = max(data.rows)
     found: list[Planned] = []
     seen: set[Any] = set()
@@ -148,6 +151,32 @@ def _cases_of_row(
     return found
 
 
+def _require_classes(target: str, name: str, batch: Any) -> None:
+    """Refuse batches that the standard loop and its loss cannot train on.
+
+    Raises:
+        UsageError: They are no dictionaries with inputs `x` and classes `y`.
+    """
+    if isinstance(batch, Mapping) and "x" in batch and "y" in batch:
+        y = batch["y"]
+        # Probabilities of several classes are floating as well: [N, C].
+        if not getattr(y, "is_floating_point", bool)() or y.shape[1:].numel() > 1:
+            return
+        found = f"y of {y.dtype}, shape {list(y.shape)}"
+    elif isinstance(batch, Mapping):
+        found = "a dictionary of " + ", ".join(map(str, batch))
+    else:
+        found = type(batch).__name__
+    raise UsageError(
+        f"other-batches: batches of {name} do not fit the suite's standard loop",
+        where=f"{target}, {found}",
+        expected="dictionaries with inputs x [N, ...] and class numbers y [N], int64",
+        because="a row without train is put under fixtures/suite_trainers/standard.py, and without loss under"
+        " the cross-entropy of model(x) and y",
+        fix="train=part(...) with a loop of your own, or loss=part(...)",
+    )
+
+
 # ---- running -----------------------------------------------------------------------------------
 
 
@@ -186,22 +215,20 @@ def load_workload(target: str, name: str, train: str | None = None) -> Subject:
         for role, each in parts.items()
     }
     modules = {place: _module(place) for place, _ in places.values()}
+    where = f"{target} {name}"
 
     def load() -> Code:
         found = dict(zip(modules, executed_again(list(modules.values())), strict=True))
-        made = {
-            role: functools.partial(
-                attribute_of(found[place], attribute, parts[role].address), **parts[role].options
-            )
-            for role, (place, attribute) in places.items()
-        }
+        made = {}
+        for role, (place, attribute) in places.items():
+            function = attribute_of(found[place], attribute, parts[role].address)
+            made[role] = _made(role, function, parts[role], target, name)
         offers = {
             "loss": made["loss"](),
             "optimizer": made["optimizer"],
             "scheduler": _scheduler(made.get("scheduler")),
             "max_norm": row.max_norm,
         }
-        where = f"{target} {name}"
         loop = _loop(made["train"], logs=row.logs)
         return Code(made["build"], reading(made["batches"], where), loop, None, offers)
 
@@ -235,6 +262,46 @@ def _module(place: str) -> Module:
         execute=functools.partial(importlib.import_module, name),
         importable=False,
     )
+
+
+def _made(
+    role: str, function: Callable[..., Any], each: Part, target: str, name: str
+) -> functools.partial[Any]:
+    """Return a part with its options.
+
+    Raises:
+        TargetError: It does not take them, or, called with nothing else, wants more.
+    """
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # not written in Python
+        return functools.partial(function, **each.options)
+    kinds = {parameter.kind for parameter in parameters.values()}
+    taken = [
+        n for n, p in parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    unknown = [n for n in each.options if n not in taken]
+    if unknown and inspect.Parameter.VAR_KEYWORD not in kinds:
+        close = difflib.get_close_matches(unknown[0], taken, n=1)
+        raise TargetError(
+            f"bad-suite: {role} of {name} takes no option {unknown[0]!r}"[:100],
+            where=f"{target}, {location_of(function)}",
+            expected=f"options of {each.address}: {', '.join(taken) or 'none'}",
+            fix=f"did you mean {close[0]}?" if close else None,
+        )
+    absent = [
+        n
+        for n in taken
+        if parameters[n].default is inspect.Parameter.empty and n not in each.options
+    ]
+    if role in ("build", "batches", "loss") and absent:
+        raise TargetError(
+            f"bad-suite: {role} of {name} wants {', '.join(absent)}"[:100],
+            where=f"{target}, {location_of(function)}",
+            expected=f"part({each.address!r}, {absent[0]}=...)",
+            because=f"{role} is called with its options and nothing else",
+        )
+    return functools.partial(function, **each.options)
 
 
 def _scheduler(make: functools.partial[Any] | None) -> Callable[..., Any]:

@@ -50,7 +50,7 @@ def _whole(view: View) -> list[Suspicion]:
         return []
     for code, power in (("EQ101", 1), ("EQ102", -1)):
         off = [
-            (each, float(each.micro_steps) ** power, view.right(each) is None)
+            (each, float(_divisor(view, each)) ** power, view.right(each) is None)
             for each in view.divergent
         ]
         if any(outside for *_, outside in off) and all(
@@ -75,6 +75,11 @@ def _in_some(view: View) -> list[Suspicion]:
     for each in found:
         each.evidence["parameters"] = sorted(names)[:5]
     return found
+
+
+def _divisor(view: View, attribution: Attribution) -> int:
+    """Return what a mean over a cycle divides by: K, or a tail's own number, however many batches one step takes."""
+    return min(attribution.micro_steps, view.steps)
 
 
 def _one_each(attribution: Attribution, right: Sequence[float]) -> list[float]:
@@ -139,7 +144,7 @@ def _within_ranks(predict: Predict) -> Predict:
 
 def _in_all(view: View) -> list[Suspicion]:
     found: list[Suspicion] = []
-    ones: list[Predict] = [_one_each, lambda a, v: [x * a.micro_steps for x in v]]
+    ones: list[Predict] = [lambda a, v: [x * _divisor(view, a) for x in v], _one_each]
     tails_only = all(not view.full_size(each) for each in view.divergent) and any(
         view.full_size(each) for each in view.every
     )
@@ -170,8 +175,8 @@ def _in_all(view: View) -> list[Suspicion]:
         shares = [*sums, _one_each, *_shares(view)]
         found += hypotheses(view, "EQ103", shares, rank=15, power=0)
     twice: list[Predict] = [
-        lambda a, v: [x / a.micro_steps for x in v],
-        lambda a, v: [1.0 / (a.micro_steps * len(v))] * len(v),
+        lambda a, v: [x / _divisor(view, a) for x in v],
+        lambda a, v: [1.0 / (_divisor(view, a) * len(v))] * len(v),
     ]
     if view.experiment.case.shares == 1:
         twice.append(_all_alike)
@@ -317,18 +322,21 @@ def hypotheses(
     for prediction in predictions:
         factors: dict[int, list[float]] = {}
         shown: list[Attribution] = []
+        # Counts that are equal count equally in a mean of means: one factor for all of them is another cause.
+        uneven = code != "EQ103"
         for each in view.attributions:
             right = view.right(each)
             if right is None:
                 return []
             wrong = prediction(each, right)
-            if view.fits(each, wrong) and power in {None, _power(each, right, wrong)}:
+            if view.fits(each, wrong) and power in {None, _power(view, each, right, wrong)}:
                 if each in view.divergent:
                     shown.append(each)
                 factor = _factors(right, meant(each, right) if meant else right, wrong)
                 if factor is not None:
                     factors[each.matched] = factor
-        if shown and len(shown) == len(view.divergent):
+                uneven |= factor is None or not _uniform(view, each, factor)
+        if shown and uneven and len(shown) == len(view.divergent):
             first = shown[0]
             evidence: dict[str, object] = {
                 "weights": first.shaped(first.w.values),
@@ -338,14 +346,22 @@ def hypotheses(
     return []
 
 
-def _power(attribution: Attribution, right: Sequence[float], wrong: Sequence[float]) -> int | None:
+def _power(
+    view: View, attribution: Attribution, right: Sequence[float], wrong: Sequence[float]
+) -> int | None:
     """Return the power of K that is nearest to the factor between the sums of two sets of weights."""
     present = [bool(piece.any()) for piece in attribution.pieces]
     sums = [sum(x for x, p in zip(each, present, strict=True) if p) for each in (right, wrong)]
-    k = attribution.micro_steps
+    k = _divisor(view, attribution)
     if k < 2 or sums[0] <= 0 or sums[1] <= 0:
         return None
     return round(math.log(sums[1] / sums[0], k))
+
+
+def _uniform(view: View, attribution: Attribution, factors: Sequence[float]) -> bool:
+    """Return whether one factor stands for all, as far as the weights that it is made of are known."""
+    noise = max(view.tolerance(attribution), attribution.v.noise)
+    return max(factors) - min(factors) <= noise * max(abs(x) for x in factors)
 
 
 def _factors(

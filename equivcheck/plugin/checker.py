@@ -14,7 +14,7 @@ import pytest
 from equivcheck import api
 from equivcheck import result as results
 from equivcheck.config import OPTIONS, closest
-from equivcheck.errors import UsageError
+from equivcheck.errors import EquivcheckError, UsageError
 from equivcheck.plugin import facts
 
 if TYPE_CHECKING:
@@ -91,13 +91,25 @@ class Checker:
         """
         __tracebackhide__ = True
         self._calls += 1
+        try:
+            return self._measured(
+                self._located(target),
+                {"build": build, "batches": batches, "train": train, "objective": objective},
+                options,
+            )
+        except EquivcheckError as error:
+            # The reader sees the own test, and of what its code raised that code.
+            raise api.without_our_frames(error)  # noqa: B904 - it is the same error
+
+    def _measured(
+        self, target: object, parts: Mapping[str, Any], options: Mapping[str, Any]
+    ) -> api.Result:
         given = self._options(options)
         stated = given.pop("train")
-        loop = stated if train is None else train
-        target = self._located(target)
-        subject = api.subject_of(
-            target, build=build, batches=batches, train=loop, objective=objective, name=self._name()
-        )
+        loop = stated if parts["train"] is None else parts["train"]
+        if target is None and all(part is None for part in parts.values()):
+            raise UsageError("no-subject: the call names nothing to check", expected=api.SUBJECT)
+        subject = api.subject_of(target, **{**parts, "train": loop}, name=self._name())
         jobs, notes, values = api.scenario(
             subject, train=loop if isinstance(loop, str) else None, **given
         )
@@ -137,7 +149,6 @@ class Checker:
 
     def _options(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return options by name: the call's over the marker's over the settings'."""
-        __tracebackhide__ = True
         settings = self._session.settings
         chosen = {name: settings[name] for name in (*KEYWORDS, "train") if name in OPTIONS}
         if not settings.stated("accumulation_steps"):
@@ -155,7 +166,6 @@ def refuse_unknown(given: Mapping[str, Any], where: str) -> None:
     Raises:
         UsageError: With the closest option, and where the mistake is.
     """
-    __tracebackhide__ = True
     for name in given:
         if name not in KEYWORDS:
             guess = closest(name, KEYWORDS)

@@ -244,7 +244,7 @@ def sentence(text: str) -> str:
 
 def because(cause: Mapping[str, Any]) -> str:
     """Return the mechanism: the cause's own sentence, or the catalogue's."""
-    stated = (cause.get("evidence") or {}).get("because")
+    stated = (cause.get("evidence") or {}).get("because") or cause.get("because")
     return str(stated) if stated else CAUSES[cause["code"]].because if _known(cause) else ""
 
 

@@ -102,8 +102,10 @@ def ran(monkeypatch):
     def load_subject(target, train=None):
         if isinstance(target, Parts):
             kind = target.target or target.train.__name__
-            return SimpleNamespace(target=target.name, kind=str(kind), repeatable=False)
-        return SimpleNamespace(target=str(target), kind=str(target), repeatable=True)
+            name, kind, repeatable = target.name, str(kind), False
+        else:
+            name, kind, repeatable = str(target), str(target), True
+        return SimpleNamespace(target=name, kind=kind, repeatable=repeatable, asks=None)
 
     def put(name, **functions):
         module = ModuleType(name)
@@ -112,6 +114,7 @@ def ran(monkeypatch):
 
     put("equivcheck.decide", plan_cases=plan_cases, run_case=run_case)
     put("equivcheck.execute", process_state=nullcontext)
+    put("equivcheck.ranks.team", kept=nullcontext)
     put("equivcheck.subject", load_subject=load_subject, Parts=Parts)
     put("equivcheck.suite", expanded=lambda target: [target], is_suite=lambda _: False)
     put("equivcheck.workload", cases_of=None)

@@ -115,6 +115,56 @@ def test_an_unknown_keyword_is_an_error(stubbed):
     )
 
 
+def test_a_wrong_call_shows_the_test_and_no_frame_of_ours(real):
+    """Wherever it is found to be wrong: the reader sees the own line, and what to write instead."""
+    found = real(
+        """
+        import pytest
+        import train_step as good
+
+        def named(net, loader, accumulation_steps): ...
+
+        def raising():
+            raise OSError("no such data")
+
+        @pytest.mark.parametrize("call", [
+            lambda check: check(good, accumulation_steps=0),
+            lambda check: check(good, accumulation_steps=64),
+            lambda check: check(good, expect=["EQ999"]),
+            lambda check: check("train_stpe.py"),
+            lambda check: check(None),
+            lambda check: check(good.train),
+            lambda check: check(good, build=good.build()),
+            lambda check: check(good, train=named),
+            lambda check: check(good, batches=raising),
+            lambda check: check(good, acumulation_steps=2),
+        ])
+        def test_it(equivcheck, call):
+            call(equivcheck)
+        """
+    )
+
+    found.assert_outcomes(failed=10)
+    found.stdout.no_fnmatch_line("*equivcheck/*.py:*")
+    found.stdout.no_fnmatch_line("*contextlib*")
+    found.stdout.no_fnmatch_line("*with commas*")
+    found.stdout.no_fnmatch_line("*did you mean EQ*")
+    found.stdout.fnmatch_lines_random(
+        [
+            "E*accumulation_steps is 0",
+            "E*a whole number of at least 1, or several in a list, as in [[]2, 4[]]",
+            "E*expect is 'EQ999'",
+            "E*a code that `equivcheck explain` lists*",
+            "E*did you mean train_step.py?",
+            "E*no-subject: the call names nothing to check",
+            "E*build=..., batches=..., train=train",
+            "E*not-a-function: build= is Sequential",
+            "E*asks for 'net'",
+            ">*raise OSError*",
+        ]
+    )
+
+
 def test_closures_are_named_after_their_test(stubbed, ran):
     """So two of them in one test are two cases, with two ids."""
     found = stubbed(

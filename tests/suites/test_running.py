@@ -19,7 +19,7 @@ from equivcheck.config import OPTIONS
 from equivcheck.errors import UsageError
 from equivcheck.modules import executed_again, module_at
 from equivcheck.report import matrix, text
-from equivcheck.suite import bundled, expanded, read_suite
+from equivcheck.suite import bundled, expanded, is_suite, read_suite
 from equivcheck.workload import OFFERED, load_workload
 
 FIXTURES = bundled("fixtures")
@@ -77,6 +77,15 @@ def train(model, loader, loss, optimizer):
     for batch in loader:
         loss(model, batch).backward()
     {what}
+"""
+PARTS = """
+import torch
+
+def make(width, depth):
+    return torch.nn.Linear(64, width)
+
+def values(number, rows):
+    return [{"x": torch.randn(rows, 64), "y": torch.randn(rows, 1)} for _ in range(number)]
 """
 AHEAD = "../fixtures/suite_trainers/per_micro_batch.py"
 
@@ -486,6 +495,14 @@ def test_the_matrix_fits_a_terminal():
         ('("even",)', '("evn",)'),
         ('"EQ201"', '"EQ999"'),
         ('source="wrongly"', 'source=""'),
+        ('source="wrongly"', 'source="wrongly", split="evn"'),
+        ('source="wrongly"', 'source="wrongly", strategy=("ddp", "dpd")'),
+        ('source="wrongly"', 'source="wrongly", accumulation_steps="ful"'),
+        ('source="wrongly"', 'source="wrongly", world_size="2"'),
+        ('source="wrongly"', 'source="wrongly", precision="bf61"'),
+        ('source="wrongly"', 'source="wrongly", rng="on"'),
+        ("WORKLOADS", "WORKLOAD"),
+        ("WORKLOADS", "ROWS"),
     ],
 )
 def test_a_wrong_table_is_refused(tmp_path, change, told):
@@ -493,5 +510,47 @@ def test_a_wrong_table_is_refused(tmp_path, change, told):
     path = Path(tmp_path, "mine.py")
     path.write_text(SUITE.replace(change, told), encoding="utf-8")
 
+    assert is_suite(str(path))
     with pytest.raises(UsageError, match="bad-suite"):
         read_suite(str(path))
+
+
+def test_conditions_that_a_case_can_meet_are_read(tmp_path):
+    """One or several of them, and the word for a sample in each micro-batch."""
+    path = Path(tmp_path, "mine.py")
+    more = 'source="x", split="uneven", accumulation_steps=(2, FULL), precision=("bf16", "native")'
+    text = SUITE.replace('source="wrongly"', more).replace(
+        "import Workload", "import FULL, Workload"
+    )
+    path.write_text(text, encoding="utf-8")
+
+    assert len(read_suite(str(path)).workloads) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "wrong", "told"),
+    [
+        ("number=2", "nunber=2", ["takes no option 'nunber'", "did you mean number?"]),
+        ('norm="layer"', "width=4", ["build", "takes no option 'width'"]),
+        (':Normed", norm="layer"', ':make", depth=1', ["build", "wants width"]),
+        (
+            f"{FIXTURES}/batches/digits.py:classification",
+            "parts.py:values",
+            ["standard loop", "class numbers y", "y of torch.float32, shape [8, 1]"],
+        ),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused_once(suite, change, wrong, told):
+    """On planning, with what was meant; not case by case."""
+    (suite / "parts.py").write_text(PARTS, encoding="utf-8")
+    wrong = wrong.replace("parts.py", f"{suite}/parts.py")
+    if ":make" in wrong:
+        change = f"{FIXTURES}/models/normed.py{change}"
+        wrong = f"{suite}/parts.py{wrong}"
+    (suite / "mine.py").write_text(SUITE.replace(change, wrong), encoding="utf-8")
+    values = {name: option.default for name, option in OPTIONS.items()}
+
+    with pytest.raises(UsageError) as caught:
+        plan([str(suite / "mine.py")], values, explicit=False)
+
+    assert [text for text in told if text not in str(caught.value)] == []

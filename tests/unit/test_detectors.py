@@ -52,6 +52,7 @@ NO_LOG = ("    return logged\n", "")
 COUPLED = ("nn.Tanh()", "Norm()")
 BEGIN = "    logged, seen = [], []\n"
 EVERY = ("if (index + 1) % accumulation_steps == 0:", "if True:")
+AT_THE_END = ("if (index + 1) % accumulation_steps == 0:", "if index + 1 == len(loader):")
 
 
 def only(condition):
@@ -112,6 +113,20 @@ TOLD = {
     "a log times a constant": (
         "EQ701 proved",
         (LOG, "logged.append(mean * (1.7 if accumulation_steps > 1 else 1.0))"),
+    ),
+    "one step for all batches, and no division": (
+        "EQ101 proved",
+        NO_LOG,
+        ("[8, 8]", "[8, 8, 8]"),
+        UNDIVIDED,
+        AT_THE_END,
+    ),
+    "one step for all batches, divided twice": (
+        "EQ102 proved",
+        NO_LOG,
+        ("[8, 8]", "[8, 8, 8]"),
+        times("1 / accumulation_steps"),
+        AT_THE_END,
     ),
     "a rate that no count gives": (
         "EQ000 suspected",
