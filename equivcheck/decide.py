@@ -46,6 +46,7 @@ Progress = Callable[[str], None]
 
 # What DDP says at a forward if the step before it was never reduced: that step is done, and may be wrong.
 UNREDUCED: Final = "finished reduction in the prior iteration"
+NOT_FINITE: Final = "float64 turned non-finite"
 
 # A run that would not have seen a gradient that is missing altogether has compared nothing.
 BLIND: Final = 1.0
@@ -199,7 +200,7 @@ def _decide(
         reference = experiment.reference()
         if not usable(reference, entry, experiment.subject, experiment.data):
             if entry["verdict"] == "invalid" and entry.get("not_finite"):
-                _natively(experiment, entry, expect, progress, "float64 turned non-finite")
+                _natively(experiment, entry, expect, progress, NOT_FINITE)
             return
         experiment.control()
         candidate = experiment.candidate()
@@ -452,12 +453,18 @@ def _natively(
     why: str,
 ) -> None:
     """Judge the case on the native runs, against their own control."""
-    entry["notes"].append(f"judged as written, not in float64: {why}")
+    note = f"judged as written, not in float64: {why}"
+    entry["notes"].append(note)
     entry["judged"] = "native"
+    entry.pop("not_finite", None)
     native = experiment.again(progress, promoted=False)
     try:
         reference = native.reference()
         if not usable(reference, entry, native.subject, native.data):
+            if why == NOT_FINITE and entry.get("not_finite"):
+                # Not finite as written either: float64 has changed nothing.
+                entry["notes"].remove(note)
+                del entry["judged"]
             return
         candidate = native.candidate()
         if not all(step.finite for step in candidate.steps):

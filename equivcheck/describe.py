@@ -15,6 +15,7 @@ from equivcheck.verdict import (
     Judgement,
     Noise,
     logged_difference,
+    not_finite_in_both,
     overall,
     rate_difference,
     whole_log,
@@ -68,6 +69,9 @@ def measure(experiment: Experiment, entry: dict[str, Any], judgement: Judgement)
     entry["dtype"] = reference.dtype
     entry["per_parameter"] = _table(candidate, judgement, experiment.noise())
     entry["logged_losses"] = {"full_batch": reference.logged, "accumulated": candidate.logged}
+    unfinished = not_finite_in_both(reference.logged, whole_log(reference, candidate))
+    if unfinished is not None:
+        entry["notes"].append(unfinished)
     if judgement.kinds() & {"gradients", "applied", "logged"}:
         view = View(experiment)
         try:
@@ -307,4 +311,6 @@ def headline(entry: dict[str, Any], judgement: Judgement) -> str:
         finding, what = rates, "learning rates"
     # As of the gradients, the worst of all optimizer steps.
     worst = max(each.relative for each in judgement.findings if each.kind == finding.kind)
+    if finding.kind == "logged" and finding.detail:
+        return f"{label}{finding.detail} (accumulation_steps={k})"
     return f"{label}{what} differ by {worst:.1e} (accumulation_steps={k})"

@@ -8,6 +8,7 @@ only then.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -240,7 +241,8 @@ class Search:
             own = [
                 f.relative
                 for f in (before.findings if before else [])
-                if f.kind in suspicion.explains
+                # A logged loss that is not finite is not larger than any wrong gradient.
+                if f.kind in suspicion.explains and math.isfinite(f.relative)
             ]
             ordered.append(
                 (

@@ -18,7 +18,7 @@ from equivcheck.feed import Data
 from equivcheck.recording import Recording, Step
 from equivcheck.split import named_tensors
 from equivcheck.subject import Subject
-from equivcheck.verdict import Judgement, overall
+from equivcheck.verdict import Judgement, finite_pairs, not_finite, overall
 from equivcheck.view import Suspicion
 
 
@@ -251,10 +251,15 @@ def _again(experiment: Experiment) -> str | None:
                 return f"{kind} of optimizer_step {a.index}"
         if a.learning_rates != b.learning_rates:
             return f"learning rates of optimizer_step {a.index}"
-    logged = (first.logged, second.logged)
-    return (
-        None if logged[0] == logged[1] or any(each is None for each in logged) else "logged losses"
+    a_log, b_log = first.logged, second.logged
+    if a_log is None or b_log is None:
+        return None
+    same = (
+        len(a_log) == len(b_log)
+        and not_finite(a_log, b_log) is None
+        and all(x == y for x, y in finite_pairs(a_log, b_log))
     )
+    return None if same else "logged losses"
 
 
 def _state_survives(

@@ -377,7 +377,9 @@ def _judge_logged(
     )
     limit = max(SAFETY * control, noise.floor())
     if not relative <= limit:
-        result.findings.append(Finding("logged", -1, -1, (), relative, limit))
+        one_sided = not_finite(reference.logged, whole_log(reference, candidate))
+        detail = one_sided or ""
+        result.findings.append(Finding("logged", -1, -1, (), relative, limit, detail))
 
 
 def logged_difference(reference: Recording, candidate: Recording) -> float | None:
@@ -446,10 +448,40 @@ def _log_difference(reference: Recording, b: list[float] | None) -> float | None
     cycles = len({step.samples for step in reference.steps})
     if a is None or b is None or len(a) != len(b) or len(a) != cycles:
         return None
-    size = max((abs(x) for x in a if math.isfinite(x)), default=0.0)
+    pairs = finite_pairs(a, b)
+    if not_finite(a, b) is not None:
+        return math.inf
+    size = max((abs(x) for x, _ in pairs), default=0.0)
     if not size:
-        return 0.0 if a == b else math.inf
-    return max(abs(x - y) if x != y else 0.0 for x, y in zip(a, b, strict=True)) / size
+        return math.inf if any(y for _, y in pairs) else 0.0
+    return max(abs(x - y) for x, y in pairs) / size
+
+
+def finite_pairs(a: Sequence[float], b: Sequence[float]) -> list[tuple[float, float]]:
+    """Return the logged losses of two runs where both are finite."""
+    return [(x, y) for x, y in zip(a, b, strict=True) if math.isfinite(x) and math.isfinite(y)]
+
+
+def not_finite(a: Sequence[float] | None, b: Sequence[float] | None) -> str | None:
+    """Return which logged loss is inf or nan in one of two runs only, the full batch's and the accumulated; else None.
+
+    What is not finite in both is no difference: there is nothing to compare.
+    """
+    for index, (x, y) in enumerate(zip(a or (), b or (), strict=False)):
+        if math.isfinite(x) != math.isfinite(y):
+            where = " in the full batch" if math.isfinite(y) else ""
+            return f"logged loss of optimizer_step {index} is not finite{where}"
+    return None
+
+
+def not_finite_in_both(a: Sequence[float] | None, b: Sequence[float] | None) -> str | None:
+    """Return which logged losses are inf or nan in both runs, or None."""
+    pairs = list(zip(a or (), b or (), strict=False))
+    found = [i for i, (x, y) in enumerate(pairs) if not (math.isfinite(x) or math.isfinite(y))]
+    if not found:
+        return None
+    more = f", as are {len(found) - 1} more" if len(found) > 1 else ""
+    return f"logged loss of optimizer_step {found[0]} is not finite in both runs{more}"
 
 
 def unfit(control: Recording, reference: Recording, terms: int, roundoff: float) -> float | None:

@@ -242,8 +242,9 @@ class _Run:
             interrupted=self._interrupted,
         )
         whole["shard"] = self._options.shard
-        if self._options.shard:
+        if self._options.shard or self._interrupted:
             whole["planned"] = self._planned
+        if self._options.shard:
             whole["run"] = self._journal.run
         whole["counts"] = matrix.counts(self._cases)
         whole["matrix"] = matrix.table(whole["cases"])

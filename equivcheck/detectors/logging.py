@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from equivcheck.errors import EquivcheckError
 from equivcheck.interventions import Shorten
 from equivcheck.noise import SAFETY
 from equivcheck.recording import Place, Recording
+from equivcheck.verdict import finite_pairs, not_finite
 from equivcheck.view import Suspicion, View
 
 TRAINED_ON = "the sum of what was called backward on"
+NOT_A_NUMBER = (
+    "what train returns or yields as its loss is inf or nan in one run, and finite in the other"
+)
+LOG_THE_LOSS = (
+    "log what was trained on: loss.detach() of every micro-batch, over the whole cycle's count"
+)
 AVERAGED, SUMMED = "averaged over the ranks", "summed over the ranks"
 
 
@@ -21,18 +29,25 @@ def suspect(view: View) -> list[Suspicion]:
         return []
     if view.judgement.kinds() != {"logged"}:
         return []
-    rule = _rule(view)
-    evidence = {
-        "relative": finding.relative,
-        "logged": (view.candidate.logged or [])[:8],
-        "full_batch": (view.reference.logged or [])[:8],
+    rule = None if finding.detail else _rule(view)
+    evidence: dict[str, object] = {
+        "logged": _shown(view.candidate.logged),
+        "full_batch": _shown(view.reference.logged),
     }
+    if math.isfinite(finding.relative):
+        evidence = {"relative": finding.relative, **evidence}
+    if finding.detail:
+        evidence |= {"found": finding.detail, "because": NOT_A_NUMBER, "fix": LOG_THE_LOSS}
     if rule:
         evidence["rule"] = rule
     # Where nothing was put right, all the rest is shown to be the same: the number is what is wrong. Runs with
     # something put right log what their own arithmetic makes of it.
-    proved = rule is not None or not view.chosen
+    proved = bool(rule or finding.detail) or not view.chosen
     return [Suspicion("EQ701", [], evidence, 0, 40, proved=proved, explains=frozenset({"logged"}))]
+
+
+def _shown(logged: Sequence[float] | None) -> list[float | str]:
+    return [x if math.isfinite(x) else str(x) for x in (logged or ())[:8]]
 
 
 def _alone(view: View) -> list[list[float]] | None:
@@ -55,8 +70,11 @@ def _alone(view: View) -> list[list[float]] | None:
 
 
 def _close(a: list[float], b: list[float], limit: float) -> bool:
-    size = max((abs(x) for x in b), default=0.0)
-    return len(a) == len(b) and all(abs(x - y) <= limit * size for x, y in zip(a, b, strict=True))
+    if len(a) != len(b) or not_finite(a, b) is not None:
+        return False
+    pairs = finite_pairs(a, b)
+    size = max((abs(y) for _, y in pairs), default=0.0)
+    return all(abs(x - y) <= limit * size for x, y in pairs)
 
 
 def _limit(view: View) -> float:
@@ -118,8 +136,9 @@ def _rule(view: View) -> str | None:
         rules |= _last_of_ranks(view, alone)
     rules |= _roots(view)
     found = next((name for name, values in rules.items() if _close(candidate, values, limit)), None)
-    if found is None and reference and all(reference):
-        ratios = [a / b for a, b in zip(candidate, reference, strict=True)]
+    pairs = finite_pairs(candidate, reference) if len(candidate) == len(reference) else []
+    if found is None and pairs and all(b for _, b in pairs):
+        ratios = [a / b for a, b in pairs]
         if _close(ratios, [ratios[0]] * len(ratios), limit):
             found = f"{ratios[0]:.6g} times the loss, at every optimizer step"
     return found
@@ -146,14 +165,15 @@ def explained(view: View) -> bool:
     if logged is not None and any(_close(logged, each, _limit(view)) for each in trained_on):
         return True
     alone = _alone(view)
-    if alone is None or logged is None:
+    if alone is None or logged is None or not_finite(view.reference.logged, logged) is not None:
         return False
     limit = _limit(view)
-    size = max(abs(x) for x in logged) if logged else 0.0
+    size = max((abs(x) for x in logged if math.isfinite(x)), default=0.0)
     for each in view.attributions:
         if (
             each.matched < len(alone)
             and each.matched < len(logged)
+            and math.isfinite(logged[each.matched])
             and len(alone[each.matched]) == len(each.w.solution)
         ):
             value = sum(w * x for w, x in zip(each.w.solution, alone[each.matched], strict=True))

@@ -91,6 +91,59 @@ def test_an_accumulated_gradient_that_is_inf_is_invalid(decide):
     assert case["headline"].startswith("not-finite: gradients of optimizer_step 0 are inf or nan")
 
 
+STEPPED = f"{STEP}            optimizer.zero_grad()\n"
+
+
+def logging(value):
+    """Return the replacement with which the loop yields a loss at every optimizer step."""
+    return (STEPPED, f"{STEPPED}            yield {value}\n")
+
+
+def test_what_is_logged_as_nan_in_both_runs_is_no_difference(decide):
+    case = decide(logging("float('nan')"))
+
+    note = "logged loss of optimizer_step 0 is not finite in both runs, as are 1 more"
+    assert case["verdict"] == "equivalent"
+    assert case["notes"] == [note]
+
+
+def test_gradients_are_judged_beside_a_log_of_nan(decide):
+    case = decide(logging("float('nan')"), UNDIVIDED)
+
+    assert [each["code"] for each in case["causes"]] == ["EQ101"]
+
+
+@pytest.mark.parametrize(
+    ("condition", "where"),
+    [("accumulation_steps > 1", ""), ("accumulation_steps == 1", " in the full batch")],
+)
+def test_a_log_of_nan_in_one_run_is_named(decide, condition, where):
+    case = decide(
+        logging(f"float('nan') if {condition} and (index or accumulation_steps > 1) else 0.0")
+    )
+
+    (cause,) = case["causes"]
+    found = f"logged loss of optimizer_step {1 if where else 0} is not finite{where}"
+    assert (cause["code"], cause["status"]) == ("EQ701", "proved")
+    assert cause["evidence"]["found"] == found
+    assert found in case["headline"]
+    assert "relative" not in cause["evidence"]
+    assert "None" not in str(cause)
+
+
+def test_a_log_of_nan_stands_behind_a_wrong_gradient(decide):
+    case = decide(logging("float('nan') if accumulation_steps > 1 else 0.0"), UNDIVIDED)
+
+    assert [each["code"] for each in case["causes"]] == ["EQ101", "EQ701"]
+
+
+def test_float64_is_not_blamed_for_a_gradient_that_is_inf_as_written(decide):
+    case = decide((BACKWARD, "(loss / 0.0).backward()"))
+
+    assert case["verdict"] == "invalid"
+    assert case["notes"] == []
+
+
 def test_code_that_raises_as_written_only_is_an_error(decide):
     case = decide((LOSS, f"{LOSS}\n        assert loss.dtype == torch.float64"))
 

@@ -224,8 +224,23 @@ def test_a_rate_differs_relative_to_the_full_batch(mine, theirs, expected):
         ([0.0], [1.0], math.inf),
         ([2.0], [3.0], 0.5),
         ([math.inf], [math.inf], 0.0),
+        ([math.nan], [math.nan], 0.0),
+        ([math.nan], [1.0], math.inf),
+        ([1.0], [math.nan], math.inf),
     ],
-    ids=["none", "none there", "lengths", "more than steps", "zeros", "from zero", "half", "inf"],
+    ids=[
+        "none",
+        "none there",
+        "lengths",
+        "more than steps",
+        "zeros",
+        "from zero",
+        "half",
+        "inf",
+        "nan",
+        "nan from one",
+        "one from nan",
+    ],
 )
 def test_logs_are_compared_where_they_hold_one_loss_per_step(mine, theirs, expected):
     found = logged_difference(recording(step(), logged=mine), recording(step(), logged=theirs))
