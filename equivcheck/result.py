@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from equivcheck.errors import UsageError
+from equivcheck.shape import kind, misfit
 
 SCHEMA = "equivcheck.result/1"
 
@@ -234,40 +235,73 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a saved result.
 
+    A verdict that is absent is that of its cases.
+
     Raises:
-        UsageError: The file is missing, unreadable, no JSON (truncated, say), or not a result of
-            this schema.
+        UsageError: The file is missing, unreadable, no JSON (truncated, say), not a result of this schema, or holds
+            something of another kind than a result does.
     """
+    name = os.fspath(path)
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise UsageError(
-            f"cannot read the result {os.fspath(path)}: {reason}",
-            expected="a file written by equivcheck run --json",
-        ) from None
+        raise UsageError(f"cannot read the result {name}: {reason}", expected=_EXPECTED) from None
     try:
-        result = json.loads(text)
-    except ValueError as error:
+        result = json.loads(text, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
         raise UsageError(
-            f"{os.fspath(path)} is not JSON: {error}",
-            expected="a file written by equivcheck run --json",
-            because="the file is cut short" if text.strip() else "the file is empty",
+            f"{name} is not JSON: {error}", expected=_EXPECTED, because=_why_not_json(text, error)
         ) from None
-    schema = result.get("schema") if isinstance(result, dict) else None
+    if not isinstance(result, dict):
+        raise UsageError(
+            f"{name} is JSON, but no result: it is {kind(result)}, not a table", expected=_EXPECTED
+        )
+    schema = result.get("schema")
     if schema != SCHEMA:
         raise UsageError(
-            f"{os.fspath(path)} has the schema {schema!r}",
+            f"{name} has the schema {schema!r}" if "schema" in result else f"{name} has no schema",
             expected=SCHEMA,
+            because=None if "schema" in result else "it is JSON, but not a result of equivcheck",
             fix="run the target again with this version of equivcheck",
         )
-    if not isinstance(result.get("cases"), list) or not all(map(_is_case, result["cases"])):
+    told = misfit(result) or _unknown_verdict(result)
+    if told:
         raise UsageError(
-            f"{os.fspath(path)} has a case without an id or with an unknown verdict",
-            expected=SCHEMA,
+            f"{name}: {told}",
+            expected=_EXPECTED,
+            because="it was changed since, or written by something else",
         )
-    return dict(result)
+    result.setdefault("target", "")
+    if result.get("verdict") is None:
+        result["verdict"] = run_verdict(
+            result["cases"], interrupted=bool(result.get("interrupted"))
+        )
+    return finite(result)  # type: ignore[no-any-return]
 
 
-def _is_case(case: object) -> bool:
-    return isinstance(case, dict) and "id" in case and case.get("verdict") in EXIT_CODES
+_EXPECTED = "a file written by equivcheck run --json"
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"it holds {name}, which JSON does not have")
+
+
+def _why_not_json(text: str, error: Exception) -> str | None:
+    """Return why a file does not parse, where that can be told."""
+    if not text.strip():
+        return "the file is empty"
+    if not text.lstrip().startswith(("{", "[")):
+        return "it is text of another kind"
+    at = getattr(error, "pos", None)
+    if at is not None and (at >= len(text.rstrip()) or "Unterminated string" in str(error)):
+        return "the file is cut short"
+    return None
+
+
+def _unknown_verdict(result: Mapping[str, Any]) -> str | None:
+    for number, case in enumerate(result["cases"]):
+        if case["verdict"] not in EXIT_CODES:
+            known = ", ".join(EXIT_CODES)
+            return f"cases[{number}].verdict is {case['verdict']!r}, an unknown verdict: {known}"
+    return None

@@ -93,6 +93,8 @@ def merged(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         or bool(absent)
         or any(part.get("interrupted") for part in parts.values()),
     )
+    if planned > len(cases):
+        whole["planned"] = planned
     whole["environment"] = next(iter(parts.values()))["environment"]
     return whole
 

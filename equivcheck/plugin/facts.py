@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from equivcheck.report import words
+from equivcheck.result import missing_causes
 
 PREFIX = "equivcheck."
 UNUSED = "equivcheck.unused"
@@ -21,6 +22,7 @@ def properties(case: Mapping[str, Any]) -> list[tuple[str, object]]:
         "label": words.label(case),
         "verdict": case["verdict"],
         "cause": ",".join(words.codes(case)),
+        "missing": ",".join(missing_causes(case)),
         "headline": words.headline(case),
         "scale": gradients.get("scale"),
         "relative": gradients.get("relative"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -46,8 +47,39 @@ class Session:
         self.reports = facts.Reports()
         if self._worker is None:
             config.pluginmanager.register(self.reports, "equivcheck-reports")
+            self._refuse_unwritable()
 
     # ---- before the tests ----------------------------------------------------------------------
+
+    def _refuse_unwritable(self) -> None:
+        """Refuse a report that cannot be written before minutes are spent on it.
+
+        Raises:
+            pytest.UsageError: With the reason that the system gives.
+        """
+        for name in () if self.config.option.collectonly else ("json", "html"):
+            path = self._path(name)
+            if path is None:
+                continue
+            try:
+                if path.is_dir():
+                    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=path.parent):  # where the page will be drafted
+                    pass
+            except OSError as error:
+                raise pytest.UsageError(
+                    f"cannot write --equivcheck-{name} {self._named(name)}: {error.strerror}"
+                ) from None
+
+    def _named(self, name: str) -> str | None:
+        """Return the path of a report as it was stated; None where there is to be none."""
+        path = self.config.getoption(f"equivcheck_{name}") or self.settings[name]
+        return None if path in (None, "-") else str(path)
+
+    def _path(self, name: str) -> Path | None:
+        path = self._named(name)
+        return None if path is None else self.config.invocation_params.dir / path
 
     def check_markers(self, item: pytest.Item, *, asks: bool) -> None:
         """Refuse markers that say nothing, or something wrong.
@@ -219,16 +251,15 @@ class Session:
             self._failures.append(f"no step summary: {error.strerror}")
 
     def _write(self, name: str, text: str) -> None:
-        path = self.config.getoption(f"equivcheck_{name}") or self.settings[name]
-        if path in (None, "-"):
+        path, shown = self._path(name), self._named(name)
+        if path is None:
             return
-        target = self.config.invocation_params.dir / path
         try:
-            results.write_text(target, text)
+            results.write_text(path, text)
         except OSError as error:
-            self._failures.append(f"cannot write --equivcheck-{name} {path}: {error.strerror}")
+            self._failures.append(f"cannot write --equivcheck-{name} {shown}: {error.strerror}")
         else:
-            self._written.append(str(path))
+            self._written.append(str(shown))
 
     def _remembered(self) -> dict[str, Any]:
         cache = getattr(self.config, "cache", None)

@@ -68,9 +68,9 @@ def summary(reports: Reports, *, paths: Sequence[str]) -> list[str]:
 def _by_cause(cases: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     groups: dict[str, list[dict[str, Any]]] = {}
     for case in cases:
-        groups.setdefault(str(case.get("cause", "")).split(",")[0] or case["verdict"], []).append(
-            case
-        )
+        missing = case.get("missing")
+        absent = f"declared {missing.replace(',', ', ')} not found" if missing else case["verdict"]
+        groups.setdefault(str(case.get("cause", "")).split(",")[0] or absent, []).append(case)
     return groups
 
 
@@ -96,7 +96,11 @@ def _counts(cases: Sequence[Mapping[str, Any]]) -> str:
         shown = case["verdict"]
         if shown != "equivalent" and case.get("cause"):
             shown += f" ({case['cause']})"
-        if case["outcome"] != "passed":
+        if case.get("missing"):
+            shown += f" (declared {case['missing'].replace(',', ', ')} not found)"
+        if case["outcome"] == "failed":
+            shown += " in a test that failed"
+        elif case["outcome"] != "passed":
             shown = f"{case['outcome']}: {shown}"
         elif case.get("failed"):
             shown = f"measured as {shown}"

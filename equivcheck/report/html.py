@@ -171,11 +171,13 @@ def _data(result: Mapping[str, Any], reduced: Reduced) -> dict[str, Any]:
         "result": reduced.result,
         "reduced": bool(reduced.notes),
         "markdown": {
-            case["id"]: markdown.render({**result, "cases": [case]})
+            case["id"]: markdown.render({**result, "cases": [case], "interrupted": False})
             for case in result["cases"]
             if case["id"] in detailed
         },
-        "summary": markdown.render({**result, "cases": _for_summary(result)}),
+        "summary": markdown.render(
+            {**result, "cases": _for_summary(result)}, words.interrupted(result)
+        ),
     }
 
 
@@ -185,7 +187,14 @@ def _for_summary(result: Mapping[str, Any]) -> list[Any]:
 
 
 def title(result: Mapping[str, Any]) -> str:
-    """Return the headline of the page: the case's own if one speaks for all."""
+    """Return the headline of the page: the case's own if one speaks for all, and first that cases are missing."""
+    missing = words.interrupted(result)
+    if not missing:
+        return _title(result)
+    return f"{missing}; {_title(result)}" if result["cases"] else missing
+
+
+def _title(result: Mapping[str, Any]) -> str:
     cases = result["cases"]
     failing = [case for case in cases if words.failed(case)]
     if len(cases) == 1:
@@ -193,15 +202,17 @@ def title(result: Mapping[str, Any]) -> str:
     if not cases:
         return "Nothing ran"
     if not failing:
-        return f"All {len(cases)} cases agree with the full batch"
-    codes = list(dict.fromkeys(code for case in failing for code in words.codes(case)[:1]))
-    if len(codes) == 1:
-        return f"{codes[0]} {name_of(codes[0])} in {len(failing)} of {len(cases)} cases"
-    if 1 < len(codes) <= NAMED:
-        named = " and ".join(f"{code} {name_of(code)}" for code in codes)
-        return f"{named} in {len(failing)} of {len(cases)} cases"
+        those = f"these {len(cases)}" if result.get("interrupted") else f"All {len(cases)} cases"
+        return f"{those} agree with the full batch"
+    having = Counter(code for case in failing for code in words.codes(case)[:1])
+    count, codes = having.total(), list(having)
+    others = len(failing) - count
+    more = f", {others} more without a cause" if codes and others else ""
+    if len(codes) > NAMED:
+        return f"{len(codes)} causes in {count} of {len(cases)} cases{more}"
     if codes:
-        return f"{len(codes)} causes in {len(failing)} of {len(cases)} cases"
+        named = " and ".join(f"{code} {name_of(code)}" for code in codes)
+        return f"{named} in {count} of {len(cases)} cases{more}"
     return f"{len(failing)} of {len(cases)} cases: {failing[0]['verdict']}"
 
 

@@ -11,20 +11,24 @@ from equivcheck.result import case_exit_code
 
 
 def render(result: Mapping[str, Any]) -> str:
-    """Return the result as JUnit XML; a case that decides nothing is an error, never a pass."""
+    """Return the result as JUnit XML; a case that decides nothing, or has not run, is an error, never a pass."""
     cases = result["cases"]
+    missing = words.interrupted(result)
     found = [case_exit_code(case) for case in cases]
     suite = ET.Element(
         "testsuite",
         name="equivcheck",
-        tests=str(len(cases)),
+        tests=str(len(cases) + bool(missing)),
         failures=str(sum(code == 1 for code in found)),
-        errors=str(sum(code not in (0, 1) for code in found)),
+        errors=str(sum(code not in (0, 1) for code in found) + bool(missing)),
         skipped="0",
         time=f"{sum(case.get('seconds') or 0 for case in cases):.3f}",
     )
     for case, code in zip(cases, found, strict=True):
         suite.append(_testcase(case, code))
+    if missing:
+        rest = ET.SubElement(suite, "testcase", classname="equivcheck", name="the rest of the run")
+        ET.SubElement(rest, "error", type="interrupted", message=missing).text = text.UNFINISHED
     root = ET.Element("testsuites")
     root.append(suite)
     ET.indent(root)

@@ -10,10 +10,15 @@ from equivcheck.report import text, words
 LIMIT = 60_000  # bytes; GitHub cuts comments at 64 kB and drops summaries above 1 MiB
 
 
-def render(result: Mapping[str, Any]) -> str:
-    """Return verdict, one row per case, warnings, and the block of every finding, within `LIMIT`."""
+def render(result: Mapping[str, Any], headline: str | None = None) -> str:
+    """Return verdict, one row per case, warnings, and the block of every finding, within `LIMIT`.
+
+    Args:
+        result: A result, or some of the cases of one.
+        headline: What stands for the verdict, by default the result's own.
+    """
     lines = [
-        f"### equivcheck: {result['verdict']}",
+        f"### equivcheck: {headline or words.interrupted(result) or result['verdict']}",
         "",
         "| case | id | verdict | causes | measured |",
         "| --- | --- | --- | --- | --- |",
@@ -29,6 +34,8 @@ def render(result: Mapping[str, Any]) -> str:
     warned = [f"- {_cell(told)}" for told in text.warnings(result)]
     if warned:
         page += "\n" + "\n".join(warned[:20]) + "\n"
+    if result.get("interrupted"):
+        page += f"\n{text.UNFINISHED.capitalize()}.\n"
     for number, block in enumerate(text.blocks(filter(words.failed, result["cases"]))):
         more = f"\n```text\n{block.replace('```', '` ` `')}\n```\n"
         if len((page + more).encode()) > LIMIT:

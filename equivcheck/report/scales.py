@@ -32,7 +32,10 @@ class Decades:
             return 0.0
         if math.isinf(value):
             return 100.0
-        share = (math.log10(value) - self.low) / (self.high - self.low)
+        return self._at(math.log10(value))
+
+    def _at(self, exponent: float) -> float:
+        share = (exponent - self.low) / (self.high - self.low)
         return round(100 * min(max(share, 0.0), 1.0), 3)
 
     def ticks(self, most: int = 7) -> list[tuple[float, str]]:
@@ -41,7 +44,7 @@ class Decades:
         exponents = range(self.high, self.low, -every)
         return [
             (0.0, "0"),
-            *((self.place(10.0**e), "1" if e == 0 else f"1e{e}") for e in sorted(exponents)),
+            *((self._at(e), "1" if e == 0 else f"1e{e}") for e in sorted(exponents)),
         ]
 
 

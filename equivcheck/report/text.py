@@ -18,6 +18,8 @@ _ALSO = 20  # lines for cases that share a block
 _ALSO_WIDTHS = (12, 11, 8, 11)  # of the columns beside the label's
 _STYLES = {0: "32", 1: "31;1", 3: "31;1", 4: "33", 70: "35;1"}
 
+UNFINISHED = "what has not run is not judged; the same command with --resume runs the rest"
+
 Paint = Callable[[str, str], str]
 
 
@@ -111,7 +113,7 @@ def summary(result: Mapping[str, Any]) -> str:
     total = ", ".join(f"{count} {verdict}" for verdict, count in counts.items()) or "no case ended"
     told = f"{total} in {sum(case.get('seconds') or 0 for case in cases):.1f} s"
     if result.get("interrupted"):
-        told = f"interrupted: {told}"
+        told = f"{words.interrupted(result)}; {told}"
     # A case that theory wants undecided has seen nothing, so its power says nothing of the run.
     powers = [
         c["detection_power"]
@@ -127,6 +129,8 @@ def summary(result: Mapping[str, Any]) -> str:
 def remarks(result: Mapping[str, Any]) -> list[str]:
     """Return notes and warnings, each once; a failing case's notes are in its block."""
     said: dict[str, None] = dict.fromkeys(result.get("notes") or ())
+    if result.get("interrupted"):
+        said[UNFINISHED] = None
     for case in result["cases"]:
         if not words.failed(case):
             said.update(dict.fromkeys(case.get("notes") or ()))

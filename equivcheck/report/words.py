@@ -119,6 +119,16 @@ def label(case: Mapping[str, Any]) -> str:
         return f"K={case.get('accumulation_steps', '?')}"
 
 
+def interrupted(result: Mapping[str, Any]) -> str:
+    """Return that a run was interrupted and how much of it ran; empty for one that came to its end."""
+    if not result.get("interrupted"):
+        return ""
+    # What a shard has planned is the whole, of which it is a part.
+    count, planned = len(result["cases"]), 0 if result.get("shard") else result.get("planned") or 0
+    of = f" of {planned}" if planned > count else ""
+    return f"interrupted: {count}{of} case{'' if not of and count == 1 else 's'} ran"
+
+
 def failed(case: Mapping[str, Any]) -> bool:
     """Return whether this case needs a block of its own."""
     return case_exit_code(case) != 0

@@ -187,7 +187,10 @@ def test_ctrl_c_keeps_what_is_finished(cli, engine):
     result = json.loads(LATEST.read_text(encoding="utf-8"))
 
     assert outcome.code == 130
-    assert "interrupted: 1 equivalent in 0.5 s" in outcome.out
+    said = " ".join(outcome.out.split())
+    assert "interrupted: 1 of 2 cases ran; 1 equivalent in 0.5 s" in said
+    assert "the same command with --resume runs the rest" in said
+    assert result["planned"] == 2
     assert (result["verdict"], result["interrupted"], len(result["cases"])) == ("error", True, 1)
 
 

@@ -87,6 +87,30 @@ def test_an_expected_cause_that_is_missing_fails(stubbed):
     )
 
 
+def test_the_summary_says_what_was_declared_and_not_found(stubbed):
+    """That a case is equivalent is no reason for a test to fail; nor is it where another case of the test is."""
+    found = stubbed(
+        """
+        def test_absent(equivcheck):
+            equivcheck('good.py', accumulation_steps=2, expect=['EQ201'])
+
+        def test_measured(equivcheck):
+            equivcheck.measure('good.py', accumulation_steps=4, expect=['EQ201'])
+
+        def test_another(equivcheck):
+            equivcheck('good.py', accumulation_steps=2)
+            equivcheck('EQ101.py', accumulation_steps=2)
+        """
+    )
+
+    found.stdout.fnmatch_lines(
+        [
+            "declared EQ201 not found: 1 case in 1 test",
+            "equivcheck: 1 case measured as equivalent (declared EQ201 not found), 1 *in a test that failed, *57x",
+        ]
+    )
+
+
 def test_what_cannot_be_decided_does_not_pass(stubbed):
     """Each end has its own error."""
     found = stubbed(

@@ -30,15 +30,36 @@ def test_it_writes_one_result(stubbed, pytester):
     ]
 
 
-def test_a_path_that_cannot_be_written_fails_the_run(stubbed, pytester):
-    """The tests passed, but what was asked for is not there."""
+@pytest.mark.parametrize("name", ["json", "html"])
+@pytest.mark.parametrize("path", ["file/report", "folder"])
+def test_a_path_that_cannot_be_written_is_refused(stubbed, pytester, ran, name, path):
+    """Before anything runs, as by the command line."""
     (pytester.path / "file").write_text("", encoding="utf-8")
+    pytester.mkdir("folder")
     found = stubbed(
-        "def test_it(equivcheck):\n    equivcheck('good.py')\n", "--equivcheck-json=file/r.json"
+        "def test_it(equivcheck):\n    equivcheck('good.py')\n", f"--equivcheck-{name}={path}"
     )
 
     assert found.ret == pytest.ExitCode.USAGE_ERROR
-    found.stdout.fnmatch_lines(["cannot write --equivcheck-json file/r.json: *"])
+    found.stderr.fnmatch_lines([f"ERROR: cannot write --equivcheck-{name} {path}: *"])
+    assert ran == []
+
+
+def test_a_path_that_is_lost_on_the_way_fails_the_run(stubbed):
+    """The tests passed, but what was asked for is not there."""
+    found = stubbed(
+        """
+        import pathlib
+
+        def test_it(equivcheck):
+            equivcheck('good.py')
+            pathlib.Path("r.json").mkdir()
+        """,
+        "--equivcheck-json=r.json",
+    )
+
+    assert found.ret == pytest.ExitCode.USAGE_ERROR
+    found.stdout.fnmatch_lines(["cannot write --equivcheck-json r.json: *"])
 
 
 def test_it_says_when_there_is_nothing_to_write(stubbed, pytester):

@@ -14,6 +14,7 @@ import pytest
 
 from equivcheck import noise
 from equivcheck import result as results
+from equivcheck.errors import UsageError
 from equivcheck.report import (
     budget,
     changes,
@@ -166,6 +167,37 @@ def test_a_result_without_some_key_renders(name):
                 raise AssertionError((place, render.__module__)) from error
 
 
+@pytest.mark.parametrize("name", ["EQ306", "EQ303", "EQ602"])
+@pytest.mark.parametrize("other", ["text", 1.5, [1], {"a": 1}], ids=repr)
+def test_what_is_of_another_kind_is_refused_or_rendered(tmp_path, name, other):
+    """Whatever is edited by hand: the file is refused with the place, or every rendering takes it."""
+    whole = load(name)
+    path = tmp_path / "result.json"
+    refused = 0
+    for place in list(paths(whole)):
+        changed = copy.deepcopy(whole)
+        holder = changed
+        for key in place[:-1]:
+            holder = holder[key]
+        if type(holder[place[-1]]) is type(other):
+            continue
+        holder[place[-1]] = other
+        path.write_text(json.dumps(changed), encoding="utf-8")
+        try:
+            loaded = results.load(path)
+        except UsageError as error:
+            assert str(place[-1]) in str(error)  # noqa: PT017 - either of two ends is right
+            refused += 1
+            continue
+        for render in (html.render, text.render, markdown.render, junit.render, slides.render):
+            try:
+                assert render(loaded) is not None
+            except Exception as error:
+                raise AssertionError((place, render.__module__)) from error
+
+    assert refused > 20
+
+
 def test_nothing_here_loads_torch(tmp_path):
     """`report` and `diff` work where torch is not installed."""
     code = (
@@ -232,6 +264,30 @@ def test_thinning_keeps_the_worst():
     assert len(found["optimizer_step"]) == len(found["gradients"]["relative"]) == 64
     assert max(found["gradients"]["relative"]) == 3.0
     assert found["optimizer_step"][found["gradients"]["relative"].index(3.0)] == 517
+
+
+def test_every_rendering_says_that_cases_are_missing():
+    """An interrupted run is no pass, however good what has run is."""
+    cases = [{**load("equivalent")["cases"][0], "id": f"{n:010x}"} for n in range(4)]
+    whole = {**load("equivalent"), "cases": cases, "interrupted": True, "planned": 6}
+    told = "interrupted: 4 of 6 cases ran"
+    suite = ET.fromstring(junit.render(whole)).find("testsuite")
+
+    assert html.title(whole) == f"{told}; these 4 agree with the full batch"
+    assert markdown.render(whole).startswith(f"### equivcheck: {told}\n")
+    assert told in text.render(whole)
+    assert "--resume" in text.render(whole)
+    assert (suite.get("tests"), suite.get("errors")) == ("5", "1")
+    assert suite.find("testcase/error").get("message") == told
+
+
+def test_a_headline_counts_the_cases_that_have_the_cause():
+    """A case that raised is none of them."""
+    wrong, right = load("EQ103")["cases"][0], load("equivalent")["cases"][0]
+    raised = {**right, "verdict": "error", "causes": [], "error": {"type": "StepError"}}
+    whole = {**load("EQ103"), "cases": [wrong, raised, right]}
+
+    assert html.title(whole) == "EQ103 mean-of-means in 1 of 3 cases, 1 more without a cause"
 
 
 def test_junit_has_a_testcase_per_case():

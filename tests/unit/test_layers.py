@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2] / "equivcheck"
 
 LAYERS = (
-    {"errors", "case", "causes", "result", "rows", "_bundled"},
+    {"errors", "case", "causes", "result", "rows", "shape", "_bundled"},
     {"split", "differences", "attribution", "noise", "counting", "tensorfile"},
     {
         *(

@@ -122,12 +122,22 @@ def test_links_and_permissions_are_kept(tmp_path):
         (None, "No such file"),
         ("", "is not JSON"),
         ('{"schema": "equivcheck.result/1", "cases": [', "is not JSON"),
-        ("[]", "has the schema None"),
+        ("hello", "because   it is text of another kind"),
+        ('{"schema": "equivcheck.result/1", "cases": [', "because   the file is cut short"),
+        ('{"schema": "equivcheck.result/1", "seconds": NaN, "cases": []}', "it holds NaN"),
+        ('{"schema": "equivcheck.result/1", "exit_code": 1e999, "cases": []}', "out of range"),
+        ('{"a": 1,, "b": 2}', "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ("[]", "no result: it is a list, not a table"),
+        ("{}", "has no schema"),
         ('{"schema": "equivcheck.result/9"}', "has the schema 'equivcheck.result/9'"),
-        ('{"schema": "equivcheck.result/1"}', "without an id"),
-        ('{"schema": "equivcheck.result/1", "cases": [{"id": "a"}]}', "unknown verdict"),
+        ('{"schema": "equivcheck.result/1"}', "has no 'cases'"),
+        ('{"schema": "equivcheck.result/1", "cases": [{"id": "a"}]}', "has no 'verdict'"),
+        (
+            '{"schema": "equivcheck.result/1", "cases": [{"id": "a", "verdict": "so"}]}',
+            "an unknown",
+        ),
     ],
-    ids=["missing", "empty", "truncated", "list", "later", "no-cases", "no-verdict"],
 )
 def test_other_files_are_refused(tmp_path, content, told):
     """Each with what is wrong about it."""
@@ -136,6 +146,24 @@ def test_other_files_are_refused(tmp_path, content, told):
         path.write_text(content, encoding="utf-8")
     with pytest.raises(UsageError, match=told):
         result.load(path)
+
+
+def test_a_mark_at_the_beginning_is_no_fault(tmp_path):
+    """Editors on Windows put one there."""
+    path = tmp_path / "result.json"
+    text = result.to_json(result.assemble([case("equivalent")], target="a.py"))
+    path.write_text(text, encoding="utf-8-sig")
+
+    assert result.load(path)["verdict"] == "equivalent"
+
+
+def test_an_absent_verdict_is_that_of_the_cases(tmp_path):
+    """It is made of nothing else."""
+    whole = result.assemble([case("divergent")], target="a.py")
+    del whole["verdict"]
+    result.write(tmp_path / "result.json", whole)
+
+    assert result.load(tmp_path / "result.json")["verdict"] == "divergent"
 
 
 def test_bytes_are_refused(tmp_path):
