@@ -201,8 +201,51 @@ class View:
         return fit.residual is not None and fit.residual <= self.tolerance(attribution)
 
     def right(self, attribution: Attribution) -> list[float] | None:
-        """Return the true weights: those of the full batch; None if they do not make it."""
-        return attribution.v.solution if self.spans(attribution, reference=True) else None
+        """Return the true weights: those of the full batch; None if they do not make it.
+
+        More pieces than parameters are told apart by no gradient. The true weights are then those that a loss may
+        have and that make the full batch's gradient.
+        """
+        if not self.spans(attribution, reference=True):
+            return None
+        return self._share(attribution) or attribution.v.solution
+
+    def known(self, attribution: Attribution) -> bool:
+        """Return whether the true weights are more than some of many that make the full batch's gradient.
+
+        Pieces that span all gradients there are make any, also one that samples made together.
+        """
+        everything = attribution.v.rank >= attribution.reference.numel()
+        return (
+            self.told_apart(attribution) or not everything or self._share(attribution) is not None
+        )
+
+    def _share(self, attribution: Attribution) -> list[float] | None:
+        """Return the weights of a loss's own that make the full batch's gradient, where pieces cannot be told apart."""
+        if self.told_apart(attribution):
+            return None
+        limit = self.tolerance(attribution) * float(attribution.reference.norm())
+        for share in self.shares(attribution):
+            rest = attribution.reference - predict(attribution.pieces, share)
+            if float(rest.norm()) <= limit:
+                return share
+        return None
+
+    def told_apart(self, attribution: Attribution) -> bool:
+        """Return whether the gradients tell the weight of every piece that has a gradient."""
+        pairs = zip(attribution.v.values, attribution.pieces, strict=True)
+        return all(value is not None or not bool(piece.any()) for value, piece in pairs)
+
+    def shares(self, attribution: Attribution) -> list[list[float]]:
+        """Return weights that a loss may have: in proportion to what is counted, all alike, or 1 each."""
+        length = attribution.pieces.shape[0]
+        found = []
+        for values in self.counts().values():
+            counts = values[attribution.matched % len(values)]
+            total = float(sum(counts))
+            if len(counts) == length and total:
+                found.append([x / total for x in counts])
+        return [*found, [1.0 / length] * length, [1.0] * length]
 
     def full_size(self, attribution: Attribution) -> bool:
         """Return whether a cycle is complete."""

@@ -256,7 +256,7 @@ def _clipped_by_hand(view: View) -> list[Suspicion]:
         factors: dict[int, list[float]] = {}
         for each in view.divergent:
             right = view.right(each)
-            if right is None:
+            if right is None or not view.known(each):
                 return []
             counted, given = meant(each, right), wrong(each, right)
             if not all(counted) or not all(given):
@@ -321,7 +321,7 @@ def hypotheses(
         power = None
     for prediction in predictions:
         factors: dict[int, list[float]] = {}
-        shown: list[Attribution] = []
+        shown: list[tuple[Attribution, list[float], list[float]]] = []
         # Counts that are equal count equally in a mean of means: one factor for all of them is another cause.
         uneven = code != "EQ103"
         for each in view.attributions:
@@ -331,16 +331,20 @@ def hypotheses(
             wrong = prediction(each, right)
             if view.fits(each, wrong) and power in {None, _power(view, each, right, wrong)}:
                 if each in view.divergent:
-                    shown.append(each)
+                    shown.append((each, right, wrong))
                 factor = _factors(right, meant(each, right) if meant else right, wrong)
                 if factor is not None:
                     factors[each.matched] = factor
-                uneven |= factor is None or not _uniform(view, each, factor)
+                if factor is None or not _uniform(view, each, factor):
+                    uneven = True
+                    if not view.known(each):
+                        break
         if shown and uneven and len(shown) == len(view.divergent):
-            first = shown[0]
+            first, right, wrong = shown[0]
+            told = view.told_apart(first)
             evidence: dict[str, object] = {
-                "weights": first.shaped(first.w.values),
-                "true_weights": first.shaped(first.v.values),
+                "weights": first.shaped(first.w.values if told else wrong),
+                "true_weights": first.shaped(first.v.values if told else right),
             }
             return [Suspicion(code, _reweighted(view, factors), evidence, first.step, rank)]
     return []

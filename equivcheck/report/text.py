@@ -276,7 +276,7 @@ def _finding_rows(case: Mapping[str, Any], width: int) -> Iterator[tuple[str, st
         else:
             yield "got", f"gradients {got}, scale {scale}, cosine {cosine}"
     for title, shown in words.weights(case):
-        yield "weights", f"{title:<12} {shown}"
+        yield "weights", f"{title:<12} {shown}" if title else shown
     for position, cause in enumerate(case.get("causes") or ()):
         if position:
             name = cause.get("name") or name_of(cause["code"])

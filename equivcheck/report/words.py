@@ -329,7 +329,22 @@ def weights(case: Mapping[str, Any]) -> list[tuple[str, str]]:
         values, residual = attribution.get(f"{role}_weights"), attribution.get(f"{role}_residual")
         if values:
             rows.append((title, f"{weights_line(values)}  residual {number(residual)}"))
-    return rows
+    return [("", untold)] if (untold := untold_weights(case)) else rows
+
+
+def untold_weights(case: Mapping[str, Any]) -> str:
+    """Return why no weight is known, where there are more pieces than parameters; else an empty text."""
+    attribution = case.get("attribution") or {}
+    flat: list[Any] = []
+    for role in ("reference", "candidate"):
+        for value in attribution.get(f"{role}_weights") or ():
+            flat += value if isinstance(value, list) else [value]
+    pieces, parameters = len(flat) // 2, case.get("parameters_count")
+    if not flat or any(value is not None for value in flat):
+        return ""
+    if not parameters or pieces <= parameters:
+        return ""
+    return f"{pieces} pieces, {parameters} parameters: weights cannot be told"
 
 
 def differs(case: Mapping[str, Any], *kinds: str) -> bool:

@@ -6,6 +6,7 @@ import pytest
 
 from equivcheck.case import Case
 from equivcheck.decide import run_case
+from equivcheck.report import words
 from equivcheck.subject import load_subject
 
 SUBJECT = """
@@ -235,3 +236,61 @@ def test_addends_are_taken_only_where_a_loss_is_a_sum(tmp_path):
     )
 
     assert (one.count("pieces"), several.count("pieces")) == (1, 2)
+
+
+FEW = """
+import torch
+from torch.nn import functional as F
+
+def build():
+    return torch.nn.Linear(4, 1)
+
+def batches():
+    generator = torch.Generator().manual_seed(0)
+    return [tuple(torch.randn(16, n, generator=generator) for n in (4, 1)) for _ in range(2)]
+
+def train(model, loader, accumulation_steps):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for index, (x, y) in enumerate(loader):
+        loss = F.mse_loss(model(x), y)
+        (loss / accumulation_steps).backward()
+        if (index + 1) % accumulation_steps == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+"""
+FEW_LOSS = "loss = F.mse_loss(model(x), y)"
+OF_ALL_ROWS = "d = model(x) - y\n        loss = d.mean() ** 2 + d.exp().mean().log()"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "split", "expected"),
+    [
+        (BACKWARD, BACKWARD, "even", []),
+        (BACKWARD, BACKWARD, "uneven", ["EQ103 proved"]),
+        (BACKWARD, "loss.backward()", "even", ["EQ101 proved"]),
+        (BACKWARD, "loss.backward()", "uneven", ["EQ101 proved"]),
+        (BACKWARD, "(loss / accumulation_steps**2).backward()", "uneven", ["EQ102 proved"]),
+        (BACKWARD, "(loss * len(x) / 16).backward()", "uneven", []),
+        (FEW_LOSS, OF_ALL_ROWS, "uneven", ["EQ000 suspected"]),
+    ],
+    ids=["right", "means", "sums", "sums of parts", "twice", "rows", "rows together"],
+)
+def test_more_pieces_than_parameters_leave_the_weights_that_a_loss_may_have(
+    tmp_path, before, after, split, expected
+):
+    """Any gradient is a sum of so many pieces: only weights that are known beforehand say something."""
+    assert before in FEW
+    path = tmp_path / "subject.py"
+    path.write_text(FEW.replace(before, after), encoding="utf-8")
+    case = run_case(load_subject(str(path)), Case(str(path), 8, split=split))
+
+    assert [f"{each['code']} {each['status']}" for each in case["causes"]] == expected
+
+
+def test_weights_that_cannot_be_told_are_said_to_be_so():
+    case = {
+        "parameters_count": 5,
+        "attribution": {"reference_weights": [None] * 8, "candidate_weights": [None] * 8},
+    }
+
+    assert words.weights(case) == [("", "8 pieces, 5 parameters: weights cannot be told")]

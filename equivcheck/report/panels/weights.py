@@ -50,7 +50,9 @@ def weights(case: Mapping[str, Any]) -> Panel:
         ],
         "residuals": residuals,
         "module": _first_module(case),
-        "told": _weights_in_words(rows, residuals, counts, _resolution(case)),
+        "told": _weights_in_words(
+            rows, residuals, counts, _resolution(case), words.untold_weights(case)
+        ),
     }
 
 
@@ -101,10 +103,13 @@ def _weights_in_words(
     residuals: Mapping[str, float | None],
     counts: Sequence[Mapping[str, Any]],
     fine: float,
+    untold: str,
 ) -> str:
     bars = [bar for row in rows for bar in row["bars"]]
     outside = [role for role, size in residuals.items() if size is not None and size > fine]
-    if "reference" in outside:
+    if untold:
+        told = words.sentence(untold)
+    elif "reference" in outside:
         told = (
             "The full batch's gradient is no sum of what its micro-batches give alone "
             f"(residual {words.number(residuals['reference'])}): samples act on one another."
