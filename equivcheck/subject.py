@@ -138,7 +138,7 @@ def load_subject(target: object, train: str | None = None) -> Subject:
 
     code = load()
     return Subject(
-        name, source.repeatable and not given, location_of(code.train), load, _names(code.train)
+        name, source.repeatable and not given, location_of(code.train), load, asked_by(code.train)
     )
 
 
@@ -337,7 +337,7 @@ def arguments(
     return wanted
 
 
-def _names(function: Callable[..., Any]) -> frozenset[str] | None:
+def asked_by(function: Callable[..., Any]) -> frozenset[str] | None:
     """Return the names of a function's arguments; None where it takes any."""
     try:
         parameters = inspect.signature(function).parameters.values()

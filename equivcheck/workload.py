@@ -18,7 +18,15 @@ from typing import Any
 from equivcheck.case import Case, shares_of
 from equivcheck.errors import TargetError, UsageError
 from equivcheck.modules import Module, executed_again, module_at
-from equivcheck.subject import Code, Subject, arguments, attribute_of, location_of, reading
+from equivcheck.subject import (
+    Code,
+    Subject,
+    arguments,
+    asked_by,
+    attribute_of,
+    location_of,
+    reading,
+)
 from equivcheck.suite import FULL, HORIZON, Part, Theory, Workload, bundled, read_suite, several
 
 
@@ -57,7 +65,7 @@ def cases_of(
             continue
         subject = load_workload(target, row.name, train)
         code = subject.fresh()
-        asked = _asked(code)
+        asked = asked_by(code.train)
         absent = [name for name in row.needs if asked is not None and name not in asked]
         if absent and train is not None:
             reason = f"for which train would have to ask for {', '.join(absent)}"
@@ -83,14 +91,6 @@ OFFERED = (
 _ROWS_OWN = (("precision", "each workload states its own; -k precision=bf16 selects"),)
 
 
-def _asked(code: Code) -> set[str] | None:
-    """Return the names that `train` asks for; None where it takes whatever there is."""
-    parameters = inspect.signature(code.train).parameters.values()
-    if any(each.kind is each.VAR_KEYWORD for each in parameters):
-        return None
-    return {each.name for each in parameters}
-
-
 def _cases_of_row(
     target: str,
     row: Workload,
@@ -112,7 +112,7 @@ def _cases_of_row(
     full = max(data.rows)
     found: list[Planned] = []
     seen: set[Any] = set()
-    batches_itself = (_asked(code) or set()) & {"dataset", "micro_batch_size"}
+    batches_itself = (asked_by(code.train) or frozenset()) & {"dataset", "micro_batch_size"}
     for world_size, strategy, split, k in itertools.product(
         axis("world_size", row.world_sizes),
         axis("strategy", row.strategies),
