@@ -83,7 +83,7 @@ detection: $(STAMP)
 	$(BIN)/python -m pytest tests/detection -m "slow or not slow"
 
 LAYERS_0_1 := errors.py case.py causes/* result.py split.py differences.py attribution.py noise.py
-LAYER_3 := experiment.py fit.py sums.py company.py verdict.py view.py diagnose.py detectors/* shared.py precision.py \
+LAYER_3 := experiment.py subject_experiment.py cuts.py fit.py sums.py company.py verdict.py view.py diagnose.py detectors/* shared.py precision.py \
 	decide.py deadline.py describe.py doubts.py
 
 comma := ,

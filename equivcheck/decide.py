@@ -38,6 +38,7 @@ from equivcheck.promotion import promoted
 from equivcheck.shared import shared_faults, skipped_steps
 from equivcheck.split import plan
 from equivcheck.subject import Subject
+from equivcheck.subject_experiment import SubjectExperiment
 from equivcheck.traffic import redundant
 from equivcheck.verdict import Judgement, overall
 from equivcheck.view import Suspicion
@@ -149,7 +150,7 @@ def run_case(
 
     try:
         with deadline(timeout, __file__):
-            make = getattr(subject, "experiment", Experiment)
+            make = getattr(subject, "experiment", SubjectExperiment)
             experiment = make(subject, case, tell)
             experiment.limit(timeout)
             entry["estimate"] = experiment.estimate()

@@ -13,16 +13,15 @@ import torch
 from equivcheck.describe import measure
 from equivcheck.diagnose import cause
 from equivcheck.errors import StepError
-from equivcheck.experiment import Experiment
+from equivcheck.experiment import Experiment, UnderTest
 from equivcheck.feed import Data
 from equivcheck.recording import Recording, Step
 from equivcheck.split import named_tensors
-from equivcheck.subject import Subject
 from equivcheck.verdict import Judgement, finite_pairs, not_finite, overall
 from equivcheck.view import Suspicion
 
 
-def usable(reference: Recording, entry: dict[str, Any], subject: Subject, data: Data) -> bool:
+def usable(reference: Recording, entry: dict[str, Any], subject: UnderTest, data: Data) -> bool:
     """Return whether the reference holds anything to compare with; else the case is `invalid`."""
     if not reference.steps:
         backwards = len(reference.backwards)

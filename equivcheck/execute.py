@@ -17,6 +17,7 @@ from torch import nn
 
 from equivcheck import bridges
 from equivcheck.casting import promote_module
+from equivcheck.comparers import Pieces
 from equivcheck.entropy import other_seeds, seed_torch, watch_entropy
 from equivcheck.errors import EquivcheckError, StepError, UsageError
 from equivcheck.feed import Data, Feed, Key
@@ -24,7 +25,7 @@ from equivcheck.keyed import KeyedRandom, keyed_random
 from equivcheck.modules import modules_restored
 from equivcheck.neutral import functional_dropout_off, switch_off_modules
 from equivcheck.noise import UNIT_ROUNDOFF
-from equivcheck.observe import Observer, Pieces
+from equivcheck.observe import Observer
 from equivcheck.promotion import promoted
 from equivcheck.recorder import Recorder
 from equivcheck.recording import Place, Recording

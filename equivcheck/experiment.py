@@ -3,39 +3,34 @@
 | role | batching | arithmetic |
 | --- | --- | --- |
 | reference | full batch | float64 |
-| control | full batch, blocks of rows permuted | float64 |
+| control | full batch, permuted or perturbed | float64 |
 | candidate | accumulated | float64 |
 | native_reference, native_candidate | full batch, accumulated | as written |
 | pieces | every micro-batch alone, from the state its cycle starts from | float64 |
+
+What is under test says how they are made: a subject (`subject_experiment`), two command lines (`scripts.experiment`),
+two recordings (`scripts.recorded`). What follows from them is the same for all, and is here.
 """
 
 from __future__ import annotations
 
-import inspect
-import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import torch
 
 from equivcheck.case import Case
-from equivcheck.casting import promote_tree
-from equivcheck.counting import is_weight, masks
 from equivcheck.errors import EquivcheckError, UsageError
-from equivcheck.execute import Run, execute, seed_all
-from equivcheck.feed import Data, Key, read_batches
-from equivcheck.fit import Attribution, attribute, sampled
-from equivcheck.interventions import Copies, Intervention
-from equivcheck.memory import estimate
-from equivcheck.observe import Comparer, Keeper, Observer, Perturbed, Pieces
-from equivcheck.ranks.crew import Crew
-from equivcheck.ranks.merge import merged
-from equivcheck.recorder import Recorder
+from equivcheck.feed import Data, Key
+from equivcheck.fit import Attribution
+from equivcheck.interventions import Intervention
 from equivcheck.recording import Place, Recording, Step
-from equivcheck.split import block_permutation, named_tensors, plan, take, tensors_in
-from equivcheck.subject import Subject
 from equivcheck.verdict import Judgement, Noise, judge, roundoff_of, unfit
+
+if TYPE_CHECKING:
+    from equivcheck.ranks.crew import Crew
 
 # What rounding may become in code of condition 1e12, beyond which float64 itself decides nothing: a difference below it
 # is worth a run with perturbed parameters.
@@ -47,11 +42,23 @@ ByPlace = dict[tuple[int, int], dict[tuple[int, tuple[int, ...]], dict[str, torc
 T = TypeVar("T")
 
 
-class Experiment:
+class UnderTest(Protocol):
+    """What an experiment runs."""
+
+    @property
+    def target(self) -> str:
+        """What a result calls it."""
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether it starts anew in every run."""
+
+
+class Experiment(ABC):
     """Runs one case, role by role, and remembers what was run.
 
     Args:
-        subject: Code under test.
+        subject: What is under test.
         case: The point of the matrix.
         progress: Told the role that begins.
         promoted: Judge in float64; otherwise every role computes as written.
@@ -62,6 +69,12 @@ class Experiment:
         trials: As many of them are worth making.
         other_steps: The code can be run at another K.
         together: A piece is what all ranks compute in one micro-step: rows interact across ranks.
+        crew: The ranks, where this process starts them.
+        wants: Arguments that the user's code asks for by name.
+        has_objective: The user states what the loop minimises.
+        notes: What a reader of the result has to know.
+        runs: Role and seconds of every run made.
+        remembered: What detectors keep from one question to the next.
     """
 
     reseeds_forwards = False
@@ -69,12 +82,12 @@ class Experiment:
     trials = 60
     other_steps = True
     together = False
-
     crew: Crew | None = None
+    has_objective = False
 
     def __init__(
         self,
-        subject: Subject,
+        subject: UnderTest,
         case: Case,
         progress: Callable[[str], None] = lambda _: None,
         *,
@@ -83,61 +96,145 @@ class Experiment:
         self.is_promoted = promoted
         self.subject = subject
         self.case = case
+        self.wants: set[str] = set()
         self.notes: list[str] = []
         self.runs: list[dict[str, Any]] = []
+        self.remembered: dict[Any, Any] = {}
         self._progress = progress
         self._cache: dict[Any, Any] = {}
-        self.remembered: dict[Any, Any] = {}
-        self._keepers: list[Keeper] = []
-        seed_all(case.seed)  # modules may draw while they are imported
-        self._code = code = subject.fresh()
-        seed_all(case.seed)
-        self.data = read_batches(code.batches, case.optimizer_steps, case.rows)
-        self._promoted = (
-            Data([promote_tree(batch) for batch in self.data.batches], self.data.rows)
-            if promoted
-            else self.data
-        )
-        self.has_objective = code.objective is not None
-        self.wants = set(inspect.signature(code.train).parameters)
-        self.plan = self._plan(case.accumulation_steps)
-        self._check_even()
-        if case.world_size > 1:
-            self.crew = Crew(subject, case.world_size, case.device)
 
-    def _check_even(self) -> None:
-        named = sorted({"dataset", "micro_batch_size"} & self.wants)
-        if not named:
-            return
-        k = self.case.accumulation_steps * self.case.shares
-        if self.case.split != "even":
-            raise UsageError(
-                f"uneven-split: train takes {' and '.join(named)}: slices of one size",
-                expected="--split even",
-                because="a framework that batches by itself cannot be given uneven slices",
-            )
-        rows = self.data.rows[:-1] if self.data.has_tail else self.data.rows
-        for index, count in enumerate(rows):
-            if count % k:
-                fitting = next(d for d in range(2, count + 1) if count % d == 0)
-                raise UsageError(
-                    f"indivisible-batch: full batch {index} has {count} rows, not a multiple of {k}",
-                    where=self.subject.location,
-                    expected=f"rows divisible by {k}, because train takes {' and '.join(named)}",
-                    fix=f"--accumulation-steps {fitting}",
-                    because=f"{self.case.accumulation_steps} micro-batches on each of {self.case.shares} ranks"
-                    if self.case.shares > 1
-                    else None,
-                )
-
+    @abstractmethod
     def close(self) -> None:
-        """Remove what was kept on disk."""
-        for keeper in self._keepers:
-            keeper.shelf.close()
-        if self.crew is not None:
-            self.crew.close()
+        """Remove what was kept on disk, and end what was started."""
 
-    # ---- what another kind of experiment answers in its own way --------------------------------
+    # ---- how the case is cut ---------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def data(self) -> Data:
+        """The full batches."""
+
+    @abstractmethod
+    def data_for(self, interventions: Interventions, *, promoted: bool) -> Data:
+        """Return the data of a run."""
+
+    @abstractmethod
+    def slices(
+        self, data: Data, accumulation_steps: int | None = None
+    ) -> list[list[tuple[int, int]]]:
+        """Return, per full batch, the first and last row of every micro-batch: of rank 0, then of rank 1 ..."""
+
+    @abstractmethod
+    def micro_batches(self, data: Data) -> list[list[int]]:
+        """Return the samples of every micro-batch."""
+
+    @abstractmethod
+    def counts(self, accumulation_steps: int | None) -> dict[str, list[list[float]]]:
+        """Return what each micro-batch holds of what may be counted, by label; per cycle."""
+
+    @abstractmethod
+    def terms(self) -> int:
+        """Return the length of the longest sum behind a gradient: rows times the length of a row."""
+
+    # ---- roles ---------------------------------------------------------------------------------
+
+    @abstractmethod
+    def reference(self, interventions: Interventions = ()) -> Recording:
+        """Return the full-batch run in float64."""
+
+    @abstractmethod
+    def reference_of_length(self, length: int) -> Recording:
+        """Return the full-batch run whose `len(loader)` says something else."""
+
+    @abstractmethod
+    def reference_of_horizon(self, steps: int) -> Recording:
+        """Return the full-batch run that is told another number of optimizer steps, by its loader too."""
+
+    @abstractmethod
+    def altered_reference(self, interventions: Interventions) -> Recording:
+        """Return the full-batch run with something put right, compared with the one as written."""
+
+    @abstractmethod
+    def control(self, which: int = 0, *, seed_offset: int = 0, permuted: bool = True) -> Recording:
+        """Return the full-batch run with its blocks of rows permuted."""
+
+    @abstractmethod
+    def perturbed(self) -> Recording:
+        """Return the full-batch run with parameters that are off by one rounding."""
+
+    @abstractmethod
+    def candidate(self, interventions: Interventions = ()) -> Recording:
+        """Return the accumulated run in float64."""
+
+    @abstractmethod
+    def candidate_again(self) -> Recording:
+        """Return the accumulated run once more: state that survived from earlier runs makes it differ."""
+
+    @abstractmethod
+    def native(self, role: str) -> Recording:
+        """Return native_reference or native_candidate: as written, from the reference's states."""
+
+    @abstractmethod
+    def pieces(self, interventions: Interventions = ()) -> dict[tuple[str, frozenset[Key]], Step]:
+        """Return the gradient of every micro-batch alone, by optimizer and samples."""
+
+    @abstractmethod
+    def pieces_recording(self, interventions: Interventions = ()) -> Recording:
+        """Return the run that took the pieces."""
+
+    @abstractmethod
+    def attributions(self, interventions: Interventions = ()) -> list[Attribution]:
+        """Return the weights of every matched step whose micro-batches were all seen alone."""
+
+    # ---- what not every kind of experiment can run ---------------------------------------------
+
+    def at(self, accumulation_steps: int) -> Recording:
+        """Return the accumulated run with another K."""
+        raise _cannot(f"with K = {accumulation_steps}")
+
+    def contributed(self, interventions: Interventions = ()) -> Recording:
+        """Return the accumulated run in float64 once more, with what each backward added."""
+        raise _cannot(f"with what each backward adds, {len(interventions)} things put right")
+
+    def contributed_whole(self) -> Recording:
+        """Return the full-batch run once more, with what each backward added."""
+        raise _cannot("with what each backward of the full batch adds")
+
+    def turned(self, by: int) -> Recording:
+        """Return the accumulated run with the first `by` micro-batches of every cycle moved to its end.
+
+        Same samples in every cycle, and what each backward added.
+        """
+        raise _cannot(f"with the micro-batches of every cycle turned by {by}")
+
+    def copies_moved(self) -> dict[str, list[int]]:
+        """Return after how many backwards the loop moves its copies of the weights: in three runs left to themselves.
+
+        The full batches, the accumulated run, and the micro-batches each with a step of its own.
+        """
+        raise _cannot("left to itself")
+
+    def left_by_backward(self) -> Recording:
+        """Return native_candidate once more, with the gradients as each cycle's last backward left them."""
+        raise _cannot("with what each cycle's last backward leaves")
+
+    def left_on_ranks(self, interventions: Interventions = ()) -> Recording:
+        """Return the accumulated run in float64 once more, with what each rank's last backward of a cycle left."""
+        raise _cannot(f"with what each rank leaves, {len(interventions)} things put right")
+
+    def left_by_full_batch(self) -> Recording:
+        """Return the full-batch run once more, with what its backwards left."""
+        raise _cannot("with what the full batch leaves")
+
+    def alone_of_length(self, length: int) -> Recording:
+        """Return the run that steps after every micro-batch, told that the loader has another length."""
+        raise _cannot(f"with a loader of {length} micro-batches, each with a step of its own")
+
+    def full_batch_alone(self, index: int) -> Recording:
+        """Return the run of one full batch, from the state that its step starts from: without what the loop keeps."""
+        raise _cannot(f"with full batch {index} alone")
+
+    # ---- what the kinds answer in their own way ------------------------------------------------
 
     def again(
         self,
@@ -148,19 +245,16 @@ class Experiment:
     ) -> Experiment:
         """Return a new experiment on the same case, or on so many of its optimizer steps."""
         case = replace(self.case, optimizer_steps=optimizer_steps or self.case.optimizer_steps)
-        other = type(self)(self.subject, case, progress, promoted=promoted)
-        if self.crew is not None and other.crew is not None:
-            other.crew.ends_at, other.crew.timeout = self.crew.ends_at, self.crew.timeout
-        return other
+        make = cast("Callable[..., Experiment]", type(self))
+        return make(self.subject, case, progress, promoted=promoted)
 
+    @abstractmethod
     def limit(self, seconds: float | None) -> None:
-        """Give the ranks so many seconds from now, of which they are told why they were late."""
-        if self.crew is not None and seconds is not None:
-            self.crew.ends_at, self.crew.timeout = time.monotonic() + seconds, seconds
+        """Take note that so many seconds are left from now."""
 
     def estimate(self) -> dict[str, Any]:
         """Return what the case is expected to need, before it runs."""
-        return estimate(self._code, self.data)
+        return {"parameters": 0, "bytes": 0, "disk_bytes": 0, "seconds": 0.0}
 
     def facts(self) -> dict[str, Any]:
         """Return entries of the result's case that only the runs have shown."""
@@ -174,557 +268,17 @@ class Experiment:
         """Return how a loss that both runs show differs, where what they show is not what they return."""
         return None
 
-    def counts(self, accumulation_steps: int | None) -> dict[str, list[list[float]]]:
-        """Return what each micro-batch holds of what may be counted, by label; per cycle."""
-        found: dict[str, list[list[float]]] = {"rows": []}
-        cuts = self.slices(self.data, accumulation_steps)
-        for batch, slices in zip(self.data.batches, cuts, strict=True):
-            found["rows"].append([stop - start for start, stop in slices])
-            for path, tensor in named_tensors(batch):
-                for label, mask in masks(path or "batch", tensor) if tensor.dim() else ():
-                    rows = mask.flatten(1).sum(1) if mask.dim() > 1 else mask
-                    found.setdefault(label, []).append(
-                        [int(rows[start:stop].sum()) for start, stop in slices]
-                    )
-                if is_weight(tensor):
-                    found.setdefault(f"sum of {path}", []).append(
-                        [float(tensor[start:stop].double().sum()) for start, stop in slices]
-                    )
-        return {
-            label: values for label, values in found.items() if len(values) == len(self.data.rows)
-        }
-
-    # ---- geometry ------------------------------------------------------------------------------
-
-    def data_for(self, interventions: Interventions, *, promoted: bool) -> Data:
-        """Return the data of a run."""
-        data = self._promoted if promoted else self.data
-        return data.shorter() if any(each.shorter for each in interventions) else data
-
-    def _plan(self, accumulation_steps: int) -> list[list[list[tuple[int, int]]]]:
-        """Return [cycle][rank][micro_step] = first and last row."""
-        return plan(
-            self.data.rows,
-            accumulation_steps,
-            self.case.split,
-            self.case.world_size,
-            every_rank_all=self.case.shares < self.case.world_size,
-        )
-
-    def slices(
-        self, data: Data, accumulation_steps: int | None = None
-    ) -> list[list[tuple[int, int]]]:
-        """Return, per full batch, the first and last row of every micro-batch: of rank 0, then of rank 1 ..."""
-        cycles = self.plan if accumulation_steps is None else self._plan(accumulation_steps)
-        shares = self.case.shares
-        return [
-            [each for rank in cycle[:shares] for each in rank] for cycle in cycles[: len(data.rows)]
-        ]
-
-    def micro_batches_of(self, data: Data, rank: int) -> list[list[int]]:
-        """Return the samples of every micro-batch of one rank."""
-        return [
-            [data.start(batch) + row for row in range(start, stop)]
-            for batch, cycle in enumerate(self.plan[: len(data.rows)])
-            for start, stop in cycle[rank]
-        ]
-
-    def micro_batches(self, data: Data) -> list[list[int]]:
-        """Return the samples of every micro-batch."""
-        return [
-            [data.start(batch) + row for row in range(start, stop)]
-            for batch, slices in enumerate(self.slices(data))
-            for start, stop in slices
-        ]
-
-    def alone(self, data: Data) -> list[list[int]]:
-        """Return the samples of every piece: a micro-batch, or the same micro-step of all ranks together."""
-        if not self.together:
-            return self.micro_batches(data)
-        return [
-            [data.start(batch) + row for start, stop in same for row in range(start, stop)]
-            for batch, cycle in enumerate(self.plan[: len(data.rows)])
-            for same in zip(*cycle, strict=True)
-        ]
-
-    def full_batches(self, data: Data) -> list[list[int]]:
-        """Return the samples of every full batch."""
-        return [
-            list(range(data.start(b), data.start(b) + rows)) for b, rows in enumerate(data.rows)
-        ]
-
-    @property
-    def micro_batch_size(self) -> int:
-        """The largest slice."""
-        return max(stop - start for slices in self.slices(self.data) for start, stop in slices)
-
-    # ---- roles ---------------------------------------------------------------------------------
-
-    def reference(self, interventions: Interventions = ()) -> Recording:
-        """Return the full-batch run in float64."""
-        interventions = tuple(each for each in interventions if each.both)
-
-        def make() -> Recording:
-            if self.crew is not None:
-                self.crew.start()  # They load the user's code while the full batch runs.
-            keeper = Keeper(self._objective if self.has_objective and not interventions else None)
-            self._keepers.append(keeper)
-            return self._full("reference", keeper, interventions)
-
-        return self._once(("reference", interventions), make)
-
-    def reference_of_length(self, length: int) -> Recording:
-        """Return the full-batch run whose `len(loader)` says something else."""
-        return self._once(
-            ("length", length),
-            lambda: self._full("full_batch", Comparer(self.reference()), (), length=length),
-        )
-
-    def reference_of_horizon(self, steps: int) -> Recording:
-        """Return the full-batch run that is told another number of optimizer steps, by its loader too."""
-        return self._once(
-            ("horizon", steps),
-            lambda: self._full(
-                "full_batch", Comparer(self.reference()), (), length=steps, optimizer_steps=steps
-            ),
-        )
-
-    def altered_reference(self, interventions: Interventions) -> Recording:
-        """Return the full-batch run with something put right, compared with the one as written."""
-        schedule = self.reference().places(self.cycles())
-        return self._once(
-            ("altered", interventions),
-            lambda: self._full(
-                "reference", Comparer(self.reference()), interventions, schedule=schedule
-            ),
-        )
-
-    def control(self, which: int = 0, *, seed_offset: int = 0, permuted: bool = True) -> Recording:
-        """Return the full-batch run with its blocks of rows permuted."""
-
-        def make() -> Recording:
-            data = self._promoted
-            full: list[list[int]] = []
-            orders = None
-            for batch, slices in enumerate(self.slices(data)):
-                rows = (
-                    block_permutation(slices, which) if permuted else list(range(data.rows[batch]))
-                )
-                full.append([data.start(batch) + row for row in rows])
-            if permuted and "dataset" in self.wants:
-                orders = self._permuted_orders(which)
-            return self._full(
-                "control",
-                Comparer(self.reference()),
-                (),
-                micro_batches=full,
-                orders=orders,
-                seed_offset=seed_offset,
-            )
-
-        return self._once(("control", which, seed_offset, permuted), make)
-
-    def _permuted_orders(self, which: int) -> list[list[int]]:
-        """Permute, for map-style access, only within the rows that one reference step consumed."""
-        fetched = [key for keys in self.reference().fetched for key in keys]
-        passes = 1 + max((passed for passed, _ in fetched), default=0)
-        total = self.reference().own_length or self._promoted.total
-        orders = [list(range(total)) for _ in range(passes)]
-        seen: set[Key] = set()
-        for step in self.reference().steps:
-            for passed in range(passes):
-                mine = [
-                    key
-                    for key in dict.fromkeys(fetched)
-                    if key[0] == passed and key in step.samples and key not in seen
-                ]
-                seen.update(mine)
-                parts = self.case.accumulation_steps * self.case.shares
-                size = max(-(-len(mine) // parts), 1)
-                blocks = [(i, min(i + size, len(mine))) for i in range(0, len(mine), size)]
-                if not blocks:
-                    continue
-                for (_, position), row in zip(mine, block_permutation(blocks, which), strict=True):
-                    orders[passed][position] = mine[row][1]
-        return orders
-
-    def perturbed(self) -> Recording:
-        """Return the full-batch run with parameters that are off by one rounding."""
-        return self._once(
-            ("perturbed",), lambda: self._full("control", Perturbed(self.reference()), ())
-        )
-
-    def candidate(self, interventions: Interventions = ()) -> Recording:
-        """Return the accumulated run in float64."""
-        reference = self.reference(interventions)
-
-        def make() -> Recording:
-            schedule = self.schedule() if interventions else []
-            data = self.data_for(interventions, promoted=True)
-            return self._accumulated(
-                "candidate", Comparer(reference), data, interventions, schedule
-            )
-
-        return self._once(("candidate", interventions), make)
-
-    def candidate_again(self) -> Recording:
-        """Return the accumulated run once more: state that survived from earlier runs makes it differ."""
-        return self._accumulated(
-            "candidate", Comparer(self.reference()), self.data_for((), promoted=True), (), []
-        )
-
-    def at(self, accumulation_steps: int) -> Recording:
-        """Return the accumulated run with another K."""
-
-        def make() -> Recording:
-            other = Experiment.__new__(Experiment)
-            other.__dict__.update(self.__dict__)
-            other.case = replace(self.case, accumulation_steps=accumulation_steps)
-            other.plan = other._plan(accumulation_steps)  # noqa: SLF001 - as below
-            other._cache = {  # noqa: SLF001 - an experiment of this very class
-                key: value for key, value in self._cache.items() if key[0] == "reference"
-            }
-            return other.candidate()
-
-        return self._once(("at", accumulation_steps), make)
-
-    def contributed(self, interventions: Interventions = ()) -> Recording:
-        """Return the accumulated run in float64 once more, with what each backward added.
-
-        Raises:
-            UsageError: The run has several processes, whose backwards are not put together.
-        """
-
-        def make() -> Recording:
-            self._refuse_ranks()
-            comparer = Comparer(self.reference(interventions), contributions=True)
-            schedule = self.schedule() if interventions else []
-            data = self.data_for(interventions, promoted=True)
-            return self._accumulated("candidate", comparer, data, interventions, schedule)
-
-        return self._once(("contributed", interventions), make)
-
-    def contributed_whole(self) -> Recording:
-        """Return the full-batch run once more, with what each backward added."""
-
-        def make() -> Recording:
-            return self._full("full_batch", Comparer(self.reference(), contributions=True), ())
-
-        return self._once(("contributed whole",), make)
-
-    def turned(self, by: int) -> Recording:
-        """Return the accumulated run with the first `by` micro-batches of every cycle moved to its end.
-
-        Same samples in every cycle, and what each backward added.
-        """
-
-        def make() -> Recording:
-            data = self._promoted
-            micro: list[list[int]] = []
-            for batch, slices in enumerate(self.slices(data)):
-                start, turn = data.start(batch), by % len(slices)
-                for first, last in [*slices[turn:], *slices[:turn]]:
-                    micro.append([start + row for row in range(first, last)])
-            run = Run("candidate", data, micro, self.case.accumulation_steps, self.micro_batch_size)
-            return self._execute(run, Comparer(self.reference(), contributions=True))
-
-        return self._once(("turned", by), make)
-
-    def copies_moved(self) -> dict[str, list[int]]:
-        """Return after how many backwards the loop moves its copies of the weights: in three runs left to themselves.
-
-        The full batches, the accumulated run, and the micro-batches each with a step of its own.
-        """
-
-        def make() -> dict[str, list[int]]:
-            data, k = self._promoted, self.case.accumulation_steps
-            micro, full = self.micro_batches(data), self.full_batches(data)
-            found = {}
-            for role, batches, steps in (
-                ("full_batch", full, 1),
-                ("candidate", micro, k),
-                ("pieces", micro, 1),
-            ):
-                copies = Copies()
-                size = max(len(each) for each in batches)
-                run = Run(role, data, batches, steps, size, interventions=[copies])
-                self._execute(run, Observer())
-                found[role] = copies.moved
-            return found
-
-        return self._once(("copies moved",), make)
-
-    def left_by_backward(self) -> Recording:
-        """Return native_candidate once more, with the gradients as each cycle's last backward left them.
-
-        Raises:
-            UsageError: The run has several processes, whose backwards are not put together.
-        """
-
-        def make() -> Recording:
-            self._refuse_ranks()
-            comparer = Comparer(self.reference(), native=True, contributions=True, left=True)
-            role = "native_candidate"
-            return self._accumulated(role, comparer, self.data, (), [], promoted=False)
-
-        return self._once(("left",), make)
-
-    def left_on_ranks(self, interventions: Interventions = ()) -> Recording:
-        """Return the accumulated run in float64 once more, with what each rank's last backward of a cycle left."""
-
-        def make() -> Recording:
-            comparer = Comparer(self.reference(interventions), contributions=True, left=True)
-            schedule = self.schedule() if interventions else []
-            data = self.data_for(interventions, promoted=True)
-            return self._accumulated("candidate", comparer, data, interventions, schedule)
-
-        return self._once(("left_on_ranks", interventions), make)
-
-    def left_by_full_batch(self) -> Recording:
-        """Return the full-batch run once more, with what its backwards left."""
-        return self._once(
-            ("left_by_full_batch",),
-            lambda: self._full(
-                "full_batch", Comparer(self.reference(), contributions=True, left=True), ()
-            ),
-        )
-
-    def _refuse_ranks(self) -> None:
-        if self.case.world_size > 1:
-            raise UsageError(f"backwards of {self.case.world_size} ranks are not put together")
-
-    def native(self, role: str) -> Recording:
-        """Return native_reference or native_candidate: as written, from the reference's states."""
-
-        def make() -> Recording:
-            comparer = Comparer(
-                self.reference(), native=True, contributions=role == "native_candidate"
-            )
-            if role == "native_reference":
-                return self._full(role, comparer, (), promoted=False)
-            return self._accumulated(role, comparer, self.data, (), [], promoted=False)
-
-        return self._once((role,), make)
-
-    def pieces(self, interventions: Interventions = ()) -> dict[tuple[str, frozenset[Key]], Step]:
-        """Return the gradient of every micro-batch alone, by optimizer and samples."""
-        interventions = tuple(each for each in interventions if each.both)
-
-        def make() -> dict[tuple[str, frozenset[Key]], Step]:
-            data = self.data_for(interventions, promoted=True)
-            reference = self.reference(interventions)
-            micro = self.alone(data)
-            observer = Pieces(reference, self.cycles(interventions))
-            run = Run(
-                "pieces",
-                data,
-                micro,
-                1,
-                self.micro_batch_size,
-                optimizer_steps=len(micro),
-                interventions=list(interventions),
-            )
-            recording = self._execute(run, observer)
-            found: dict[tuple[str, frozenset[Key]], Step] = {}
-            for step in recording.steps:
-                found[step.optimizer, step.samples] = step
-            self._cache["pieces_recording", interventions, self.together] = recording
-            return found
-
-        return self._once(("pieces", interventions, self.together), make)
-
     def addends_alone(self, alone: ByPlace, _whole: ByPlace) -> ByPlace:
         """Return the addends of the micro-batches alone: as the run that took the pieces has them."""
         return alone
 
-    def alone_of_length(self, length: int) -> Recording:
-        """Return the run that steps after every micro-batch, told that the loader has another length."""
-
-        def make() -> Recording:
-            data = self.data_for((), promoted=True)
-            micro = self.micro_batches(data)
-            size = self.micro_batch_size
-            run = Run("pieces", data, micro, 1, size, length=length, optimizer_steps=length)
-            return self._execute(run, Pieces(self.reference(), self.cycles()))
-
-        return self._once(("alone", length), make)
-
-    def full_batch_alone(self, index: int) -> Recording:
-        """Return the run of one full batch, from the state that its step starts from: without what the loop keeps."""
-
-        def make() -> Recording:
-            rows = self.full_batches(self._promoted)[index]
-            run = Run(
-                "full_batch",
-                self._promoted,
-                [rows],
-                1,
-                max(self.data.rows),
-                optimizer_steps=1,
-            )
-            return self._execute(run, Pieces(self.reference(), self.cycles()))
-
-        return self._once(("full_batch_alone", index), make)
-
-    def pieces_recording(self, interventions: Interventions = ()) -> Recording:
-        """Return the run that took the pieces."""
-        interventions = tuple(each for each in interventions if each.both)
-        self.pieces(interventions)
-        return self._cache["pieces_recording", interventions, self.together]  # type: ignore[no-any-return]
+    # ---- what follows from the runs ------------------------------------------------------------
 
     def _once(self, key: Any, make: Callable[[], T]) -> T:
         if key not in self._cache:
             self._cache[key] = make()
         found: T = self._cache[key]
         return found
-
-    def _full(
-        self,
-        role: str,
-        observer: Observer,
-        interventions: Interventions,
-        *,
-        promoted: bool = True,
-        micro_batches: list[list[int]] | None = None,
-        orders: list[list[int]] | None = None,
-        seed_offset: int = 0,
-        schedule: list[Place] | None = None,
-        length: int | None = None,
-        optimizer_steps: int = 0,
-    ) -> Recording:
-        data = self.data_for(interventions, promoted=promoted)
-        run = Run(
-            role,
-            data,
-            micro_batches or self.full_batches(data),
-            1,
-            max(data.rows),
-            is_promoted=promoted,
-            orders=orders,
-            length=length,
-            seed_offset=seed_offset,
-            optimizer_steps=optimizer_steps,
-            interventions=list(interventions),
-            schedule=schedule or [],
-        )
-        return self._execute(run, observer)
-
-    def _accumulated(
-        self,
-        role: str,
-        observer: Observer,
-        data: Data,
-        interventions: Interventions,
-        schedule: list[Place],
-        *,
-        promoted: bool = True,
-    ) -> Recording:
-        if self.crew is not None:
-            return self._on_ranks(role, observer, data, interventions, promoted=promoted)
-        lengths = [each.length for each in interventions if each.length is not None]
-        run = Run(
-            role,
-            data,
-            self.micro_batches(data),
-            self.case.accumulation_steps,
-            self.micro_batch_size,
-            is_promoted=promoted,
-            length=lengths[0] if lengths else None,
-            interventions=list(interventions),
-            schedule=schedule,
-        )
-        return self._execute(run, observer)
-
-    def _on_ranks(
-        self,
-        role: str,
-        observer: Observer,
-        data: Data,
-        interventions: Interventions,
-        *,
-        promoted: bool,
-    ) -> Recording:
-        """Return the accumulated run of all ranks together."""
-        assert self.crew is not None
-        lengths = [each.length for each in interventions if each.length is not None]
-        written = self.candidate().ranks if interventions else []
-        runs = []
-        for rank in range(self.case.world_size):
-            micro = self.micro_batches_of(data, rank)
-            run = Run(
-                role,
-                data,
-                micro,
-                self.case.accumulation_steps,
-                self.micro_batch_size,
-                is_promoted=promoted,
-                length=lengths[0] if lengths else None,
-                interventions=list(interventions),
-                schedule=written[rank].places(self.cycles()) if written else [],
-                rank=rank,
-                part=rank if self.case.shares > 1 else 0,
-                world_size=self.case.world_size,
-                cut=self.case.shares == 1,
-                share=None
-                if "dataset" in self.wants
-                else frozenset(sample for samples in micro for sample in samples),
-            )
-            self._prepare(run)
-            runs.append(run)
-        self._progress(role)
-        recordings, gathered = self.crew.run(self.case, runs, observer)
-        for index, each in enumerate(interventions):
-            each.take_back([by_rank[index] for by_rank in gathered])
-        recording = merged(recordings, self.reference(interventions))
-        self.runs.append({"role": role, "seconds": recording.seconds})
-        return recording
-
-    def _prepare(self, run: Run) -> None:
-        """Tell a run what earlier ones have shown of the loop."""
-        run.is_promoted = run.is_promoted and self.is_promoted
-        if run.role != "reference":
-            run.own_length = self.reference().own_length
-            run.prefetches = self.reference().prefetched > 0
-            run.in_order = self.reference().uses == sorted(self.reference().uses)
-            if run.prefetches and not run.is_promoted and self.is_promoted:
-                known = self.candidate() if run.role == "native_candidate" else self.reference()
-                known = known.ranks[run.rank] if known.ranks else known
-                run.boundaries = known.boundaries
-
-    def _execute(self, run: Run, observer: Observer) -> Recording:
-        self._progress(run.role)
-        self._prepare(run)
-        recording = execute(self.subject, self.case, run, observer)
-        self.runs.append({"role": run.role, "seconds": recording.seconds})
-        return recording
-
-    def _objective(self, recorder: Recorder, step: Step) -> dict[str, torch.Tensor | None] | None:
-        """Return the gradient of the stated objective at this step's full batch, from the user's own statement."""
-        assert recorder.data is not None
-        assert recorder.code is not None
-        assert recorder.code.objective is not None
-        batches = {recorder.data.locate(sample)[0] for _, sample in step.samples}
-        if len(batches) != 1:
-            return None
-        names = recorder.recording.optimizers[step.optimizer]
-        parameters = dict(recorder.model.named_parameters())
-        wanted = [name for name in names if name in parameters and parameters[name].requires_grad]
-        buffers = {name: buffer.detach().clone() for name, buffer in recorder.model.named_buffers()}
-        with recorder.paused(), torch.enable_grad(), torch.random.fork_rng(devices=[]):
-            index = batches.pop()
-            # A copy: what the objective does to its batch must not reach the other roles.
-            rows = list(range(recorder.data.rows[index]))
-            loss = recorder.code.objective(recorder.model, take(recorder.data.batches[index], rows))
-            gradients = torch.autograd.grad(
-                loss, [parameters[name] for name in wanted], allow_unused=True
-            )
-        for name, buffer in recorder.model.named_buffers():
-            buffer.detach().copy_(buffers[name])
-        return dict(
-            zip(wanted, (None if g is None else g.detach() for g in gradients), strict=True)
-        )
-
-    # ---- what follows from the runs ------------------------------------------------------------
 
     def cycles(self, interventions: Interventions = ()) -> dict[Key, int]:
         """Return, for every sample, the first reference step that consumed it."""
@@ -741,15 +295,6 @@ class Experiment:
     def schedule(self) -> list[Place]:
         """Return the place of every backward of the candidate as written."""
         return self.candidate().places(self.cycles())
-
-    def terms(self) -> int:
-        """Return the length of the longest sum behind a gradient: rows times the length of a row."""
-        longest = 1
-        for batch in self.data.batches:
-            for tensor in tensors_in(batch):
-                if tensor.dim() > 1 and not tensor.is_floating_point():
-                    longest = max(longest, tensor[0].numel())
-        return max(self.data.rows) * longest
 
     def noise(self) -> Noise:
         """Return what the controls so far measured."""
@@ -802,44 +347,7 @@ class Experiment:
         """Return how far the control is off, or None if it can be relied on."""
         return unfit(self.control(), self.reference(), self.terms(), self.noise().roundoff)
 
-    def attributions(self, interventions: Interventions = ()) -> list[Attribution]:
-        """Return the weights of every matched step whose micro-batches were all seen alone."""
 
-        def make() -> list[Attribution]:
-            pieces = self.pieces(interventions)
-            reference = self.reference(interventions)
-            candidate = self.candidate(interventions)
-            data = self.data_for(interventions, promoted=True)
-            of_cycle: dict[int, list[frozenset[Key]]] = {}
-            cycles = self.cycles(interventions)
-            for passed in range(1 + max((p for p, _ in cycles), default=0)):
-                for samples in self.alone(data):
-                    keys = frozenset((passed, sample) for sample in samples)
-                    cycle = cycles.get((passed, samples[0]))
-                    if cycle is not None:
-                        of_cycle.setdefault(cycle, []).append(keys)
-            found = []
-            for step in candidate.steps:
-                if step.matched is None:
-                    continue
-                target = reference.steps[step.matched]
-                cycle = self.cycle_of(target, cycles)
-                micro = of_cycle.get(cycle, [])
-                if "dataset" in self.wants:
-                    micro = [s for (o, s) in pieces if o == step.optimizer and s <= target.samples]
-                steps = [pieces.get((step.optimizer, keys)) for keys in micro]
-                if not steps or any(each is None for each in steps):
-                    continue
-                start = reference.kept[cycle - 1] if cycle > 0 else reference.initial
-                found.append(
-                    attribute(
-                        step,
-                        target,
-                        [each for each in steps if each is not None],
-                        sampled(start),
-                        1 if self.together else self.case.shares,
-                    )
-                )
-            return found
-
-        return self._once(("attributions", interventions, self.together), make)
+def _cannot(what: str) -> UsageError:
+    """Return the refusal of a run that this kind of experiment cannot make."""
+    return UsageError(f"this run cannot be made: {what}")

@@ -57,6 +57,13 @@ class Data:
             sample -= rows
         raise IndexError(sample)
 
+    def full_batches(self) -> list[list[int]]:
+        """Return the samples of every full batch."""
+        return [
+            list(range(self.start(batch), self.start(batch) + rows))
+            for batch, rows in enumerate(self.rows)
+        ]
+
     def shorter(self) -> Data:
         """Return the data without its last full batch."""
         return Data(self.batches[:-1], self.rows[:-1])

@@ -110,7 +110,7 @@ def _suspect(experiment: Experiment) -> bool:
 def _alone(experiment: Experiment, optimizer: str, matched: int) -> Step | None:
     """Return the step that a full batch makes alone."""
     samples = experiment.reference().steps[matched].samples
-    rows = experiment.full_batches(experiment.data)
+    rows = experiment.data.full_batches()
     index = next(
         (i for i, row in enumerate(rows) if {(0, sample) for sample in row} == set(samples)), None
     )

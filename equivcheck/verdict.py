@@ -15,9 +15,9 @@ from typing import Final
 
 import torch
 
+from equivcheck.comparers import NOISY_ELEMENT
 from equivcheck.differences import Sums
 from equivcheck.noise import SAFETY, UNIT_ROUNDOFF, floor, gamma
-from equivcheck.observe import NOISY_ELEMENT
 from equivcheck.recording import Recording, Step
 
 _ROUNDOFF: Final = 2.0**-53

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from equivcheck.attach.store import step_name, write_kept
-from equivcheck.observe import Comparer, Gradients, Keeper, Perturbed, Sampler
+from equivcheck.comparers import Comparer, Perturbed
+from equivcheck.observe import Gradients, Keeper, Sampler
 from equivcheck.recording import Recording, Step
 from equivcheck.states import set_state
 

@@ -84,24 +84,17 @@ class ScriptExperiment(Experiment):
         *,
         promoted: bool = True,
     ) -> None:
-        self.is_promoted = promoted
+        super().__init__(script, case, progress, promoted=promoted)
         self.script = script
-        self.subject = script  # type: ignore[assignment]
-        self.case = case
-        self.notes = []
-        self.runs = []
-        self._progress = progress
-        self._cache = {}
-        self.remembered = {}
-        self._keepers = []
-        self.has_objective = False
-        self.wants = set()
         self._runner = Runner(progress, self._note)
         self._axis = 0
 
     def close(self) -> None:
         """Remove what was kept on disk."""
         self._runner.close()
+
+    def limit(self, seconds: float | None) -> None:
+        """Leave it to the deadline of this process, which ends the commands too."""
 
     # ---- running -------------------------------------------------------------------------------
 
@@ -272,22 +265,6 @@ class ScriptExperiment(Experiment):
         """Return the accumulated run once more."""
         return self._run("candidate", self.script.accumulated, "compare", against=self.reference())
 
-    def at(self, accumulation_steps: int) -> Recording:
-        """Refuse another K: a command line has one.
-
-        Raises:
-            UsageError: Always.
-        """
-        raise UsageError(f"accumulation_steps {accumulation_steps} is not the command line's")
-
-    def contributed(self, interventions: Interventions = ()) -> Recording:
-        """Refuse a run that keeps what each backward adds.
-
-        Raises:
-            UsageError: Always.
-        """
-        raise UsageError(f"what each backward adds is not kept ({len(interventions)} put right)")
-
     def native(self, role: str) -> Recording:
         """Return native_reference or native_candidate: as written, from the reference's states."""
 
@@ -335,7 +312,7 @@ class ScriptExperiment(Experiment):
     # ---- geometry ------------------------------------------------------------------------------
 
     @property
-    def data(self) -> Data:  # type: ignore[override]
+    def data(self) -> Data:
         """The full batches, as far as a script shows them: their rows, and which are incomplete."""
         steps, found = self.reference().steps, self._cycle_samples()
         return ScriptData([(steps[cycle].optimizer, found[cycle]) for cycle in found])
@@ -410,11 +387,6 @@ class ScriptExperiment(Experiment):
             for keys in micro.get(cycle, [])
         ]
 
-    @property
-    def micro_batch_size(self) -> int:
-        """The largest micro-batch of a rank."""
-        return max((len(keys) for keys in self.candidate().fetched), default=0)
-
     def counts(self, accumulation_steps: int | None) -> dict[str, list[list[float]]]:
         """Return what each micro-batch holds of what may be counted, by label; for every step of the full batch."""
         if accumulation_steps not in {None, self.case.accumulation_steps}:
@@ -445,10 +417,6 @@ class ScriptExperiment(Experiment):
         return max(self.data.rows, default=1) * length
 
     # ---- what follows from the runs ------------------------------------------------------------
-
-    def estimate(self) -> dict[str, Any]:
-        """Return nothing: a script's size is known when it runs."""
-        return {"parameters": 0, "bytes": 0, "disk_bytes": 0, "seconds": 0.0}
 
     def facts(self) -> dict[str, Any]:
         """Return the commands, and what they have shown of the case."""

@@ -23,7 +23,7 @@ from equivcheck.decide import blank, conclude
 from equivcheck.differences import sums_many
 from equivcheck.doubts import different_samples, too_coarse, usable
 from equivcheck.errors import UsageError
-from equivcheck.experiment import Interventions
+from equivcheck.experiment import Experiment, Interventions
 from equivcheck.feed import Key
 from equivcheck.observe import compare
 from equivcheck.recording import Kept, Recording, Step
@@ -107,15 +107,12 @@ class RecordedExperiment(ScriptExperiment):
     def __init__(
         self, full: Recorded, accumulated: Recorded, control: Recorded | None, case: Case
     ) -> None:
-        self.is_promoted = full.facts[0].promoted and accumulated.facts[0].promoted
-        self.case = case
-        self.subject = _Recordings(str(accumulated.folder))  # type: ignore[assignment]
-        self.notes = []
-        self.runs = []
-        self.remembered = {}
-        self._keepers = []
-        self.has_objective = False
-        self.wants = set()
+        Experiment.__init__(
+            self,
+            _Recordings(str(accumulated.folder)),
+            case,
+            promoted=full.facts[0].promoted and accumulated.facts[0].promoted,
+        )
         self._first, self._second, self._third = full, accumulated, control
         reference = full.recording
         for step in reference.steps:

@@ -27,10 +27,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from equivcheck.case import Case
-from equivcheck.experiment import Experiment
 from equivcheck.noise import gamma
 from equivcheck.precision import judge_precision
 from equivcheck.subject import load_subject
+from equivcheck.subject_experiment import SubjectExperiment
 from equivcheck.verdict import overall, roundoff_of
 from fixtures.family import DTYPES, NORMS, Correct
 
@@ -57,7 +57,9 @@ def main(path: str | None) -> None:
 
 def measure(member: Correct, k: int) -> dict[str, float]:
     """Return the numbers of one case."""
-    experiment = Experiment(load_subject(member), Case(target=str(member), accumulation_steps=k))
+    experiment = SubjectExperiment(
+        load_subject(member), Case(target=str(member), accumulation_steps=k)
+    )
     try:
         precision = judge_precision(experiment)
         unit = roundoff_of([experiment.native("native_reference").dtype])

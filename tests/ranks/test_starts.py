@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from equivcheck.case import Case
-from equivcheck.experiment import Experiment
 from equivcheck.subject import load_subject
+from equivcheck.subject_experiment import SubjectExperiment
 
 # As often as it is claimed; torch 2.13 hangs in a third of the runs that destroy the group before the wrapper.
 STARTS = int(os.environ.get("STARTS", "200"))
@@ -48,7 +48,7 @@ def test_two_hundred_starts_and_ends(tmp_path: Path) -> None:
     """Each time two new processes join, train, destroy their group and end, long before a limit that a hang passes."""
     path = tmp_path / "loop.py"
     path.write_text(LOOP, encoding="utf-8")
-    experiment = Experiment(load_subject(str(path)), Case(str(path), 2, world_size=2))
+    experiment = SubjectExperiment(load_subject(str(path)), Case(str(path), 2, world_size=2))
     experiment.reference()
     assert experiment.crew is not None
     seconds = []

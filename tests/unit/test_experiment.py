@@ -9,8 +9,8 @@ from torch import nn
 from equivcheck.case import Case
 from equivcheck.decide import run_case
 from equivcheck.errors import UsageError
-from equivcheck.experiment import Experiment
 from equivcheck.subject import load_subject
+from equivcheck.subject_experiment import SubjectExperiment
 
 
 class Loop:
@@ -73,25 +73,25 @@ class Framework(Loop):
 )
 def test_a_framework_gets_slices_of_one_size(fields, told):
     with pytest.raises(UsageError, match=told):
-        Experiment(load_subject(Framework()), Case("Framework", **fields))
+        SubjectExperiment(load_subject(Framework()), Case("Framework", **fields))
 
 
 def test_an_objective_leaves_the_buffers_as_they_were():
-    lab = Experiment(load_subject(Stated()), Case("Stated", 2))
+    lab = SubjectExperiment(load_subject(Stated()), Case("Stated", 2))
 
     assert lab.reference().steps[0].objective is not None
     assert lab.judgement().same
 
 
 def test_an_objective_of_one_batch_says_nothing_of_a_step_over_two():
-    lab = Experiment(load_subject(Stated(steps_every=2)), Case("Stated", 2))
+    lab = SubjectExperiment(load_subject(Stated(steps_every=2)), Case("Stated", 2))
 
     assert [step.objective for step in lab.reference().steps] == [None]
 
 
 def test_samples_that_no_step_consumed_are_no_pieces():
     """The last of three full batches, where the loop steps after every second one."""
-    lab = Experiment(load_subject(Loop(steps_every=2)), Case("Loop", 2))
+    lab = SubjectExperiment(load_subject(Loop(steps_every=2)), Case("Loop", 2))
 
     assert [each.pieces.shape[0] for each in lab.attributions()] in ([2], [])
     assert lab.judgement().same

@@ -15,8 +15,8 @@ import equivcheck
 from equivcheck.case import Case
 from equivcheck.deadline import deadline
 from equivcheck.entropy import other_seeds, seed_torch, watch_entropy
-from equivcheck.experiment import Experiment
 from equivcheck.subject import load_subject
+from equivcheck.subject_experiment import SubjectExperiment
 
 MUTANT = Path(__file__).parents[2] / "fixtures/mutants/eq311_accumulation_squared.py"
 
@@ -72,7 +72,7 @@ def test_random_states_and_the_default_dtype_are_put_back(target):
 def test_batches_drawn_with_numpy_are_the_same_each_time(target):
     subject, case = load_subject(target), Case(target, 2)
     try:
-        one, two = Experiment(subject, case), Experiment(subject, case)
+        one, two = SubjectExperiment(subject, case), SubjectExperiment(subject, case)
 
         assert all(map(torch.equal, one.data.batches, two.data.batches))
     finally:

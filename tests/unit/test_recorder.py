@@ -15,8 +15,8 @@ from torch.optim import Optimizer, lr_scheduler
 
 from equivcheck.case import Case
 from equivcheck.errors import StepError
-from equivcheck.experiment import Experiment
 from equivcheck.subject import load_subject
+from equivcheck.subject_experiment import SubjectExperiment
 
 
 class Loop:
@@ -40,7 +40,7 @@ class Loop:
 
 def experiment(train, **options):
     """Return the experiment of a loop at two micro-batches per step."""
-    return Experiment(load_subject(Loop(train, **options)), Case("loop", 2))
+    return SubjectExperiment(load_subject(Loop(train, **options)), Case("loop", 2))
 
 
 def patched():

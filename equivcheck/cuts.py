@@ -1,0 +1,87 @@
+"""How the full batches of one case are cut: which samples each rank consumes in each micro-step."""
+
+from __future__ import annotations
+
+from equivcheck.case import Case
+from equivcheck.feed import Data
+from equivcheck.split import plan
+
+
+class Cuts:
+    """The micro-batches of a case.
+
+    Args:
+        case: Its K, split and ranks.
+        rows: Rows of each full batch.
+
+    Raises:
+        UsageError: A batch has fewer rows than micro-batches.
+    """
+
+    def __init__(self, case: Case, rows: list[int]) -> None:
+        self._case = case
+        self._rows = rows
+        self._plan = self._of(case.accumulation_steps)
+
+    def _of(self, accumulation_steps: int) -> list[list[list[tuple[int, int]]]]:
+        """Return [cycle][rank][micro_step] = first and last row."""
+        return plan(
+            self._rows,
+            accumulation_steps,
+            self._case.split,
+            self._case.world_size,
+            every_rank_all=self._case.shares < self._case.world_size,
+        )
+
+    def slices(
+        self, data: Data, accumulation_steps: int | None = None
+    ) -> list[list[tuple[int, int]]]:
+        """Return, per full batch, the first and last row of every micro-batch: of rank 0, then of rank 1 ..."""
+        cycles = self._plan if accumulation_steps is None else self._of(accumulation_steps)
+        shares = self._case.shares
+        return [
+            [each for rank in cycle[:shares] for each in rank] for cycle in cycles[: len(data.rows)]
+        ]
+
+    def micro_batches(self, data: Data) -> list[list[int]]:
+        """Return the samples of every micro-batch."""
+        return [
+            [data.start(batch) + row for row in range(start, stop)]
+            for batch, slices in enumerate(self.slices(data))
+            for start, stop in slices
+        ]
+
+    def of_rank(self, data: Data, rank: int) -> list[list[int]]:
+        """Return the samples of every micro-batch of one rank."""
+        return [
+            [data.start(batch) + row for row in range(start, stop)]
+            for batch, cycle in enumerate(self._plan[: len(data.rows)])
+            for start, stop in cycle[rank]
+        ]
+
+    def micro_steps(self, data: Data) -> list[list[int]]:
+        """Return the samples of every micro-step: of all ranks together."""
+        return [
+            [data.start(batch) + row for start, stop in same for row in range(start, stop)]
+            for batch, cycle in enumerate(self._plan[: len(data.rows)])
+            for same in zip(*cycle, strict=True)
+        ]
+
+    def turned(self, data: Data, by: int) -> list[list[int]]:
+        """Return the samples of every micro-batch, with the first `by` of every cycle moved to its end."""
+        found: list[list[int]] = []
+        for batch, slices in enumerate(self.slices(data)):
+            start, turn = data.start(batch), by % len(slices)
+            for first, last in [*slices[turn:], *slices[:turn]]:
+                found.append([start + row for row in range(first, last)])
+        return found
+
+    @property
+    def largest(self) -> int:
+        """Rows of the largest micro-batch."""
+        return max(
+            stop - start
+            for cycle in self._plan
+            for rank in cycle[: self._case.shares]
+            for start, stop in rank
+        )
