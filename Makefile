@@ -56,7 +56,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
-	$(BIN)/python -m pytest tests/bench --benchmark-enable --benchmark-only
+	$(BIN)/python -m pytest tests/bench --benchmark-enable --benchmark-only -s
 
 calibrate: $(STAMP)
 	@$(BIN)/python -W ignore tests/bench/calibrate.py

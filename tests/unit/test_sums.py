@@ -9,6 +9,7 @@ import torch
 
 from equivcheck.detectors import stale
 from equivcheck.errors import EquivcheckError
+from equivcheck.feed import Data
 from equivcheck.recording import Step
 from equivcheck.sums import kept_sums, weight_of_earlier
 from equivcheck.verdict import Finding, Judgement
@@ -51,6 +52,7 @@ def an_experiment(*gradients, alone=(FIRST, SECOND), contributed=None, **more):
             ]
         )
 
+    batches = more.get("batches", 2)
     native = [
         a_step(i, gradient, contributions=[] if contributed is None else contributed[i])
         for i, gradient in enumerate(gradients)
@@ -61,10 +63,9 @@ def an_experiment(*gradients, alone=(FIRST, SECOND), contributed=None, **more):
         "wants": set(),
         "case": SimpleNamespace(world_size=1),
         "is_promoted": True,
-        "data": SimpleNamespace(),
+        "data": Data([None, None][:batches], [2, 2][:batches]),
         "reference": lambda: SimpleNamespace(steps=steps, optimizers={"SGD": ["w"]}),
         "native": lambda _role: SimpleNamespace(steps=native),
-        "full_batches": lambda _data: [[0, 1], [2, 3]][: more.get("batches", 2)],
         "full_batch_alone": full_batch_alone,
     }
     return SimpleNamespace(**{**found, **{k: v for k, v in more.items() if k in found}})
