@@ -224,12 +224,15 @@ def _parsed(option: Option, value: Any, origin: str) -> Any:
 def _unknown(name: str, path: Path | None) -> UsageError:
     where = f"{path} [{SECTION}]" if path else "environment"
     guess = closest(name, OPTIONS)
-    written = name if path else PREFIX + name.upper()
+
+    def written(name: str) -> str:
+        return name if path else PREFIX + name.upper()
+
     return UsageError(
-        f"unknown setting {written}",
+        f"unknown setting {written(name)}",
         where=where,
-        expected="one of " + ", ".join(OPTIONS),
-        fix=f"did you mean {guess}?" if guess else None,
+        expected="one of " + ", ".join(map(written, OPTIONS)),
+        fix=f"did you mean {written(guess)}?" if guess else None,
     )
 
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from equivcheck import result as results
-from equivcheck.cli.outputs import open_page
+from equivcheck.cli.outputs import open_page, refuse_shared
 from equivcheck.cli.report import write
 from equivcheck.errors import UsageError
 from equivcheck.report import changes, text, words
@@ -30,6 +30,7 @@ def execute(options: argparse.Namespace) -> int:
     """Print one line per change; 1 if anything passes no longer, else 0."""
     if options.open and options.html == "-":
         raise UsageError("--open with --html - has no file to open", fix=f"--html {LATEST} --open")
+    refuse_shared({"--html": options.html, "--markdown": options.markdown})
     old, new = results.load(options.old), results.load(options.new)
     found = changes.changes(old, new)
     shown = [each for each in found if each["what"] != "same"]

@@ -40,6 +40,8 @@ def execute(options: argparse.Namespace) -> int:
         cases = [job.case for job in jobs if selection.selected(job.case, match)]
         for case in cases:
             say(out, f"{case.id}  {case.target}  {case.label}")
+        if jobs and not cases:
+            notes.append(selection.unmatched([job.case for job in jobs], options.select))
         for note in notes:
             say(out, f"note  {note}")
     return 0 if cases else 5

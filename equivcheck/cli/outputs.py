@@ -40,6 +40,32 @@ def refuse_unwritable(flag: str, path: str) -> None:
         ) from None
 
 
+def refuse_shared(paths: Mapping[str, str | None]) -> None:
+    """Refuse two renderings in one file, of which the second would replace the first, or both on stdout.
+
+    Args:
+        paths: Path by the flag, or other place, that names it.
+
+    Raises:
+        UsageError: Naming both.
+    """
+    taken: dict[str, str] = {}
+    for flag, path in paths.items():
+        if path is None or (path != "-" and Path(path).exists() and not Path(path).is_file()):
+            continue  # a device, as /dev/null, takes any number
+        other = taken.setdefault("-" if path == "-" else str(Path(path).resolve()), flag)
+        if other != flag:
+            both = "both are for stdout" if path == "-" else f"both name {path}"
+            raise UsageError(
+                f"{other} and {flag}: {both}",
+                expected="a file of its own for each",
+                because="the second would replace the first"
+                if path != "-"
+                else "what reads it would find neither",
+                fix=f"another path after {flag}",
+            )
+
+
 def open_page(path: str) -> None:
     """Show a page in the user's browser; where there is none, say where the page is."""
     page = Path(path).resolve()
@@ -57,6 +83,9 @@ class Outputs:
     def __init__(self, settings: Settings, *, latest: bool = True) -> None:
         self._settings = settings
         self._failures: dict[str, UsageError] = {}
+        refuse_shared(
+            {settings.origins[n]: settings[n] for n in ("json", "html", "junit") if settings[n]}
+        )
         self._latest = latest and self._prepared()
         for name in ("json", "html", "junit"):
             if settings[name] not in (None, "-"):

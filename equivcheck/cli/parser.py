@@ -81,9 +81,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         word = (unknown or extra)[0].split("=")[0]
         known = commands[options.command]._option_string_actions  # noqa: SLF001 - no public way
         guess = closest(word, known)
+        fix = f"did you mean {guess}?" if guess else f"equivcheck {options.command} --help"
+        # What renders a result can be had of every result, though not of every command.
+        if word in build(("report",))[1]["report"]._option_string_actions:  # noqa: SLF001 - as above
+            fix = f"equivcheck report RESULT {word} PATH"
         raise UsageError(
             f"unknown argument {word} of equivcheck {options.command}",
-            fix=f"did you mean {guess}?" if guess else f"equivcheck {options.command} --help",
+            fix=fix,
         )
     if extra:  # argparse takes positionals from one place only; ours may stand between flags
         options.targets += extra

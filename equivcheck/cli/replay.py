@@ -14,6 +14,7 @@ from equivcheck.cli.screen import own_stdout, say
 from equivcheck.errors import UsageError
 from equivcheck.report import text, words
 
+_SHOWN = 8  # cases that a message names
 HELP = "run one recorded case again"
 
 
@@ -65,10 +66,19 @@ def _recorded(prefix: str, path: str) -> Mapping[str, Any]:
     found = [case for case in cases if str(case["id"]).startswith(prefix.lower())]
     if len(found) != 1:
         known = found or cases
+        some = [f"{case['id']} ({words.label(case)})" for case in known[:_SHOWN]]
+        more = f" and {len(known) - _SHOWN} more" if len(known) > _SHOWN else ""
+        later = path == str(LATEST / "result.json") and not found
         raise UsageError(
             f"{len(found) or 'no'} cases begin with {prefix!r}",
             where=path,
-            expected="one of " + ", ".join(f"{case['id']} ({words.label(case)})" for case in known),
+            expected=f"one of {', '.join(some)}{more}" if some else "a result with cases in it",
+            because="every run writes its result there: a later one has replaced it"
+            if later
+            else None,
+            fix="more digits of the id"
+            if found
+            else f"equivcheck replay {prefix} --result PATH, a file that run --json wrote",
         )
     case: Mapping[str, Any] = found[0]
     if "recordings" in case:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from equivcheck import result as results
-from equivcheck.cli.outputs import open_page, refuse_unwritable
+from equivcheck.cli.outputs import open_page, refuse_shared, refuse_unwritable
 from equivcheck.cli.screen import colored
 from equivcheck.config import OPTIONS
 from equivcheck.errors import UsageError
@@ -50,6 +50,7 @@ def execute(options: argparse.Namespace) -> int:
             expected="a path after --html",
             fix=f"--html {LATEST} --open",
         )
+    refuse_shared({f"--{name}": getattr(options, name) for name in _RENDERERS})
     result = results.load(options.result)
     if options.open and not options.html:
         options.html = LATEST

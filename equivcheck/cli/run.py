@@ -222,8 +222,8 @@ class _Run:
             )
             jobs = [job for job in planned if selection.selected(job.case, match)]
             if planned and not jobs:
-                known = ", ".join(job.case.label for job in planned[:8])
-                self._notes.append(f"-k {self._options.select} matches none of: {known}")
+                known = [job.case for job in planned]
+                self._notes.append(selection.unmatched(known, self._options.select))
             self._planned = len(jobs)
             self._run(selection.shard_of(jobs, self._options.shard))
         except KeyboardInterrupt:
@@ -269,7 +269,9 @@ class _Run:
         say(self._out, "\n" + text.summary(result))
         if shown and self._ran:
             rate = f"{self._ran / self._seconds:.2g} cases per second, -j {self._settings['jobs']}"
-            say(self._out, f"{self._ran} cases ran in {self._seconds:.1f} s: {rate}")
+            ran = f"{self._ran} case{'s' if self._ran > 1 else ''} ran"
+            say(self._out, f"{ran} in {self._seconds:.1f} s by the clock: {rate}")
+            say(self._out, "(the seconds above are those of the cases, added up)")
 
     def _run(self, jobs: list[Job]) -> None:
         self._order = {job.case.id: position for position, job in enumerate(jobs)}
@@ -280,7 +282,7 @@ class _Run:
         left = [job for job in jobs if job.case.id not in done]
         if self._options.resume:
             self._notes.append(
-                f"resumed: {len(self._cases)} cases were finished before"
+                f"resumed: {len(self._cases)} {'case was' if len(self._cases) == 1 else 'cases were'} finished before"
                 if done
                 else "resumed: nothing was finished before, so that all cases run"
             )

@@ -9,6 +9,7 @@ from typing import TypeVar
 from equivcheck.case import Case
 from equivcheck.errors import UsageError
 
+_SHOWN = 8  # cases that a note names
 Match = Callable[[str], bool]
 T = TypeVar("T")
 
@@ -22,6 +23,13 @@ def description(case: Case) -> str:
 def selected(case: Case, match: Match | None) -> bool:
     """Return whether the expression takes this case."""
     return match is None or match(description(case).lower())
+
+
+def unmatched(cases: list[Case], expression: str | None) -> str:
+    """Return the note on an expression that takes none of the cases, with what there is."""
+    more = f" and {len(cases) - _SHOWN} more" if len(cases) > _SHOWN else ""
+    known = ", ".join(case.label for case in cases[:_SHOWN])
+    return f"-k {expression} matches none of: {known}{more}"
 
 
 def shard_of(jobs: list[T], shard: str | None) -> list[T]:

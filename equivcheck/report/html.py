@@ -245,6 +245,7 @@ def _section(case: Mapping[str, Any]) -> dict[str, Any]:
         "told": words.margin(case),
         "error": _ERROR | case["error"] if case.get("error") else None,
         "notes": list(case.get("notes") or ()),
+        "expected": case.get("expected"),
         "because": case.get("because"),
         "fix": case.get("fix"),
         "trials": [_TRIAL | dict(each) for each in (case.get("interventions") or ())[:30]],

@@ -39,6 +39,12 @@ import pytest
         (["run", "empty"], "empty-folder: empty has no suite and no subject"),
         (["run", "suite:normalization", "--expect", "EQ101"], "states what theory expects"),
         (["list", "train_step.py", "--json", "x"], "unknown argument --json of equivcheck list"),
+        (["run", "train_step.py", "--markdown", "x"], "equivcheck report RESULT --markdown PATH"),
+        (["run", "train_step.py", "--json", "a", "--html", "./a"], "--json and --html: both name"),
+        (["run", "train_step.py", "--html", "a", "--junit", "a"], "--html and --junit: both name"),
+        (["report", "r.json", "--html", "a", "--markdown", "a"], "--html and --markdown: both"),
+        (["report", "r.json", "--html", "-", "--json", "-"], "--html and --json: both are for"),
+        (["diff", "a", "b", "--html", "-", "--markdown", "-"], "both are for stdout"),
         (["replay", "abcd"], "there is no result at reports/latest/result.json"),
         (["report", "nope.json"], "cannot read the result nope.json"),
         (["explain", "EQ999"], "there is no cause 'EQ999'"),
@@ -122,7 +128,7 @@ def test_an_unknown_variable_is_refused(cli, monkeypatch):
 
     assert outcome.code == 2
     assert "unknown setting EQUIVCHECK_SEDE" in outcome.err
-    assert "did you mean seed?" in outcome.err
+    assert "did you mean EQUIVCHECK_SEED?" in outcome.err
 
 
 def test_command_line_over_environment_over_file(cli, monkeypatch):
@@ -150,6 +156,25 @@ def test_targets_may_stand_between_flags(cli, engine):
 
     assert outcome.code == 0
     assert [case.target for case, *_ in engine.ran] == ["train_step.py", "b.py"]
+
+
+def test_list_says_that_nothing_matches(cli):
+    """As `run` does, with what there is."""
+    outcome = cli("list", "train_step.py", "-k", "nothing")
+
+    assert outcome.code == 5
+    assert "-k nothing matches none of: K=2, K=4" in outcome.out
+
+
+def test_a_case_that_a_later_run_has_replaced(cli):
+    """The message says where to look, and names a few of the cases that are there."""
+    cli("run", "train_step.py", "--accumulation-steps", ",".join(map(str, range(1, 13))))
+    outcome = cli("replay", "ffffffffff")
+
+    assert outcome.code == 2
+    assert "equivcheck replay ffffffffff --result PATH" in outcome.err
+    assert "and 4 more" in outcome.err
+    assert outcome.err.count("K=") == 8
 
 
 def test_a_bug_in_a_command_is_exit_code_70(cli, monkeypatch):

@@ -363,3 +363,17 @@ def test_results_of_every_past_version_render(visit, path):
     assert page.locator("h1").inner_text() == html.capital(words.headline(result["cases"][0]))
     if result["cases"][0].get("per_parameter"):
         assert page.locator("table.params tbody tr").count() > 0
+
+
+def test_a_long_name_leaves_the_cells_in_view(visit):
+    """One name of 300 letters is cut, and is whole in its title."""
+    whole = load("EQ306")
+    [row, *_] = whole["cases"][0]["modules"]["rows"]
+    row["name"] = "n" * 300
+    page = visit(html.render(whole))
+    right = page.evaluate(
+        "document.querySelector('.heat tbody tr td:last-child').getBoundingClientRect().right"
+    )
+
+    assert 0 < right <= 1440
+    assert page.evaluate("document.querySelector('.heat .cut').title.length") == 300

@@ -290,6 +290,22 @@ def test_a_headline_counts_the_cases_that_have_the_cause():
     assert html.title(whole) == "EQ103 mean-of-means in 1 of 3 cases, 1 more without a cause"
 
 
+def test_a_section_of_several_says_what_to_do():
+    """As the terminal does, also where there is no cause to show."""
+    case = {**load("equivalent")["cases"][0], "verdict": "invalid", "expected": "a step or more"}
+    case |= {"because": "no step was taken", "fix": "take one", "steps": None}
+    whole = {**load("equivalent"), "cases": [case, {**case, "id": "0" * 10}]}
+    page = html.render(whole)
+    section = page[page.index('id="0000000000:told"') :].partition("</section>")[0]
+
+    for name, said in (
+        ("expected", "a step or more"),
+        ("because", "no step was taken"),
+        ("fix", "take one"),
+    ):
+        assert f"<dt>{name}</dt><dd>{said}</dd>" in section
+
+
 def test_junit_has_a_testcase_per_case():
     """With the cause as the type of its failure."""
     root = ET.fromstring(junit.render(load("several")))
