@@ -550,6 +550,20 @@ def finished(job: Job, outcome: Mapping[str, Any]) -> dict[str, Any]:
     return case
 
 
+def process_ended(job: Job, starts: int) -> dict[str, Any]:
+    """Return the case of a job during which the process that ran it ended, every time it was begun."""
+    message = f"process-ended: Python ended in this case, {starts} times"
+    error = {
+        "type": "ProcessEnded",
+        "message": message,
+        "where": None,
+        "exit_code": StepError.exit_code,
+        "because": "the code under test ends Python, or crashes in compiled code, and no verdict outlives that",
+        "fix": "-j 2 runs cases in processes of their own and tells how it ended",
+    }
+    return finished(job, {"verdict": "error", "headline": message, "error": error})
+
+
 def _replay(job: Job) -> dict[str, str | None]:
     """Return how to run a case again that no command line can: the test that made its subject."""
     if getattr(job.subject, "repeatable", True):

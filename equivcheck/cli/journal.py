@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class Journal:
         """Start anew: what an earlier run has left is gone."""
         if self.path is not None:
             results.write_text(self.path, json.dumps(self._header) + "\n")
+            self.settle()
 
     def resume(self) -> dict[str, dict[str, Any]]:
         """Return the cases that are finished, by id, and make the journal ready for more.
@@ -87,6 +88,42 @@ class Journal:
                 os.fsync(file)
             finally:
                 os.close(file)
+
+    @contextmanager
+    def running(self, case: str, label: str) -> Iterator[None]:
+        """Keep on disk which case runs in this process: code that ends Python is known by what it leaves there."""
+        if self.path is None:
+            yield
+            return
+        before = self.ended()
+        starts = before.get("starts", 0) + 1 if before.get("id") == case else 1
+        told = json.dumps({"id": case, "label": label, "starts": starts})
+        with suppress(OSError):
+            results.write_text(self._running, told)
+        try:
+            yield
+        finally:
+            self.settle()
+
+    def settle(self) -> None:
+        """Say that no case runs in this process."""
+        if self.path is not None:
+            self._running.unlink(missing_ok=True)
+
+    def ended(self) -> dict[str, Any]:
+        """Return the case during which an earlier process ended, and how often it was begun; empty if none did."""
+        if self.path is None:
+            return {}
+        try:
+            found = json.loads(self._running.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def _running(self) -> Path:
+        assert self.path is not None
+        return self.path.with_suffix(".running")
 
 
 def _whole_lines(path: Path) -> Iterable[dict[str, Any]]:

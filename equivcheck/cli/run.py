@@ -14,7 +14,7 @@ from contextlib import closing, nullcontext
 from typing import Any, TextIO
 
 from equivcheck import result as results
-from equivcheck.api import Job, outcomes, plan, require_device
+from equivcheck.api import Job, outcomes, plan, process_ended, require_device
 from equivcheck.cli import selection
 from equivcheck.cli.journal import Journal
 from equivcheck.cli.outputs import LATEST, Outputs, open_page
@@ -180,6 +180,10 @@ def refuse_targets(targets: list[str]) -> None:
         )
 
 
+# A process that ended once may have been killed from outside; one that ended twice in the same case was ended by it.
+_STARTS = 2
+
+
 class _Run:
     """One run of the command: its cases so far and how they are shown."""
 
@@ -282,6 +286,10 @@ class _Run:
                 if done
                 else "resumed: nothing was finished before, so that all cases run"
             )
+            if ended := self._journal.ended():
+                # Now, since what ended the process before may end this one, too.
+                told = f"the run before ended during case {ended['id']}, {ended['label']}"
+                say(self._out, f"note: {told}")
         progress = Progress(len(jobs), len(self._cases), quiet=self._options.quiet)
         began = time.monotonic()
         with progress.shown(), closing(self._finished(left, progress)) as finished:
@@ -316,8 +324,17 @@ class _Run:
         with kept():
             for job in jobs:
                 progress.begin(job.case.label)
-                with one_thread() if job.theory is not None else nullcontext():
-                    yield from outcomes([job], timeout=timeout, progress=progress)
+                before = self._journal.ended()
+                if before.get("id") == job.case.id and before.get("starts", 0) >= _STARTS:
+                    self._journal.settle()
+                    yield process_ended(job, before["starts"])
+                    continue
+                with (
+                    self._journal.running(job.case.id, job.case.label),
+                    one_thread() if job.theory is not None else nullcontext(),
+                ):
+                    cases = list(outcomes([job], timeout=timeout, progress=progress))
+                yield from cases
 
     def _save(self) -> None:
         """Write the result so far, but spend no more than a small part of the run on it.
