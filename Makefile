@@ -98,7 +98,7 @@ traffic: $(STAMP)
 	@$(BIN)/python -W ignore tests/bench/traffic.py reports/traffic.json reports/traffic.md
 
 coverage: $(STAMP)
-	$(BIN)/python -m coverage run -m pytest tests/unit tests/cli tests/detection -q
+	$(BIN)/python -m pytest tests/unit tests/cli tests/detection -q -n 2 --dist worksteal --cov --cov-report=
 	@set -f; $(BIN)/python -m coverage report -m --include='$(call modules,$(LAYERS_0_1))' --fail-under=100
 	@set -f; $(BIN)/python -m coverage report -m --include='$(call modules,$(LAYER_3))' --fail-under=97
 
