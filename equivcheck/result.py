@@ -164,8 +164,6 @@ def finite(value: Any) -> Any:
         return plain
     if isinstance(value, (list, tuple, set, frozenset)):
         return [finite(item) for item in value]
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
     if isinstance(value, numbers.Integral):
         return int(value)
     if isinstance(value, numbers.Real):

@@ -49,6 +49,49 @@ def test_the_most_pressing_case_decides(cases, interrupted, verdict, code):
     assert result.exit_code(cases, interrupted=interrupted) == code
 
 
+def theory(verdict, met, *causes):
+    return {"verdict": verdict, "causes": list(causes), "met": met}
+
+
+@pytest.mark.parametrize(
+    ("one", "code"),
+    [
+        (case("divergent", theory=theory("divergent", True)), 0),
+        (case("divergent", theory=theory("equivalent", False)), 1),
+        (case("equivalent", theory=theory("divergent", False)), 1),
+        (case("invalid", theory=theory("equivalent", False)), 4),
+    ],
+)
+def test_theory_decides_the_exit_code_of_a_case(one, code):
+    """What is expected is a success whatever it is, and what is not expected is none in either direction."""
+    assert result.case_exit_code(one) == code
+
+
+@pytest.mark.parametrize(
+    ("found", "causes", "expected", "met", "verdict"),
+    [
+        ("equivalent", [], theory("equivalent", None), True, "equivalent"),
+        ("divergent", PROVED, theory("divergent", None, "EQ201"), True, "expected"),
+        ("expected", PROVED, theory("divergent", None, "EQ201"), True, "expected"),
+        ("divergent", PROVED, theory("divergent", None, "EQ103"), False, "divergent"),
+        ("divergent", PROVED, theory("equivalent", None), False, "divergent"),
+        (
+            "divergent",
+            [{"code": "EQ201", "status": "suspected"}],
+            theory("divergent", None, "EQ201"),
+            False,
+            "divergent",
+        ),
+    ],
+)
+def test_a_finished_case_is_held_against_theory(found, causes, expected, met, verdict):
+    """Verdict and causes have to be those of theory, and each proved."""
+    one = case(found, causes=causes)
+    result.hold_against_theory(one, expected)
+    assert one["theory"]["met"] is met
+    assert one["verdict"] == verdict
+
+
 @given(st.lists(st.sampled_from([case(verdict) for verdict in result.EXIT_CODES])))
 def test_only_good_cases_make_a_good_run(cases):
     """Exit code 0 means that there were cases, and all of them passed."""
