@@ -208,9 +208,7 @@ def _decide(
     except TimedOut:
         raise  # There is no time left for another try.
     except StepError as error:
-        if UNREDUCED in f"{error.message} {error.user_traceback}" and _before(
-            experiment, entry, expect, progress, error
-        ):
+        if _raises_late(experiment, error) and _before(experiment, entry, expect, progress, error):
             return
         # The code may raise only because it is promoted: then the native runs decide.
         if not experiment.is_promoted or not _runs_natively(experiment):
@@ -376,7 +374,7 @@ def _before(
 ) -> bool:
     """Judge the optimizer steps before the one that raised; tell whether they are what is wrong."""
     done = error.optimizer_step
-    if experiment.crew is None or not done or done == experiment.case.optimizer_steps:
+    if not done or done == experiment.case.optimizer_steps:
         return False
     shorter = experiment.again(progress, promoted=experiment.is_promoted, optimizer_steps=done)
     found = {**entry, "notes": list(entry["notes"]), "warnings": []}
@@ -387,13 +385,27 @@ def _before(
     finally:
         experiment.runs += shorter.runs
         shorter.close()
-    if not found["causes"]:
+    if not any(each["status"] == "proved" for each in found["causes"]):
         return False
-    found["notes"].append(
-        f"judged before optimizer_step {done}, where DDP raises: the step before was never reduced"
+    what = (
+        "DDP raises: the step before was never reduced"
+        if experiment.crew is not None
+        else f"the accumulated run raises: {error.message}"
     )
+    found["notes"].append(f"judged before optimizer_step {done}, where {what}")
     entry.update(found)
     return True
+
+
+def _raises_late(experiment: Experiment, error: StepError) -> bool:
+    """Return whether an exception may be what a fault in earlier steps leads to.
+
+    A scheduler with a fixed number of steps raises where it is advanced too often, and DDP where a cycle before was
+    never reduced.
+    """
+    if experiment.crew is not None:
+        return UNREDUCED in f"{error.message} {error.user_traceback}"
+    return (error.where or "").startswith("candidate,")
 
 
 def _runs_natively(experiment: Experiment) -> bool:

@@ -81,7 +81,7 @@ class StepError(EquivcheckError):
         fix: As for every error.
 
     Attributes:
-        optimizer_step: The one that a rank was in when it raised; None where that is not known.
+        optimizer_step: The one that the code was in when it raised; None where that is not known.
     """
 
     exit_code = 3

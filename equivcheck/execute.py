@@ -377,7 +377,9 @@ def _step_error(error: BaseException, recording: Recording, run: Run) -> StepErr
     since = sum(1 for keys in recording.fetched if keys[0] not in taken)
     micro_step = max(since - 1, 0) if last is not None else max(len(recording.fetched) - 1, 0)
     where = f"{run.name}, optimizer_step {steps}, micro_step {micro_step}"
-    return raised("train", error, where)
+    failure = raised("train", error, where)
+    failure.optimizer_step = steps
+    return failure
 
 
 def _logged(returned: Any) -> list[float] | None:

@@ -25,7 +25,7 @@ from equivcheck.case import Case
 from equivcheck.errors import EquivcheckError, UsageError
 from equivcheck.feed import Data, Key
 from equivcheck.fit import Attribution
-from equivcheck.interventions import Intervention
+from equivcheck.interventions import Copies, Intervention
 from equivcheck.recording import Place, Recording, Step
 from equivcheck.verdict import Judgement, Noise, judge, roundoff_of, unfit
 
@@ -207,8 +207,8 @@ class Experiment(ABC):
         """
         raise _cannot(f"with the micro-batches of every cycle turned by {by}")
 
-    def copies_moved(self) -> dict[str, list[int]]:
-        """Return after how many backwards the loop moves its copies of the weights: in three runs left to themselves.
+    def copies_moved(self) -> dict[str, Copies]:
+        """Return when, and how far, the loop moves its copies of the weights: in three runs left to themselves.
 
         The full batches, the accumulated run, and the micro-batches each with a step of its own.
         """

@@ -129,6 +129,7 @@ def _is_holder(value: Any, recorder: Recorder) -> bool:
 
 
 def _tensors(value: Any, recorder: Recorder) -> Iterator[tuple[str, torch.Tensor]]:
+    is_module = isinstance(value, nn.Module)
     if isinstance(value, nn.Module):
         pairs: Any = list(value.named_parameters()) + list(value.named_buffers())
     elif isinstance(value, Mapping):
@@ -140,7 +141,10 @@ def _tensors(value: Any, recorder: Recorder) -> Iterator[tuple[str, torch.Tensor
             isinstance(tensor, torch.Tensor)
             and tensor.is_floating_point()
             and id(tensor) not in recorder.names
-        ) and tensor.grad_fn is None:
+            # A module's parameters are copies even where a loop moves them without `no_grad`; what a list holds may be
+            # outputs.
+            and (is_module or tensor.grad_fn is None)
+        ):
             yield str(key), tensor
 
 

@@ -350,13 +350,13 @@ class SubjectExperiment(Experiment):
 
         return self._once(("turned", by), make)
 
-    def copies_moved(self) -> dict[str, list[int]]:
-        """Return after how many backwards the loop moves its copies of the weights: in three runs left to themselves.
+    def copies_moved(self) -> dict[str, Copies]:
+        """Return when, and how far, the loop moves its copies of the weights: in three runs left to themselves.
 
         The full batches, the accumulated run, and the micro-batches each with a step of its own.
         """
 
-        def make() -> dict[str, list[int]]:
+        def make() -> dict[str, Copies]:
             data, k = self._promoted, self.case.accumulation_steps
             micro, full = self.micro_batches(data), data.full_batches()
             found = {}
@@ -369,7 +369,7 @@ class SubjectExperiment(Experiment):
                 size = max(len(each) for each in batches)
                 run = Run(role, data, batches, steps, size, interventions=[copies])
                 self._execute(run, Observer())
-                found[role] = copies.moved
+                found[role] = copies
             return found
 
         return self._once(("copies moved",), make)

@@ -9,10 +9,11 @@ import torch
 from equivcheck.attribution import predict
 from equivcheck.detectors.coupling import norm_buffers
 from equivcheck.errors import EquivcheckError
-from equivcheck.fit import Attribution
+from equivcheck.fit import BEYOND_ROUNDING, Attribution
 from equivcheck.interventions import (
     Before,
     Begin,
+    Copies,
     Intervention,
     Restitute,
     Rewind,
@@ -107,12 +108,19 @@ def _copies_by_count(view: View) -> list[Suspicion]:
     except EquivcheckError:
         return []
     ends = [i + 1 for i, place in enumerate(view.places) if place.last]
-    full, mine, alone = moved["full_batch"], moved["candidate"], moved["pieces"]
+    full, mine, alone = (moved[role].moved for role in ("full_batch", "candidate", "pieces"))
     if len(ends) != cycles or not all(0 < n <= cycles for n in full):
         return []
     right = [ends[n - 1] for n in full]
-    # A move from a weight to itself is none: where interventions prove it, some may be lacking.
-    exact = mine in (alone, [n for n in alone if n in ends])
+    if mine == right and kinds <= {"shadows"}:
+        return _copies_by_rate(moved["full_batch"], moved["candidate"], moved["pieces"])
+    # A move from a weight to itself is none: such are lacking before the first step, and where interventions prove it.
+    exact = mine in (
+        alone,
+        [n for n in alone if n in ends],
+        [n for n in alone if n >= ends[0]],
+        [n for n in alone if n > ends[0]],
+    )
     if mine == right or not set(mine) <= set(alone) or (kinds <= {"shadows"} and not exact):
         return []
     evidence = {
@@ -131,6 +139,37 @@ def _copies_by_count(view: View) -> list[Suspicion]:
         (Rewind("parameters", "shadows"), Before(), begin),
     ]
     return [Suspicion("EQ309", variants, evidence, 0, rank=22, is_seen=True)]
+
+
+def _copies_by_rate(full: Copies, mine: Copies, alone: Copies) -> list[Suspicion]:
+    """EQ309 by prediction: copies are moved at the right times, by a rate that a count of micro-batches sets.
+
+    The loop run at accumulation_steps 1 shows the rate after each count.
+    """
+    by_count = dict(zip(alone.moved, alone.shares, strict=True))
+    predicted = [by_count.get(count) for count in mine.moved]
+    rates = [
+        (right, used, told)
+        for right, used, told in zip(full.shares, mine.shares, predicted, strict=True)
+        if right is not None and used is not None and told is not None
+    ]
+    # After the last step of a run its weights are no longer there to measure by.
+    if len(rates) < max(len(mine.shares) - 1, 2):
+        return []
+    # A few coordinates of float64 weights tell a share to about this much.
+    is_told = all(abs(used - told) <= BEYOND_ROUNDING for _, used, told in rates)
+    if not is_told or all(abs(used - right) <= BEYOND_ROUNDING for right, used, _ in rates):
+        return []
+    evidence = {
+        "rule": "the rate of the average is set by a count of micro-batches",
+        "because": "the count that sets the decay of the average advances with every micro-batch",
+        "fix": "count optimizer steps for the decay of the average",
+        "rates": [used for _, used, _ in rates[:8]],
+        "full_batch_would": [right for right, _, _ in rates[:8]],
+    }
+    found = Suspicion("EQ309", [], evidence, 0, rank=22, proved=True)
+    found.explains = frozenset({"shadows"})
+    return [found]
 
 
 def _advances(view: View) -> set[str]:

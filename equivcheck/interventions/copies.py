@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # Coordinates of a copy that tell whether it moved.
 FEW: Final = 32
+# A move that is not all towards the weights is no average.
+REST: Final = 1e-9
 
 
 class Copies(Intervention):
@@ -24,12 +26,14 @@ class Copies(Intervention):
 
     Attributes:
         moved: Those counts, in order.
+        shares: For each, which part of the way to the weights the copies went; None if not all went one part of it.
     """
 
     name = "watch copies"
 
     def __init__(self) -> None:
         self.moved: list[int] = []
+        self.shares: list[float | None] = []
         self._last: dict[str, torch.Tensor] = {}
 
     def before_fetch(self, recorder: Recorder) -> None:
@@ -47,9 +51,28 @@ class Copies(Intervention):
         with recorder.paused(), torch.no_grad():
             found = shadow_weights(recorder, ended=ended)
             now = {name: tensor.flatten()[:FEW].clone() for name, tensor in found.items()}
+            weights = {name: p.flatten()[:FEW].clone() for name, p in recorder.parameters().items()}
         last, self._last = self._last, now
         if any(name in last and not torch.equal(last[name], each) for name, each in now.items()):
             self.moved.append(count)
+            self.shares.append(_share(last, now, weights))
+
+
+def _share(
+    last: dict[str, torch.Tensor], now: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]
+) -> float | None:
+    """Return the part of the way to the weights that all copies went; None where they did not."""
+    moves, ways = [], []
+    for name, each in now.items():
+        weight = next((w for key, w in weights.items() if name.endswith(f".{key}")), None)
+        if weight is None or name not in last or weight.shape != each.shape:
+            return None
+        moves.append((each - last[name]).double())
+        ways.append((weight - last[name]).double())
+    move, way = torch.cat(moves), torch.cat(ways)
+    length = float(way @ way)
+    share = float(move @ way) / length if length else 0.0
+    return share if float((move - share * way).norm()) <= REST * float(move.norm()) else None
 
 
 class Begin(Intervention):
