@@ -25,7 +25,7 @@ JUDGED: Final = frozenset({"none", "ddp", "zero", "fsdp"})
 def by_step(recording: Recording) -> list[list[Collective]]:
     """Return the collectives of each optimizer step of one rank: from the end of the one before to its own."""
     ends = [step.at for step in recording.steps]
-    begins = [recording.backwards[0].at if recording.backwards else 0, *ends[:-1]]
+    begins = [recording.backwards[0].at if recording.backwards else 0, *ends][: len(ends)]
     return [
         [each for each in recording.collectives if begin <= each.at < end]
         for begin, end in zip(begins, ends, strict=True)

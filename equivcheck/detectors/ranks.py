@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from equivcheck.attribution import solve
-from equivcheck.detectors.weights import hypotheses, mean_of_ranks, scaled, unproved
+from equivcheck.detectors.weights import all_alike, hypotheses, mean_of_ranks, scaled, unproved
 from equivcheck.differences import Sums
 from equivcheck.experiment import Interventions
+from equivcheck.fit import Attribution
 from equivcheck.interventions import (
     Broadcast,
     FindUnused,
@@ -109,12 +110,19 @@ def _rank_scale(view: View) -> list[Suspicion]:
     if undecided(view):
         return [unproved(view, "EQ504", rank=13)] if any(b for _, b in undecided(view)) else []
     factor = factor_of(view)
+    size = view.experiment.case.world_size
+    if factor is None and size != view.steps:
+        return hypotheses(view, "EQ504", [_alike_of_each], rank=13, meant=all_alike)
     if factor is None or not factor[1]:
         return []
-    size = view.experiment.case.world_size
     found = scaled(view, "EQ504", float(size) ** factor[1], rank=13)
     found[0].evidence["world_size"] = size
     return found
+
+
+def _alike_of_each(attribution: Attribution, right: Sequence[float]) -> list[float]:
+    """All micro-batches count the same, as each rank's own mean of means has it: the ranks are summed."""
+    return [attribution.ranks * each for each in all_alike(attribution, right)]
 
 
 # ---- what differs between ranks ----------------------------------------------------------------
@@ -172,7 +180,7 @@ def _unsynchronised_parts(view: View) -> list[Suspicion]:
     if finding is None or finding.step < 0:
         return []
     steps = steps_of(view.candidate, finding.step)
-    sent = [reductions(each)[finding.step] for each in view.candidate.ranks]
+    sent = [reductions(each)[finding.step] for each in view.candidate.ranks if each.steps]
     if not any(each.parts for each in steps) or not all(sent):
         return []
     counts = [[len(backward) for backward in each] for each in sent]

@@ -92,6 +92,12 @@ def _scaled_again(attribution: Attribution, right: Sequence[float]) -> list[floa
     return [x / float(k) ** (k - 1 - i % k) for i, x in enumerate(right)]
 
 
+def _reduced_again(attribution: Attribution, right: Sequence[float]) -> list[float]:
+    """Every micro-batch adds up over the R ranks, once more, what was reduced before it and is the same on all."""
+    k = attribution.micro_steps
+    return [x * float(attribution.ranks) ** (k - 1 - i % k) for i, x in enumerate(right)]
+
+
 def _geometric(view: View) -> list[Predict]:
     """Return the weights of sums that are multiplied by one factor before each micro-batch is added to them.
 
@@ -113,13 +119,25 @@ def _geometric(view: View) -> list[Predict]:
     return []
 
 
-def _all_alike(_: Attribution, right: Sequence[float]) -> list[float]:
+def all_alike(_: Attribution, right: Sequence[float]) -> list[float]:
+    """All micro-batches count the same."""
     return [1.0 / len(right)] * len(right)
 
 
 def _alike_in_rank(attribution: Attribution, right: Sequence[float]) -> list[float]:
     """Every rank counts as it should, its micro-batches one like the other."""
     return [sum(weights) / len(weights) for weights in attribution.by_rank(right) for _ in weights]
+
+
+def _steps_alike(attribution: Attribution, right: Sequence[float]) -> list[float]:
+    """Every micro-step counts the same, the ranks' micro-batches in it as they should: a mean over ranks in each."""
+    by_rank = attribution.by_rank(right)
+    totals = [sum(step) for step in zip(*by_rank, strict=True)]
+    if not all(totals):
+        return list(right)
+    return [
+        x / total / len(totals) for each in by_rank for x, total in zip(each, totals, strict=True)
+    ]
 
 
 def mean_of_ranks(attribution: Attribution, right: Sequence[float]) -> list[float]:
@@ -158,12 +176,12 @@ def _in_all(view: View) -> list[Suspicion]:
         ]
         found += hypotheses(view, "EQ105", tail, rank=10)
     found += hypotheses(view, "EQ101", ones, rank=12, power=1)
-    sums: list[Predict] = [_all_alike]
+    sums: list[Predict] = [all_alike]
     if _all_ones(view):
         found += hypotheses(view, "EQ108", sums, rank=11)
     elif view.experiment.case.shares > 1:
         # Between ranks is another cause, EQ501: what is put right here is within each of them.
-        found += hypotheses(view, "EQ103", [_alike_in_rank], rank=15)
+        found += hypotheses(view, "EQ103", [_alike_in_rank, _steps_alike], rank=15)
         found += hypotheses(view, "EQ103", sums, rank=15, meant=mean_of_ranks)
         for share in _shares(view):
             fitting = hypotheses(view, "EQ103", [share], rank=15, meant=_within_ranks(share))
@@ -179,12 +197,14 @@ def _in_all(view: View) -> list[Suspicion]:
         lambda a, v: [1.0 / (_divisor(view, a) * len(v))] * len(v),
     ]
     if view.experiment.case.shares == 1:
-        twice.append(_all_alike)
+        twice.append(all_alike)
     found += hypotheses(view, "EQ102", twice, rank=14, power=-1)
     again: list[Predict] = [
         _scaled_again,
         lambda a, v: _scaled_again(a, [1.0 / len(v)] * len(v)),
     ]
+    if view.experiment.case.shares > 1:
+        again.append(_reduced_again)
     if not rescaled_losses(view):
         found += hypotheses(view, "EQ109", again, rank=25)
         # Behind what names the factor: a loss scale, a clip.
@@ -251,7 +271,7 @@ def _clipped_by_hand(view: View) -> list[Suspicion]:
     """
     if view.experiment.case.shares > 1 or view.names is not None:
         return []
-    shares = [_all_alike, *_shares(view)]
+    shares = [all_alike, *_shares(view)]
     for meant, wrong in itertools.permutations(shares, 2):
         factors: dict[int, list[float]] = {}
         for each in view.divergent:

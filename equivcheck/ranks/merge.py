@@ -1,7 +1,9 @@
 """Put what several ranks saw together: one recording of what they did to the model between them.
 
 Tensors that every rank holds whole are replicas: the rank that is furthest off counts. Parts of a tensor add up.
-Whatever is not a tensor (the timeline, the backwards) is rank 0's; `Recording.ranks` has the others.
+Copies of the weights that the loop keeps are those of the first rank that has them, which saves them: others need not
+keep theirs up. Where some ranks take no optimizer step at all, those that do speak for all. Whatever is not a tensor
+(the timeline, the backwards) is rank 0's; `Recording.ranks` has the others.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from dataclasses import replace
 import torch
 
 from equivcheck.differences import Sums
+from equivcheck.feed import Key
 from equivcheck.parts import WHOLE
 from equivcheck.recording import Recording, Step
 from equivcheck.states import numbers
@@ -21,9 +24,11 @@ from equivcheck.states import numbers
 def merged(ranks: Sequence[Recording], reference: Recording) -> Recording:
     """Return one recording for what several ranks did together."""
     steps = []
+    stepping = [each for each in ranks if each.steps]
+    given = {key for each in ranks if not each.steps for keys in each.fetched for key in keys}
     for index in range(max(len(each.steps) for each in ranks)):
-        taken = [each.steps[index] for each in ranks if index < len(each.steps)]
-        steps.append(_step(index, taken, len(ranks), reference))
+        taken = [each.steps[index] for each in stepping if index < len(each.steps)]
+        steps.append(_step(index, taken, len(stepping), given, reference))
     lowered: dict[str, str] = {}
     for each in ranks:
         lowered |= each.lowered
@@ -40,12 +45,25 @@ def merged(ranks: Sequence[Recording], reference: Recording) -> Recording:
     )
 
 
-def _step(index: int, taken: Sequence[Step], world_size: int, reference: Recording) -> Step:
+def _step(
+    index: int, taken: Sequence[Step], stepping: int, given: set[Key], reference: Recording
+) -> Step:
+    """Return one optimizer step of all ranks.
+
+    Args:
+        index: Which.
+        taken: That of each rank that got so far.
+        stepping: How many ranks take optimizer steps.
+        given: The samples of those that take none.
+        reference: The full-batch run.
+    """
     first = taken[0]
     samples = frozenset().union(*(each.samples for each in taken))
     matches = {each.matched for each in taken}
-    matched = first.matched if len(matches) == 1 and len(taken) == world_size else None
+    matched = first.matched if len(matches) == 1 and len(taken) == stepping else None
     target = reference.steps[matched] if matched is not None else None
+    if target is not None:
+        samples |= target.samples & given
     if target is not None and target.samples != samples:
         matched, target = None, None
     absent = list(dict.fromkeys(name for each in taken for name in each.none_mismatch))
@@ -73,7 +91,7 @@ def _step(index: int, taken: Sequence[Step], world_size: int, reference: Recordi
         parameters=_sums(taken, [each.parameters for each in taken]),
         state=_sums(taken, [each.state for each in taken]),
         buffers=_sums(taken, [each.buffers for each in taken]),
-        shadows=_sums(taken, [each.shadows for each in taken]),
+        shadows=next((each.shadows for each in taken if each.shadows), {}),
         none_mismatch=absent,
         contributions=[each for step in taken for each in step.contributions],
         parts={},
