@@ -188,9 +188,13 @@ class Experiment(ABC):
 
     # ---- what not every kind of experiment can run ---------------------------------------------
 
+    def other(self, accumulation_steps: int) -> Experiment:
+        """Return the experiment at another K, which has the full batch in common."""
+        raise _cannot(f"with K = {accumulation_steps}")
+
     def at(self, accumulation_steps: int) -> Recording:
         """Return the accumulated run with another K."""
-        raise _cannot(f"with K = {accumulation_steps}")
+        return self.other(accumulation_steps).candidate()
 
     def contributed(self, interventions: Interventions = ()) -> Recording:
         """Return the accumulated run in float64 once more, with what each backward added."""

@@ -297,20 +297,21 @@ class SubjectExperiment(Experiment):
             "candidate", Comparer(self.reference()), self.data_for((), promoted=True), (), []
         )
 
-    def at(self, accumulation_steps: int) -> Recording:
-        """Return the accumulated run with another K."""
+    def other(self, accumulation_steps: int) -> Experiment:
+        """Return the experiment at another K, which has the full batch in common."""
 
-        def make() -> Recording:
+        def make() -> Experiment:
             other = SubjectExperiment.__new__(SubjectExperiment)
             other.__dict__.update(self.__dict__)
             other.case = replace(self.case, accumulation_steps=accumulation_steps)
             other.cuts = Cuts(other.case, self.data.rows)
+            other.remembered = {}
             other._cache = {  # noqa: SLF001 - an experiment of this very class
                 key: value for key, value in self._cache.items() if key[0] == "reference"
             }
-            return other.candidate()
+            return other
 
-        return self._once(("at", accumulation_steps), make)
+        return self._once(("other", accumulation_steps), make)
 
     def contributed(self, interventions: Interventions = ()) -> Recording:
         """Return the accumulated run in float64 once more, with what each backward added.

@@ -55,6 +55,37 @@ def undecided(view: View) -> list[tuple[int, int]]:
     return [] if view.experiment.other_steps else found
 
 
+def equal_parts_of(view: View) -> str | None:
+    """Tell what each of the R ranks' K micro-batches counts where all count alike and K is R: "K" or "R" parts of one.
+
+    Micro-batches that count 1 / R each are undivided, those that count 1 / K each are summed over the ranks. None where
+    no run at another K tells.
+    """
+    experiment = view.experiment
+    key = ("equal parts", view.chosen)
+    if key not in experiment.remembered:
+        experiment.remembered[key] = None if view.chosen else _equal_parts(view)
+    return experiment.remembered[key]  # type: ignore[no-any-return]
+
+
+def _equal_parts(view: View) -> str | None:
+    experiment = view.experiment
+    other = _another(view.steps, experiment.case.shares, experiment.data.rows)
+    if other is None:
+        return None
+    try:
+        at_other = View(experiment.other(other))
+        attributions = at_other.divergent
+    except EquivcheckError:
+        return None
+    for name, count in (("K", other), ("R", experiment.case.world_size)):
+        if attributions and all(
+            at_other.fits(each, [1.0 / count] * each.pieces.shape[0]) for each in attributions
+        ):
+            return name
+    return None
+
+
 def _fits_all(view: View, factor: float) -> bool:
     for each in view.divergent:
         right = view.right(each)

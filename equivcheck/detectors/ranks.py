@@ -20,7 +20,7 @@ from equivcheck.interventions import (
 )
 from equivcheck.noise import SAFETY
 from equivcheck.recording import Recording, Step
-from equivcheck.topology import factor_of, undecided
+from equivcheck.topology import equal_parts_of, factor_of, undecided
 from equivcheck.traffic import reductions
 from equivcheck.verdict import overall
 from equivcheck.view import Suspicion, View
@@ -111,7 +111,7 @@ def _rank_scale(view: View) -> list[Suspicion]:
         return [unproved(view, "EQ504", rank=13)] if any(b for _, b in undecided(view)) else []
     factor = factor_of(view)
     size = view.experiment.case.world_size
-    if factor is None and size != view.steps:
+    if factor is None and (size != view.steps or equal_parts_of(view) == "K"):
         return hypotheses(view, "EQ504", [_alike_of_each], rank=13, meant=all_alike)
     if factor is None or not factor[1]:
         return []

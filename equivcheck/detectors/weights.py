@@ -13,7 +13,7 @@ from equivcheck.detectors.cycle import rescaled_losses
 from equivcheck.errors import EquivcheckError
 from equivcheck.fit import Attribution
 from equivcheck.interventions import Addend, Intervention, Rescale, Reweight
-from equivcheck.topology import factor_of, undecided
+from equivcheck.topology import equal_parts_of, factor_of, undecided
 from equivcheck.verdict import overall
 from equivcheck.view import Group, Part, Suspicion, View
 
@@ -80,6 +80,18 @@ def _in_some(view: View) -> list[Suspicion]:
 def _divisor(view: View, attribution: Attribution) -> int:
     """Return what a mean over a cycle divides by: K, or a tail's own number, however many batches one step takes."""
     return min(attribution.micro_steps, view.steps)
+
+
+def _summed_over_ranks(view: View) -> bool:
+    """Return whether micro-batches that all count 1 / K, which is 1 / R here, do so because ranks are summed."""
+    case = view.experiment.case
+    return (
+        case.shares == view.steps > 1
+        and any(
+            view.fits(each, _one_each(each, [0.0] * len(each.pieces))) for each in view.divergent
+        )
+        and equal_parts_of(view) == "K"
+    )
 
 
 def _one_each(attribution: Attribution, right: Sequence[float]) -> list[float]:
@@ -162,7 +174,9 @@ def _within_ranks(predict: Predict) -> Predict:
 
 def _in_all(view: View) -> list[Suspicion]:
     found: list[Suspicion] = []
-    ones: list[Predict] = [lambda a, v: [x * _divisor(view, a) for x in v], _one_each]
+    ones: list[Predict] = [lambda a, v: [x * _divisor(view, a) for x in v]]
+    if not _summed_over_ranks(view):
+        ones.append(_one_each)
     tails_only = all(not view.full_size(each) for each in view.divergent) and any(
         view.full_size(each) for each in view.every
     )
