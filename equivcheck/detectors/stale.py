@@ -1,7 +1,8 @@
-"""Gradients that are never zeroed, EQ302, where that makes the two runs differ too."""
+"""Gradients that are not zeroed, EQ302, where that makes the two runs differ too."""
 
 from __future__ import annotations
 
+from equivcheck.interventions import Fresh
 from equivcheck.sums import STEPS, kept_sums, weight_of_earlier
 from equivcheck.view import Suspicion, View
 
@@ -9,7 +10,27 @@ EXPLAINED = frozenset({"gradients", "applied", "parameters", "state"})
 
 
 def suspect(view: View) -> list[Suspicion]:
-    """Return EQ302 if all that differs is how much of earlier gradients a loop's own sums still hold."""
+    """Return EQ302 where the accumulated run begins cycles with old gradients, or a loop's own sums still hold some."""
+    return [*_left(view), *_kept(view)]
+
+
+def _left(view: View) -> list[Suspicion]:
+    """EQ302 in the accumulated run alone, or on some of its ranks: the full batch begins cycles without gradients."""
+    finding = view.judgement.first("gradients", "applied")
+    if finding is None or any(each.kind == "leftover" for each in view.reference.timeline):
+        return []
+    runs = view.candidate.ranks or [view.candidate]
+    left = [sum(event.kind == "leftover" for event in each.timeline) for each in runs]
+    if not any(left):
+        return []
+    evidence: dict[str, object] = {
+        "cycles_begun_with_gradients": left if len(left) > 1 else left[0]
+    }
+    return [Suspicion("EQ302", [(Fresh(),)], evidence, finding.matched, 31)]
+
+
+def _kept(view: View) -> list[Suspicion]:
+    """EQ302 if all that differs is how much of earlier gradients a loop's own sums still hold."""
     findings = [f for f in view.judgement.findings if f.kind in {"gradients", "applied"}]
     if view.chosen or not findings:
         return []
