@@ -22,8 +22,10 @@ from equivcheck.noise import SAFETY
 from equivcheck.recording import Recording, Step
 from equivcheck.topology import equal_parts_of, factor_of, undecided
 from equivcheck.traffic import reductions
-from equivcheck.verdict import overall
+from equivcheck.verdict import Finding, overall
 from equivcheck.view import Suspicion, View
+
+Gradients = dict[str, "torch.Tensor | None"]
 
 
 def suspect(view: View) -> list[Suspicion]:
@@ -83,7 +85,8 @@ def _clipped(view: View) -> list[Suspicion]:
         for each in view.candidate.ranks
     ]
     if not all(events):
-        return []  # What ranks do without a call, or some of them only, is looked for elsewhere.
+        # What ranks do without a call, or some of them only, is looked for elsewhere.
+        return _clipped_by_value(view, finding)
     norms = {view.cycle_of(step.index): step.norm for step in view.reference.steps}
     used = [each[0].detail["norm"] for each in events]
     wanted = next((e for e in view.reference.timeline if e.kind == "clip"), None)
@@ -93,6 +96,25 @@ def _clipped(view: View) -> list[Suspicion]:
     # Where the reduction comes after the clip, both are put right by one that comes before it.
     variants: list[Interventions] = [(NormOfWhole(norms),), (Synchronise(),)]
     return [Suspicion("EQ506", variants, evidence, max(finding.matched, 0), 21)]
+
+
+def _clipped_by_value(view: View, finding: Finding) -> list[Suspicion]:
+    """EQ506 of a clip of each element: it is put right by a reduction that comes before it."""
+    ranks = view.candidate.ranks
+    if not all(any(e.kind == "clip" and "norm" not in e.detail for e in r.timeline) for r in ranks):
+        return []
+    left = [
+        step.left for step in steps_of(view.experiment.left_on_ranks(view.chosen), finding.step)
+    ]
+    apart = spread([each for each in left if each])
+    if apart <= SAFETY * view.experiment.noise().floor():
+        return []
+    evidence: dict[str, object] = {
+        "spread_between_ranks": apart,
+        "because": "the clip looks at the gradients of one rank, before they are reduced",
+        "fix": "clip after the gradients are reduced, on every rank",
+    }
+    return [Suspicion("EQ506", [(Synchronise(),)], evidence, max(finding.matched, 0), 21)]
 
 
 # ---- weights -----------------------------------------------------------------------------------
@@ -148,6 +170,25 @@ def gradient_spread(steps: Sequence[Step]) -> float:
         apart = max(float((each - sample).norm()) for each in present if each is not None)
         if size:
             worst = max(worst, apart / size)
+    return worst
+
+
+def spread(ranks: Sequence[Gradients]) -> float:
+    """Return the largest relative difference of a gradient from rank 0's; 1 where only some have it."""
+    worst = 0.0
+    if len(ranks) < 2:
+        return worst
+    for name, first in ranks[0].items():
+        others = [each.get(name) for each in ranks[1:]]
+        if any((each is None) != (first is None) for each in others):
+            return 1.0
+        if first is None:
+            continue
+        size = max(
+            float(first.norm()), *(float(each.norm()) for each in others if each is not None)
+        )
+        away = max(float((each - first).norm()) for each in others if each is not None)
+        worst = max(worst, away / size if size else 0.0)
     return worst
 
 

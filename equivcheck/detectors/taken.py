@@ -12,7 +12,7 @@ from typing import Final
 import torch
 
 from equivcheck.attribution import solve
-from equivcheck.detectors.ranks import gradient_spread, steps_of
+from equivcheck.detectors.ranks import Gradients, gradient_spread, spread, steps_of
 from equivcheck.interventions import ScaleParts, Synchronise, TakeFrom
 from equivcheck.noise import SAFETY
 from equivcheck.recording import Event, Recording, Step
@@ -24,8 +24,6 @@ _SAME: Final = 1e-6
 
 # What a clip adds to a norm before it divides by it (torch's clips add 1e-6) is far below the norm itself.
 _EPSILON: Final = 1e-3
-
-Gradients = dict[str, "torch.Tensor | None"]
 
 
 def suspect(view: View) -> list[Suspicion]:
@@ -49,7 +47,10 @@ def _replicas_changed(view: View) -> list[Suspicion]:
         steps = steps_of(view.candidate, index)
         if len(steps) < view.experiment.case.world_size:
             return []
-        apart = max(gradient_spread(steps), _applied_apart(steps))
+        taken_apart = _applied_apart(steps)
+        if gradient_spread(steps) <= limit < taken_apart:
+            return [_changed_by_some(view, index, taken_apart)]  # A call of a clip that some make.
+        apart = max(gradient_spread(steps), taken_apart)
         clips = any(event.kind == "clip" for event in _events(view.candidate.ranks, index))
         if apart <= limit and clips:
             continue
@@ -57,8 +58,8 @@ def _replicas_changed(view: View) -> list[Suspicion]:
         if not as_left:
             return []
         if apart > limit:
-            return [] if _spread(as_left) > limit else [_changed_by_some(view, index, apart)]
-        shares = _shortened(as_left, steps[0].sample) if _spread(as_left) > limit else []
+            return [] if spread(as_left) > limit else [_changed_by_some(view, index, apart)]
+        shares = _shortened(as_left, steps[0].sample) if spread(as_left) > limit else []
         if shares:
             evidence: dict[str, object] = {"share_of_each_rank": shares}
             found = Suspicion("EQ506", [(Synchronise(),)], evidence, index, 20)
@@ -150,23 +151,6 @@ def _events(ranks: Sequence[Recording], index: int) -> list[Event]:
         if index < len(at):
             found += each.timeline[at[index - 1] if index else 0 : at[index]]
     return found
-
-
-def _spread(ranks: Sequence[Gradients]) -> float:
-    """Return the largest relative difference of a gradient from rank 0's; 1 where only some have it."""
-    worst = 0.0
-    for name, first in ranks[0].items():
-        others = [each.get(name) for each in ranks[1:]]
-        if any((each is None) != (first is None) for each in others):
-            return 1.0
-        if first is None:
-            continue
-        size = max(
-            float(first.norm()), *(float(each.norm()) for each in others if each is not None)
-        )
-        away = max(float((each - first).norm()) for each in others if each is not None)
-        worst = max(worst, away / size if size else 0.0)
-    return worst
 
 
 def _applied_apart(steps: Sequence[Step]) -> float:
