@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from equivcheck.hooks import Backwards, Clips, Edits, Scaling, Schedulers, Steps, Usage
+from equivcheck.hooks import Backwards, Clips, Edits, Functions, Scaling, Schedulers, Steps, Usage
 from equivcheck.hooks.base import Hooks
 from equivcheck.parts import Holdings, Part, is_distributed, itself
 from equivcheck.recording import Event, Place, Recording
@@ -89,6 +89,7 @@ class Recorder:
         self.scaling = Scaling(self)
         self.clips = Clips(self)
         self.backward = Backwards(self)
+        self.functions = Functions(self)
         self.schedulers = Schedulers(self)
         self.steps = Steps(self)
 
@@ -97,6 +98,7 @@ class Recorder:
         return (
             self.steps,
             self.backward,
+            self.functions,
             self.clips,
             self.scaling,
             self.schedulers,

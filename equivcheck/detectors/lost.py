@@ -102,9 +102,13 @@ def _sums_zeroed(view: View) -> bool:
     """Return whether the loop sets sums of its own to zero within a cycle: those that it hands over at the step."""
     if view.experiment.crew is not None or not all(s.handed_over for s in view.candidate.steps):
         return False
-    zeroing = Zeroing()
+    zeroing, begun = Zeroing(), Zeroing()
     view.experiment.candidate((*view.chosen, zeroing))
-    return bool(zeroing.inside)
+    if not zeroing.inside:
+        return False
+    # Sums may be made after the first backward of a cycle, in the full batch too.
+    view.experiment.altered_reference((begun,))
+    return not begun.late
 
 
 def _evaluated_once(view: View) -> EvaluateOnce | None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 from equivcheck.hooks.backwards import Backwards
 from equivcheck.hooks.clips import Clips
 from equivcheck.hooks.edits import Edits
+from equivcheck.hooks.functions import Functions
 from equivcheck.hooks.scaling import Scaling
 from equivcheck.hooks.schedulers import Schedulers
 from equivcheck.hooks.steps import Steps
 from equivcheck.hooks.usage import Usage
 
-__all__ = ["Backwards", "Clips", "Edits", "Scaling", "Schedulers", "Steps", "Usage"]
+__all__ = ["Backwards", "Clips", "Edits", "Functions", "Scaling", "Schedulers", "Steps", "Usage"]

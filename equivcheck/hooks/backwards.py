@@ -1,4 +1,4 @@
-"""Every backward that makes gradients for a step: `backward()` and `autograd.grad`."""
+"""Every backward that makes gradients for a step: `backward()`, `autograd.grad` and `torch.func.grad`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from equivcheck import addends
-from equivcheck.hooks.base import Hooks, replace
+from equivcheck.hooks.base import Hooks, number, replace
+from equivcheck.hooks.functions import named, scaled_tree
 from equivcheck.hooks.roots import reduction_of, scalar_of, scaled, value_of
 from equivcheck.recording import Backward
 
@@ -81,6 +82,53 @@ class Backwards(Hooks):
         return self.recorder.cut and all(
             isinstance(each, torch.Tensor) and each.numel() > 1 for each in outputs
         )
+
+    def of_function(
+        self, compute: Callable[[], Any], names: list[str | None], *, has_aux: bool
+    ) -> Any:
+        """Run what makes gradients of the model's parameters at once, and return them with the value.
+
+        Args:
+            compute: Returns gradients in any nesting and the value, or the value and what comes with it.
+            names: Which parameter each gradient is of, in the order of leaves.
+            has_aux: Something comes with the value.
+        """
+        self._depth += 1
+        try:
+            gradients, value = compute()
+        finally:
+            self._depth -= 1
+        self.recorder.edits.before_backward()
+        loss = number(value[0] if has_aux else value)
+        record = Backward(
+            self.count,
+            len(self.recording.fetched),
+            loss,
+            1.0,
+            "grad",
+            owner=self.recorder.usage.used_last,
+            at=time.time_ns(),
+        )
+        self.recording.backwards.append(record)
+        factor = 1.0
+        for each in self.recorder.interventions:
+            factor *= each.root_factor(self.recorder)
+        if factor != 1.0:
+            gradients = scaled_tree(gradients, factor)
+            record.loss *= factor
+        self.recorder.note("backward", loss=record.loss, loss_scale=1.0)
+        self.recorder.clips.snapshots.clear()
+        with ExitStack() as around:
+            for each in self.recorder.interventions:
+                around.enter_context(each.around_backward(self.recorder, ()))
+            leaves = self.recorder.leaves()
+            of_parameters = dict(named(gradients, names))
+            inputs = [leaves[name] for name in of_parameters]
+            self.recorder.observer.returned(self.recorder, inputs, list(of_parameters.values()))
+        self.recorder.edits.after_backward()
+        for each in self.recorder.interventions:
+            each.after_backward(self.recorder)
+        return gradients, value
 
     def _root_backward(
         self,

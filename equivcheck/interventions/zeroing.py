@@ -22,12 +22,14 @@ class Zeroing(Intervention):
 
     Attributes:
         inside: Counts of backwards after which they were written.
+        late: The same of those between the last backward of a cycle and the step: sums that are begun then.
     """
 
     name = "watch zeros"
 
     def __init__(self) -> None:
         self.inside: list[int] = []
+        self.late: list[int] = []
 
     @contextmanager
     def installed(self, recorder: Recorder) -> Iterator[None]:
@@ -50,11 +52,18 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func._schema.name.removeprefix("aten::") in _ZEROS and self._recorder.inside():
+        recorder = self._recorder
+        place = recorder.place()
+        if (
+            func._schema.name.removeprefix("aten::") in _ZEROS
+            and place is not None
+            and not recorder.edits.stepped
+        ):
             written = args[0] if func._schema.is_mutable else result
             first = written[0] if isinstance(written, (list, tuple)) and written else written
             # Autograd writes zeros of its own while a backward runs.
             backward = torch._C._current_graph_task_id() != -1  # no public way to ask
             if isinstance(first, torch.Tensor) and first.numel() in self._sizes and not backward:
-                self._owner.inside.append(self._recorder.backwards)
+                kept = self._owner.late if place.last else self._owner.inside
+                kept.append(recorder.backwards)
         return result
