@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 SUMS = ("AddBackward0", "SubBackward0", "RsubBackward1")
 SCALES = (
@@ -92,18 +93,23 @@ def addend_gradients(
 ) -> dict[Path, list[torch.Tensor | None]]:
     """Return the gradient of each addend alone, w.r.t. the parameters; the graph is kept.
 
-    A loss that is no sum has one addend, of the empty path.
+    A loss that is no sum has one addend, of the empty path. An addend that is not finite leaves the others as they are.
     """
-    paths = addends(root)
     found: dict[Path, list[torch.Tensor | None]] = {}
-    for path in paths:
-        handles = [scale_addend(root, other, 0.0) for other in paths if other != path]
-        try:
-            found[path] = list(
-                torch.autograd.grad(root, parameters, retain_graph=True, allow_unused=True)
-            )
-        finally:
-            for handle in handles:
-                if handle is not None:
-                    handle.remove()
+    for path in addends(root):
+        edge = _edge(root, path)
+        arriving = torch.autograd.grad(root, [edge], retain_graph=True)
+        found[path] = list(
+            torch.autograd.grad([edge], parameters, arriving, retain_graph=True, allow_unused=True)
+        )
     return found
+
+
+def _edge(root: torch.Tensor, path: Path) -> GradientEdge:
+    """Return where an addend enters the sum."""
+    edge = get_gradient_edge(root)
+    for index in path:
+        node, output = edge.node.next_functions[index]
+        assert node is not None, "the path was walked before"
+        edge = GradientEdge(node, output)
+    return edge

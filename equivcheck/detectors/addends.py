@@ -133,7 +133,9 @@ def _parts(view: View) -> Parts | None:
         if max((len(each) for each in alone.values()), default=0) < 2:
             return None
         whole = _taken(view, "reference")
-        parts = Parts(view.experiment.addends_alone(alone, whole), _taken(view, "candidate"), whole)
+        accumulated = _taken(view, "candidate")
+        _forget_divisions_by_zero(alone, accumulated)
+        parts = Parts(view.experiment.addends_alone(alone, whole), accumulated, whole)
     except (EquivcheckError, RuntimeError):
         # A graph that cannot be walked twice has no addends to tell apart.
         return None
@@ -179,6 +181,17 @@ def _reduced(view: View, parts: Parts) -> Parts | None:
             for tensor in gradient.values():
                 tensor.mul_(factor)
     return parts
+
+
+def _forget_divisions_by_zero(alone: ByPlace, accumulated: ByPlace) -> None:
+    """Give addends no gradient that have none in the cycle, and are 0 / 0 in a micro-batch alone that holds nothing."""
+    for place, by_component in alone.items():
+        for component, gradient in by_component.items():
+            added = accumulated.get(place, {}).get(component, {})
+            for name, tensor in gradient.items():
+                other = added.get(name)
+                if other is not None and not tensor.isfinite().all() and not other.any():
+                    gradient[name] = torch.zeros_like(tensor)
 
 
 def spanned(view: View) -> bool:

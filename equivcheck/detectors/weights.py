@@ -469,7 +469,7 @@ def _denominator(view: View) -> list[Suspicion]:
         scale = float(fraction)
         evidence["ratio"] = f"{fraction.numerator}/{fraction.denominator}"
     evidence["scale"] = scale
-    confirmed = _confirmed(view, first, scale)
+    confirmed = _divided_by(view, rules) or _confirmed(view, first, scale)
     if fraction is None and confirmed is None:
         return []  # A number that nothing explains may be anything.
     evidence["rule"] = (
@@ -477,6 +477,30 @@ def _denominator(view: View) -> list[Suspicion]:
     )
     variants = _reweighted(view, factors) if confirmed else []
     return [Suspicion("EQ104", variants, evidence, first.step, rank=30)]
+
+
+def _divided_by(view: View, rules: list[tuple[Attribution, float]]) -> str | None:
+    """Return what sums are divided by in both runs, where the graphs of all losses show it and it makes the factors."""
+    told = None
+    for each, scale in rules:
+        target, step = view.reference.steps[each.matched], view.candidate.steps[each.step]
+        full = view.reference.backwards[target.first_backward : target.backwards]
+        mine = view.candidate.backwards[step.first_backward : step.backwards]
+        made = [backward.reduction for backward in (*full, *mine)]
+        if (
+            len(full) != 1
+            or not mine
+            or any(r is None or r.kind != "sum" or not r.scale for r in made)
+        ):
+            return None
+        whole, *parts = [r.scale for r in made if r is not None]
+        limit = view.tolerance(each)
+        if any(abs(part / whole / scale - 1.0) > limit for part in parts):
+            return None
+        told = (
+            told or f"sums are divided by {1 / parts[0]:.6g}, in the full batch by {1 / whole:.6g}"
+        )
+    return told
 
 
 def _confirmed(view: View, shown: Attribution, scale: float) -> str | None:
