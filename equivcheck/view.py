@@ -280,6 +280,15 @@ class Part(View):
         return [each.only(self.names or frozenset()) for each in self._whole.attributions]
 
 
+def some_differing(view: View) -> frozenset[str]:
+    """Return the parameters whose gradients differ, where others' do not; empty if all differ, or none."""
+    everything = {name for each in view.divergent for name, _ in each.names}
+    names = frozenset(
+        name for each in view.judgement.findings if each.kind == "gradients" for name in each.names
+    )
+    return frozenset() if names >= everything else names
+
+
 class Group(View):
     """The same run, with some of the optimizer steps that differ left aside.
 

@@ -14,7 +14,7 @@ from equivcheck.detectors.state import Changes, at_step
 from equivcheck.fit import Attribution
 from equivcheck.interventions import EvaluateOnce, Intervention, Restitute, Supplement, Zeroing
 from equivcheck.recording import Place, Recording
-from equivcheck.view import Suspicion, View
+from equivcheck.view import Part, Suspicion, View, some_differing
 
 Gradient = dict[str, torch.Tensor]
 # What ends a sweep whose gradients are not added to the next one's.
@@ -23,7 +23,16 @@ _ENDS = frozenset({"step", "skipped", "zero_grad", "cleared", "parameters_change
 
 def suspect(view: View) -> list[Suspicion]:
     """Return EQ305 if micro-batches have no weight, or no backward in one of the sweeps over their cycle."""
-    return _lost(view) or _short_sweeps(view)
+    return _lost(view) or _lost_of_some(view) or _short_sweeps(view)
+
+
+def _lost_of_some(view: View) -> list[Suspicion]:
+    """EQ305 of the parameters that differ, where others do not: each may be summed by code of its own."""
+    names = some_differing(view)
+    found = _lost(Part(view, names)) if names else []
+    for each in found:
+        each.evidence["parameters"] = sorted(names)[:5]
+    return found
 
 
 def _lost(view: View) -> list[Suspicion]:
@@ -42,11 +51,9 @@ def _lost(view: View) -> list[Suspicion]:
         right = view.right(each)
         if right is None:
             return []
-        largest = max(abs(x) for x in (*right, *each.w.solution))
-        lost = [k for k, w in enumerate(each.w.solution) if abs(w) <= 1e-9 * largest]
+        lost, meant = _left_out(view, each, right)
         if not lost and once:
             continue
-        meant = _meant(view, each, right, lost)
         if not lost or meant is None:
             return []
         only_last &= lost == list(range(len(right) - 1))
@@ -76,6 +83,23 @@ def _lost(view: View) -> list[Suspicion]:
     found = Suspicion(code, variants, evidence, step, 27)
     found.is_seen = True
     return [found]
+
+
+def _left_out(
+    view: View, attribution: Attribution, right: list[float]
+) -> tuple[list[int], list[float] | None]:
+    """Return the micro-batches of weight zero, and the weights that all would have; None where those are not known.
+
+    Fewer coordinates than micro-batches leave weights open: then all but the last, or the first, are tried.
+    """
+    largest = max(abs(x) for x in (*right, *attribution.w.solution))
+    lost = [k for k, w in enumerate(attribution.w.solution) if abs(w) <= 1e-9 * largest]
+    if not lost and not attribution.w.unique:
+        indices = list(range(len(right)))
+        for others in (indices[:-1], indices[1:]):
+            if meant := _meant(view, attribution, right, others):
+                return others, meant
+    return lost, _meant(view, attribution, right, lost)
 
 
 def _meant(

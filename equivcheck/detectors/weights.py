@@ -15,7 +15,7 @@ from equivcheck.fit import Attribution
 from equivcheck.interventions import Addend, Intervention, Rescale, Reweight
 from equivcheck.topology import equal_parts_of, factor_of, undecided
 from equivcheck.verdict import overall
-from equivcheck.view import Group, Part, Suspicion, View
+from equivcheck.view import Group, Part, Suspicion, View, some_differing
 
 Predict = Callable[[Attribution, Sequence[float]], list[float]]
 # Predicted weights of two ranks that agree to this are the same: they are sums of a few quotients of whole numbers.
@@ -64,11 +64,8 @@ def _whole(view: View) -> list[Suspicion]:
 
 def _in_some(view: View) -> list[Suspicion]:
     """Return suspicions for the parameters that differ, where others do not."""
-    everything = {name for each in view.divergent for name, _ in each.names}
-    names = frozenset(
-        name for each in view.judgement.findings if each.kind == "gradients" for name in each.names
-    )
-    if not names or names >= everything:
+    names = some_differing(view)
+    if not names:
         return []
     part = Part(view, names)
     found = _in_all(part)
