@@ -163,6 +163,11 @@ class View:
                     found.append((event, place))
         return found
 
+    def restored(self, attribution: Attribution) -> list[int]:
+        """Return the micro-steps of one cycle that what is put right gives with their true weight."""
+        cycle = self.cycle_of(attribution.matched)
+        return [k for each in self.chosen for k in each.restored.get(cycle, ())]
+
     def cycle_of(self, matched: int) -> int:
         """Return the cycle of a reference step: two optimizers may share the samples of one."""
         found = self.experiment.cycle_of(self.reference.steps[matched], self.cycles)

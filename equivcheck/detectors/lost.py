@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from equivcheck.attribution import predict
 from equivcheck.detectors.cycle import zeroing as kinds_of_zeroing
 from equivcheck.detectors.state import Changes, at_step
 from equivcheck.fit import Attribution
@@ -42,6 +43,9 @@ def _lost(view: View) -> list[Suspicion]:
         return []
     missing: Changes = {}
     after: dict[int, Gradient] = {}
+    # With the true weights, where those that are not lost have others: that fault is then left to be found.
+    truly: Changes = {}
+    restored: dict[int, list[int]] = {}
     evidence: dict[str, object] = {}
     step, only_last = 0, True
     once = _evaluated_once(view)
@@ -61,6 +65,10 @@ def _lost(view: View) -> list[Suspicion]:
         for k in lost:
             total += meant[k] * each.pieces[k]
         at_step(view, each, total, missing)
+        if meant is not right:
+            true = predict(each.pieces[lost], [right[k] for k in lost])
+            at_step(view, each, true, truly)
+            restored[view.cycle_of(each.matched)] = lost
         parts = torch.split(total, [length for _, length in each.names])
         names = (name for name, _ in each.names)
         backwards = view.candidate.steps[each.step].backwards
@@ -74,6 +82,8 @@ def _lost(view: View) -> list[Suspicion]:
     if not evidence:
         return []
     variants: list[tuple[Intervention, ...]] = [(Restitute(missing),), (Supplement(after),)]
+    if restored:
+        variants.append((Restitute(truly, restored),))
     if once:
         variants = [(once, Supplement(after, losses))]
     code = "EQ301" if only_last and _sums_zeroed(view) else "EQ305"

@@ -360,6 +360,8 @@ def hypotheses(
             if right is None:
                 return []
             wrong = prediction(each, right)
+            for k in view.restored(each):
+                wrong[k] = right[k]
             if view.fits(each, wrong) and power in {None, _power(view, each, right, wrong)}:
                 if each in view.divergent:
                     shown.append((each, right, wrong))
@@ -385,7 +387,8 @@ def _power(
     view: View, attribution: Attribution, right: Sequence[float], wrong: Sequence[float]
 ) -> int | None:
     """Return the power of K that is nearest to the factor between the sums of two sets of weights."""
-    present = [bool(piece.any()) for piece in attribution.pieces]
+    given = view.restored(attribution)
+    present = [k not in given and bool(piece.any()) for k, piece in enumerate(attribution.pieces)]
     sums = [sum(x for x, p in zip(each, present, strict=True) if p) for each in (right, wrong)]
     k = _divisor(view, attribution)
     if k < 2 or sums[0] <= 0 or sums[1] <= 0:

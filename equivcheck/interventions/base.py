@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
@@ -22,6 +23,7 @@ class Intervention:
         controls_steps: Optimizer steps may be left out, so every step method is wrapped.
         shorter: The last full batch is left out of the run.
         length: What `len(loader)` is to say in the accumulated run, if not the truth.
+        restored: Micro-steps, by cycle, that the run is given with their true weight.
     """
 
     name = "nothing"
@@ -29,6 +31,7 @@ class Intervention:
     controls_steps = False
     shorter = False
     length: int | None = None
+    restored: Mapping[int, Collection[int]] = MappingProxyType({})
 
     @contextmanager
     def installed(self, _recorder: Recorder) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -127,9 +127,22 @@ def _ends(recorder: Recorder) -> bool:
 
 
 class Restitute(AtStep[torch.Tensor]):
-    """Add to the gradients of a step what a hypothesis says is missing from them."""
+    """Add to the gradients of a step what a hypothesis says is missing from them.
+
+    Args:
+        changes: As for every change at a step.
+        restored: Micro-steps, by cycle, that are given with their true weight, whatever the others have.
+    """
 
     name = "restitute"
+
+    def __init__(
+        self,
+        changes: Mapping[str, Mapping[int, tuple[int, torch.Tensor]]],
+        restored: Mapping[int, Collection[int]] | None = None,
+    ) -> None:
+        super().__init__(changes)
+        self.restored = restored or {}
 
     def _change(self, parameter: torch.Tensor, change: torch.Tensor) -> None:
         if change.numel() != parameter.numel() or is_distributed(parameter):
