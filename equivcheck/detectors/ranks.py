@@ -232,8 +232,8 @@ def _unsynchronised_parts(view: View) -> list[Suspicion]:
 
 
 def _reduced_after_a_clip(steps: Sequence[Step], limit: float) -> bool:
-    """Return whether gradients differ between ranks before the clip only: the step takes the same everywhere."""
-    if not all(each.clipped for each in steps):
+    """Return whether gradients differ between ranks before a clip only: the step takes the same everywhere."""
+    if not any(each.clipped for each in steps):
         return False
     taken = [overall(each.applied) for each in steps]
     size = taken[0].rr or 1.0
