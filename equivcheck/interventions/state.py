@@ -80,8 +80,8 @@ class AtStep(Intervention, Generic[T]):
     """Changes the gradients that a step takes: before the clip that comes just before it, or else before the step.
 
     Args:
-        changes: Per parameter, and per number of its own step (from 0), how many backwards came before that step, and
-            what to change by.
+        changes: Per parameter, and per number of its own step (from 0), how many backwards came before that step (on
+            rank 0; another rank may have made fewer), and what to change by.
     """
 
     def __init__(self, changes: Mapping[str, Mapping[int, tuple[int, T]]]) -> None:
@@ -102,13 +102,16 @@ class AtStep(Intervention, Generic[T]):
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 name = recorder.name_of(parameter, optimizer)
-                self._apply(recorder, name, parameter)
+                self._apply(recorder, name, parameter, steps=True)
                 self._made[name] = self._made.get(name, 0) + 1
 
-    def _apply(self, recorder: Recorder, name: str, parameter: torch.Tensor) -> None:
+    def _apply(
+        self, recorder: Recorder, name: str, parameter: torch.Tensor, *, steps: bool = False
+    ) -> None:
         number = self._made.get(name, 0)
         backwards, change = self._changes.get(name, {}).get(number, (-1, None))
-        if change is None or backwards != recorder.backwards or (name, number) in self._done:
+        now = backwards == recorder.backwards or (recorder.rank > 0 and (steps or _ends(recorder)))
+        if change is None or not now or (name, number) in self._done:
             return
         self._done.add((name, number))
         with torch.no_grad():
@@ -116,6 +119,11 @@ class AtStep(Intervention, Generic[T]):
 
     def _change(self, parameter: torch.Tensor, change: T) -> None:
         raise NotImplementedError
+
+
+def _ends(recorder: Recorder) -> bool:
+    place = recorder.place()
+    return place is not None and place.last
 
 
 class Restitute(AtStep[torch.Tensor]):
