@@ -16,6 +16,7 @@ from equivcheck.interventions.counts import Construct, Length, Repeat, Shorten
 from equivcheck.interventions.ranks import (
     Broadcast,
     FindUnused,
+    Maximum,
     NormOfWhole,
     ScaleParts,
     Synchronise,
@@ -50,6 +51,7 @@ __all__ = [
     "Fresh",
     "Hold",
     "Intervention",
+    "Maximum",
     "Length",
     "NormOfWhole",
     "Postpone",
