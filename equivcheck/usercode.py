@@ -52,7 +52,7 @@ def import_failed(error: BaseException, place: str) -> TargetError:
 # What torch says where code asks for a GPU that is not there (torch/cuda/__init__.py).
 _NO_GPU = ("Torch not compiled with CUDA", "Found no NVIDIA driver", "No CUDA GPUs are available")
 
-# What torch says where a reduction multiplies, and the backend cannot (torch/csrc/distributed/c10d/ProcessGroupGloo.cpp).
+# What torch says where a reduction multiplies, and the backend cannot (its ProcessGroupGloo.cpp).
 _NO_FACTOR = "Cannot use ReduceOp.PREMUL_SUM"
 
 
@@ -79,7 +79,9 @@ def raised(name: str, error: BaseException, where: str) -> StepError:
             "a divide factor of FSDP's is part of the reduction (PREMUL_SUM), which nccl has, and gloo, where ranks on "
             "a cpu meet, has not"
         )
-        fix = "model.set_force_sum_reduction_for_comms(True) divides outside of it; or --device cuda"
+        fix = (
+            "model.set_force_sum_reduction_for_comms(True) divides outside of it; or --device cuda"
+        )
     return StepError(
         f"{name}-raised: {type(error).__name__}: {said}"[:100],
         where=where,
