@@ -54,6 +54,11 @@ WORKLOADS = [
     row("sync_every", equivalent("more traffic, the same sum: " + linear), claims=("C19",)),
     row("hand_reduced", equivalent(linear)),
     row("composable", equivalent(linear)),
+    row(
+        "stepped_on_one_rank",
+        equivalent("all ranks are given what one makes of the sum: " + linear),
+    ),
+    row("average_on_one_rank", equivalent("an average of its own changes no weight")),
     row("bucket_view", equivalent("only where gradients are stored")),
     row("small_buckets", equivalent("only how gradients are grouped")),
     row("static_graph", equivalent("only when reductions start")),
@@ -85,6 +90,12 @@ WORKLOADS = [
         world_sizes=(2,),
         claims=("C16",),
     ),
+    fault("means_of_micro_steps", "EQ103", "a mean over micro-steps of means over their tokens"),
+    fault(
+        "reduced_again", "EQ109", "a sum of R equal sums, K - 1 times: R^(K-k) for micro-batch k"
+    ),
+    fault("not_zeroed_on_one_rank", "EQ302", "one share of the step before in every sum"),
+    fault("skipped_on_one_rank", "EQ305", "weight 0 for n_k/N"),
     fault("no_sync_to_the_end", "EQ502", "nobody hears of the others"),
     fault("wrapper_bypassed", "EQ502", "a reducer that no forward has prepared does nothing"),
     row(
@@ -99,6 +110,12 @@ WORKLOADS = [
     fault(
         "clip_before_the_reduction", "EQ506", "a mean of clipped gradients is not the clipped mean"
     ),
+    fault("clip_by_value_before_the_reduction", "EQ506", "a clip of each element is not linear"),
+    fault(
+        "clip_by_hand_before_the_reduction", "EQ506", "a mean of clipped gradients is not clipped"
+    ),
+    fault("clip_on_one_rank", "EQ505", "equal gradients, other steps"),
+    fault("torch_clip_on_one_rank", "EQ505", "equal gradients, other steps"),
     fault("scheduler_per_rank", "EQ507", "lr(R t) for lr(t)"),
     fault("used_in_the_first_micro_batch", "EQ508", "the last backward completes no bucket"),
 ]

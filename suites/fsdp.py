@@ -61,5 +61,6 @@ WORKLOADS = [
     fault("fsdp2_never_reduced", "EQ502", "no shard receives a gradient"),
     fault("fsdp2_global_count_averaged", "EQ504", "1/N, averaged: 1/(R N)"),
     fault("fsdp2_local_norm", "EQ506", local),
+    fault("fsdp2_clip_on_one_rank", "EQ506", local),
     fault("fsdp1_torch_clip", "EQ506", local),
 ]

@@ -155,9 +155,15 @@ def a_view(*steps, findings=(1,), chosen=(), **more):
     """Return what the detector is shown: an accumulated run, and which of its steps differ."""
     experiment = an_experiment(FIRST, FIRST + SECOND, **more)
     judgement = Judgement([Finding("gradients", i, i, ("w",), 0.5, 1e-9) for i in findings])
-    candidate = SimpleNamespace(steps=[a_step(i, gradient) for i, gradient in enumerate(steps)])
+    candidate = SimpleNamespace(
+        steps=[a_step(i, gradient) for i, gradient in enumerate(steps)], timeline=[], ranks=[]
+    )
     return SimpleNamespace(
-        experiment=experiment, judgement=judgement, chosen=chosen, candidate=candidate
+        experiment=experiment,
+        judgement=judgement,
+        chosen=chosen,
+        candidate=candidate,
+        reference=SimpleNamespace(timeline=[]),
     )
 
 
