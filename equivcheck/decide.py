@@ -208,7 +208,7 @@ def _decide(
     except TimedOut:
         raise  # There is no time left for another try.
     except StepError as error:
-        if _raises_late(experiment, error) and _before(experiment, entry, expect, progress, error):
+        if _raises_late(error) and _before(experiment, entry, expect, progress, error):
             return
         # The code may raise only because it is promoted: then the native runs decide.
         if not experiment.is_promoted or not _runs_natively(experiment):
@@ -389,7 +389,7 @@ def _before(
         return False
     what = (
         "DDP raises: the step before was never reduced"
-        if experiment.crew is not None
+        if UNREDUCED in f"{error.message} {error.user_traceback}"
         else f"the accumulated run raises: {error.message}"
     )
     found["notes"].append(f"judged before optimizer_step {done}, where {what}")
@@ -397,14 +397,12 @@ def _before(
     return True
 
 
-def _raises_late(experiment: Experiment, error: StepError) -> bool:
+def _raises_late(error: StepError) -> bool:
     """Return whether an exception may be what a fault in earlier steps leads to.
 
-    A scheduler with a fixed number of steps raises where it is advanced too often, and DDP where a cycle before was
-    never reduced.
+    A scheduler with a fixed number of steps raises where it is advanced too often, and DDP or FSDP where a cycle before
+    was never reduced.
     """
-    if experiment.crew is not None:
-        return UNREDUCED in f"{error.message} {error.user_traceback}"
     return (error.where or "").startswith("candidate,")
 
 

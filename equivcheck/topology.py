@@ -70,7 +70,7 @@ def equal_parts_of(view: View) -> str | None:
 
 def _equal_parts(view: View) -> str | None:
     experiment = view.experiment
-    other = _another(view.steps, experiment.case.shares, experiment.data.rows)
+    other = another(view)
     if other is None:
         return None
     try:
@@ -99,7 +99,7 @@ def _confirmed(view: View, fitting: list[tuple[int, int]]) -> list[tuple[int, in
     experiment, size = view.experiment, float(view.experiment.case.world_size)
     if view.chosen:
         return []
-    other = _another(view.steps, experiment.case.shares, experiment.data.rows)
+    other = another(view)
     if other is None:
         return []
     try:
@@ -120,7 +120,9 @@ def _confirmed(view: View, fitting: list[tuple[int, int]]) -> list[tuple[int, in
     ]
 
 
-def _another(steps: int, shares: int, rows: list[int]) -> int | None:
+def another(view: View) -> int | None:
     """Return another K, one that cuts the batches evenly if there is one: a mean then stays a pure factor."""
+    steps, shares = view.steps, view.experiment.case.shares
+    rows = view.experiment.data.rows
     possible = [k for k in (2, 3, 2 * steps) if k != steps and k * shares <= max(rows)]
     return min(possible, key=lambda k: max(rows) % (k * shares) != 0, default=None)

@@ -52,6 +52,9 @@ def import_failed(error: BaseException, place: str) -> TargetError:
 # What torch says where code asks for a GPU that is not there (torch/cuda/__init__.py).
 _NO_GPU = ("Torch not compiled with CUDA", "Found no NVIDIA driver", "No CUDA GPUs are available")
 
+# What torch says where a reduction multiplies, and the backend cannot (its ProcessGroupGloo.cpp).
+_NO_FACTOR = "Cannot use ReduceOp.PREMUL_SUM"
+
 
 def raised(name: str, error: BaseException, where: str) -> StepError:
     """Return the error of one of the user's functions that raised, with the user's frames only.
@@ -71,6 +74,14 @@ def raised(name: str, error: BaseException, where: str) -> StepError:
     elif any(each in str(error) for each in _NO_GPU):
         because = f"{name} asks for a GPU by name, and there is no CUDA device on this machine"
         fix = "def train(model, loader, accumulation_steps, device): with model.to(device), not .cuda()"
+    elif _NO_FACTOR in str(error):
+        because = (
+            "a divide factor of FSDP's is part of the reduction (PREMUL_SUM), which nccl has, and gloo, where ranks on "
+            "a cpu meet, has not"
+        )
+        fix = (
+            "model.set_force_sum_reduction_for_comms(True) divides outside of it; or --device cuda"
+        )
     return StepError(
         f"{name}-raised: {type(error).__name__}: {said}"[:100],
         where=where,

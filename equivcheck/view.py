@@ -154,13 +154,22 @@ class View:
         return [each for each in self.attributions if each.step in bad]
 
     def inside(self, *kinds: str) -> list[tuple[Event, Place]]:
-        """Return the events of some kinds that happened inside a cycle, with the backward before each."""
-        found = []
-        for event in self.candidate.timeline:
-            if event.kind in kinds and 0 < event.backwards <= len(self.places):
-                place = self.places[event.backwards - 1]
-                if not place.last:
-                    found.append((event, place))
+        """Return the events of some kinds that happened inside a cycle, with the backward before each.
+
+        Of several ranks those of rank 0, and what others did that rank 0 did not.
+        """
+        found = _inside(self.candidate, self.places, kinds)
+        known = {(event.kind, event.backwards) for event, _ in found}
+        for each in self.candidate.ranks[1:]:
+            own = _inside(each, each.places(self.cycles), kinds)
+            other = [
+                (event, place)
+                for event, place in own
+                if (event.kind, event.backwards) not in known
+                and event.backwards <= len(self.candidate.backwards)
+            ]
+            known |= {(event.kind, event.backwards) for event, _ in other}
+            found += other
         return found
 
     def restored(self, attribution: Attribution) -> list[int]:
@@ -269,6 +278,18 @@ def within(attribution: Attribution) -> bool:
     """Return whether an accumulated gradient lies in the span of the pieces, whatever became of rounding."""
     residual = attribution.w.residual
     return residual is not None and residual <= BEYOND_ROUNDING
+
+
+def _inside(
+    recording: Recording, places: Sequence[Place], kinds: Sequence[str]
+) -> list[tuple[Event, Place]]:
+    found = []
+    for event in recording.timeline:
+        if event.kind in kinds and 0 < event.backwards <= len(places):
+            place = places[event.backwards - 1]
+            if not place.last:
+                found.append((event, place))
+    return found
 
 
 class Part(View):

@@ -9,18 +9,20 @@ import torch
 from equivcheck.attribution import solve
 from equivcheck.detectors.weights import all_alike, hypotheses, mean_of_ranks, scaled, unproved
 from equivcheck.differences import Sums
+from equivcheck.errors import EquivcheckError
 from equivcheck.experiment import Interventions
 from equivcheck.fit import Attribution
 from equivcheck.interventions import (
     Broadcast,
     FindUnused,
+    Maximum,
     NormOfWhole,
     Synchronise,
     SynchroniseOnce,
 )
 from equivcheck.noise import SAFETY
 from equivcheck.recording import Recording, Step
-from equivcheck.topology import equal_parts_of, factor_of, undecided
+from equivcheck.topology import another, equal_parts_of, factor_of, undecided
 from equivcheck.traffic import reductions
 from equivcheck.verdict import Finding, overall
 from equivcheck.view import Suspicion, View
@@ -91,11 +93,55 @@ def _clipped(view: View) -> list[Suspicion]:
     used = [each[0].detail["norm"] for each in events]
     wanted = next((e for e in view.reference.timeline if e.kind == "clip"), None)
     if wanted is None or all(abs(x / wanted.detail["norm"] - 1.0) < _SAME for x in used):
-        return []
+        return _other_maximum(view, finding) if wanted is not None else []
     evidence = {"norm_of_each_rank": used, "norm_of_the_whole": wanted.detail["norm"]}
     # Where the reduction comes after the clip, both are put right by one that comes before it.
     variants: list[Interventions] = [(NormOfWhole(norms),), (Synchronise(),)]
     return [Suspicion("EQ506", variants, evidence, max(finding.matched, 0), 21)]
+
+
+def _other_maximum(view: View, finding: Finding) -> list[Suspicion]:
+    """EQ506 of the right norm: what it is clipped to is multiplied with, or divided by, the number of ranks."""
+    size = view.experiment.case.world_size
+    wanted = _maxima(view.reference, view)
+    used = [_maxima(each, view) for each in view.candidate.ranks]
+    if not wanted or any(each.keys() != wanted.keys() for each in used):
+        return []
+    ratios = {each[cycle] / most for each in used for cycle, most in wanted.items() if most}
+    factor = next((x for x in (float(size), 1.0 / size) if all(y == x for y in ratios)), None)
+    if factor is None or not ratios or (size == view.steps and not _keeps_its_maximum(view)):
+        return []
+    cycle = min(wanted)
+    evidence: dict[str, object] = {
+        "maximum": used[0][cycle],
+        "maximum_of_the_full_batch": wanted[cycle],
+        "world_size": size,
+        "because": "the largest norm that the clip leaves follows the number of ranks, and the norm of the whole "
+        "gradient does not",
+        "fix": "clip to the same norm on any number of ranks",
+    }
+    return [Suspicion("EQ506", [(Maximum(wanted),)], evidence, max(finding.matched, 0), 21)]
+
+
+def _maxima(recording: Recording, view: View) -> dict[int, float]:
+    """Return, per cycle, the largest norm that the last clip before the step leaves."""
+    places, found = recording.places(view.cycles), {}
+    for event in recording.timeline:
+        if event.kind == "clip" and "norm" in event.detail and 0 < event.backwards <= len(places):
+            found[places[event.backwards - 1].cycle] = float(event.detail["max_norm"])
+    return found
+
+
+def _keeps_its_maximum(view: View) -> bool:
+    """Return whether another K is clipped to the same: K, which is R here, has no part in it."""
+    other = another(view)
+    if other is None:
+        return False
+    try:
+        recording = view.experiment.at(other)
+    except EquivcheckError:
+        return False
+    return {*_maxima(recording, view).values()} == {*_maxima(view.candidate, view).values()}
 
 
 def _clipped_by_value(view: View, finding: Finding) -> list[Suspicion]:
@@ -232,8 +278,8 @@ def _unsynchronised_parts(view: View) -> list[Suspicion]:
 
 
 def _reduced_after_a_clip(steps: Sequence[Step], limit: float) -> bool:
-    """Return whether gradients differ between ranks before the clip only: the step takes the same everywhere."""
-    if not all(each.clipped for each in steps):
+    """Return whether gradients differ between ranks before a clip only: the step takes the same everywhere."""
+    if not any(each.clipped for each in steps):
         return False
     taken = [overall(each.applied) for each in steps]
     size = taken[0].rr or 1.0

@@ -13,6 +13,7 @@ import torch
 
 from equivcheck.attribution import solve
 from equivcheck.detectors.ranks import Gradients, gradient_spread, spread, steps_of
+from equivcheck.experiment import Interventions
 from equivcheck.interventions import ScaleParts, Synchronise, TakeFrom
 from equivcheck.noise import SAFETY
 from equivcheck.recording import Event, Recording, Step
@@ -50,6 +51,11 @@ def _replicas_changed(view: View) -> list[Suspicion]:
         taken_apart = _applied_apart(steps)
         if gradient_spread(steps) <= limit < taken_apart:
             return [_changed_by_some(view, index, taken_apart)]  # A call of a clip that some make.
+        if taken_apart <= limit and len({each.clipped for each in steps}) > 1:
+            # Some ranks call a clip, and what they clip is reduced behind it.
+            found = _clipped_before(view, index, _as_left(view, index))
+            if found is not None:
+                return [found]
         apart = max(gradient_spread(steps), taken_apart)
         clips = any(event.kind == "clip" for event in _events(view.candidate.ranks, index))
         if apart <= limit and clips:
@@ -59,13 +65,64 @@ def _replicas_changed(view: View) -> list[Suspicion]:
             return []
         if apart > limit:
             return [] if spread(as_left) > limit else [_changed_by_some(view, index, apart)]
-        shares = _shortened(as_left, steps[0].sample) if spread(as_left) > limit else []
-        if shares:
-            evidence: dict[str, object] = {"share_of_each_rank": shares}
-            found = Suspicion("EQ506", [(Synchronise(),)], evidence, index, 20)
-            found.is_seen = True
+        found = _clipped_before(view, index, as_left) if spread(as_left) > limit else None
+        if found is not None:
             return [found]
     return []
+
+
+def _clipped_before(view: View, index: int, as_left: Sequence[Gradients]) -> Suspicion | None:
+    """EQ506: some ranks, or all, make their gradients shorter before these are reduced, each by its own norm."""
+    shares = _shares(view, index, as_left)
+    if not shares:
+        return None
+    evidence: dict[str, object] = {"share_of_each_rank": shares}
+    variants: list[Interventions] = [(Synchronise(),)]
+    clipping = _clipping(view)
+    if len(clipping) < len(shares):
+        factors = {}
+        for step in view.candidate.steps:
+            if step.matched is not None:
+                right = _of_full_batch(view, step.matched)
+                used = 1.0 + len(clipping) * (right - 1.0) / len(shares)
+                factors[view.cycle_of(step.matched)] = [right / used] * len(shares)
+        # Reduced before the clip, the mean of clipped and unclipped copies is to be that of clipped ones.
+        variants.append((Synchronise(), ScaleParts(factors), TakeFrom(min(clipping))))
+        evidence["ranks_that_clip"] = sorted(clipping)
+        evidence["fix"] = "clip after the gradients are reduced, on every rank"
+    return Suspicion("EQ506", variants, evidence, index, 20, is_seen=True)
+
+
+def _shares(view: View, index: int, as_left: Sequence[Gradients]) -> list[float]:
+    """Return what each rank's gradient counts in the mean that all step with, if that is what a clip leaves."""
+    steps = steps_of(view.candidate, index)
+    # A clip that was called is seen before it: what all step with is what a rank without one has.
+    taken = next((each for each in steps if not each.clipped), steps[0])
+    return _shortened(as_left, taken.sample)
+
+
+def _clipping(view: View) -> set[int]:
+    """Return the ranks that make their gradients shorter in any step."""
+    found: set[int] = set()
+    for index in range(len(view.candidate.steps)):
+        shares = _shares(view, index, _as_left(view, index))
+        found |= {rank for rank, share in enumerate(shares) if share < 1.0 - _SAME}
+    return found
+
+
+def _of_full_batch(view: View, matched: int) -> float:
+    """Return what the full batch multiplies its gradient with before the step: by a clip, called or by hand."""
+    step = view.experiment.left_by_full_batch().steps[matched]
+    by_hand = _factor(step.left, step.sample)
+    kept = view.reference.kept[matched]
+    pairs = [
+        (before, kept.applied[name])
+        for name, before in kept.gradients.items()
+        if before is not None and kept.applied[name] is not None
+    ]
+    before = math.hypot(*(float(each.norm()) for each, _ in pairs))
+    after = math.hypot(*(float(each.norm()) for _, each in pairs if each is not None))
+    return (by_hand or 1.0) * (after / before if before else 1.0)
 
 
 def _parts_clipped(view: View) -> list[Suspicion]:
@@ -78,8 +135,9 @@ def _parts_clipped(view: View) -> list[Suspicion]:
     alone = view.experiment.left_by_full_batch().steps
     ranks = [each.steps for each in view.experiment.left_on_ranks(view.chosen).ranks]
     whole = _clips(alone)
-    parts = [_clips(each) for each in ranks]
-    if not whole or not all(parts):
+    holding = [rank for rank, each in enumerate(ranks) if any(_holds(step) for step in each)]
+    parts = [_clips(ranks[rank]) for rank in holding]
+    if not whole or not parts or not all(parts):
         return []
     factors: dict[int, list[float]] = {}
     first: tuple[int, list[float], float] | None = None
@@ -89,13 +147,21 @@ def _parts_clipped(view: View) -> list[Suspicion]:
         right, used = whole[step.matched], [each[index] for each in parts if index < len(each)]
         if len(used) < len(parts):
             return []
-        factors[view.cycle_of(step.matched)] = [right / each for each in used]
+        by_rank = dict(zip(holding, used, strict=True))
+        factors[view.cycle_of(step.matched)] = [
+            right / by_rank.get(rank, right) for rank in range(len(ranks))
+        ]
         if first is None and any(abs(each / right - 1.0) > _SAME for each in used):
             first = index, used, right
     if first is None:
         return []
     evidence: dict[str, object] = {"factor_of_each_rank": first[1], "factor_of_the_whole": first[2]}
     return [Suspicion("EQ506", [(ScaleParts(factors),)], evidence, first[0], 21)]
+
+
+def _holds(step: Step) -> bool:
+    """Return whether a rank holds a part of any gradient: of few rows there is none for the last of many ranks."""
+    return any(each is not None and not bool(each.isnan().all()) for each in step.sample.values())
 
 
 def _clips(steps: Sequence[Step]) -> list[float]:

@@ -138,6 +138,7 @@ class Clips(Hooks):
             self._snapshot(parameters)
             for each in self.recorder.interventions:
                 total_norm = each.clip_norm(self.recorder, total_norm)
+            max_norm = self._maximum(max_norm)
             with self._unscaled(parameters) as pending:
                 if pending != 1.0:
                     total_norm = total_norm / pending
@@ -146,6 +147,11 @@ class Clips(Hooks):
             return result
 
         return clip
+
+    def _maximum(self, max_norm: Any) -> Any:
+        for each in self.recorder.interventions:
+            max_norm = each.clip_maximum(self.recorder, max_norm)
+        return max_norm
 
     def _clip_sharded(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Watch FSDP1's own clip, which takes the norm over all shards."""
@@ -156,7 +162,8 @@ class Clips(Hooks):
             if allowed:
                 self._snapshot(self.recorder.gradient_holders())
             # Without leave it tells the norm, and clips nothing.
-            norm = original(module, max_norm if allowed else math.inf, *args, **kwargs)
+            most = self._maximum(max_norm) if allowed else math.inf
+            norm = original(module, most, *args, **kwargs)
             self.recorder.note(
                 "clip",
                 max_norm=float(max_norm),

@@ -16,6 +16,7 @@ from equivcheck.interventions.counts import Construct, Length, Repeat, Shorten
 from equivcheck.interventions.ranks import (
     Broadcast,
     FindUnused,
+    Maximum,
     NormOfWhole,
     ScaleParts,
     Synchronise,
@@ -51,6 +52,7 @@ __all__ = [
     "Hold",
     "Intervention",
     "Length",
+    "Maximum",
     "NormOfWhole",
     "Postpone",
     "Ration",

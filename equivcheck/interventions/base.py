@@ -83,6 +83,10 @@ class Intervention:
         """Return the norm that a clip by norm is to use."""
         return total_norm
 
+    def clip_maximum(self, _recorder: Recorder, max_norm: Any) -> Any:
+        """Return the norm that a clip by norm is to leave at most."""
+        return max_norm
+
     def gathered(self) -> Any:
         """Return what a run in a rank process taught this object, to be taken back."""
         return None

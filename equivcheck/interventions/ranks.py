@@ -86,6 +86,23 @@ class NormOfWhole(Intervention):
         return torch.full_like(like, norm)
 
 
+class Maximum(Intervention):
+    """Clip to the norm that the full batch clips to.
+
+    Args:
+        maxima: Per cycle, the largest norm that a clip leaves.
+    """
+
+    name = "clip to the norm of the full batch"
+
+    def __init__(self, maxima: Mapping[int, float]) -> None:
+        self._maxima = maxima
+
+    def clip_maximum(self, recorder: Recorder, max_norm: Any) -> Any:
+        place = recorder.place()
+        return self._maxima.get(place.cycle, max_norm) if place is not None else max_norm
+
+
 class ScaleParts(Intervention):
     """Multiply each rank's part of the gradient, before the step, by a factor that a hypothesis predicts.
 

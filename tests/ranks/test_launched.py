@@ -15,6 +15,7 @@ import pytest
 
 from equivcheck.errors import UsageError
 from equivcheck.ranks import launched
+from equivcheck.ranks.hosts import LOOK
 
 # Several times torch is loaded by two processes at once: on a busy machine each test takes a minute or two.
 pytestmark = pytest.mark.timeout(900)
@@ -289,6 +290,7 @@ def test_a_launched_process_that_is_killed(tmp_path):
     until = time.monotonic() + 60
     while not (tmp_path / "here").exists() and time.monotonic() < until:
         time.sleep(0.05)
+    time.sleep(5 * LOOK)  # Its place is known to the others from the last look of its host.
 
     processes[1].send_signal(signal.SIGKILL)
     ended = finished(processes)
