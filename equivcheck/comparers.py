@@ -14,6 +14,7 @@ import torch
 from torch.optim import Optimizer
 
 from equivcheck.differences import Sums, far_apart, sums_many
+from equivcheck.errors import StepError
 from equivcheck.observe import Gradients, Sampler, compare, measured, shadows_of
 from equivcheck.recording import Kept, Recording, Step
 from equivcheck.shadow import shadow_weights
@@ -83,6 +84,8 @@ class Comparer(Sampler):
         kept = self._reference.kept[step.matched]
         self._gradients = gradients
         self._wanted = mine_of(recorder, kept.gradients, gradients)
+        if recorder.holdings is not None:
+            _refuse_unknown_parts(recorder, step, self._wanted, gradients)
         step.gradients = compare(self._wanted, gradients, step)
         step.applied = (
             step.gradients
@@ -371,6 +374,25 @@ def mine_of(
             tensor = part.cut(tensor)
         found[name] = tensor
     return found
+
+
+def _refuse_unknown_parts(
+    recorder: Recorder, step: Step, reference: Gradients, candidate: Gradients
+) -> None:
+    """Raise where a rank steps a tensor of which it is not known what part of the full batch's it is."""
+    for name, wanted in reference.items():
+        mine = candidate.get(name)
+        if wanted is None or mine is None or wanted.shape == mine.shape:
+            continue
+        raise StepError(
+            f"unknown-parts: {name} is {tuple(mine.shape)}, not {tuple(wanted.shape)}"[:100],
+            where=f"{recorder.recording.role}, rank {recorder.rank}, optimizer_step {step.index}",
+            expected="whole parameters on every rank, or parts as DDP, FSDP, DTensor and ZeroRedundancyOptimizer "
+            "make them",
+            because="a framework has shared the parameters out among the ranks in a way of its own (DeepSpeed's ZeRO "
+            "does), and its parts cannot be put together",
+            fix="--world-size 1 checks the loop's accumulation",
+        )
 
 
 def _updated(recorder: Recorder, kept: Kept) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:

@@ -94,6 +94,7 @@ WORKLOADS = [
     fault(
         "reduced_again", "EQ109", "a sum of R equal sums, K - 1 times: R^(K-k) for micro-batch k"
     ),
+    fault("zeroed_on_one_rank", "EQ301", "weight 0 for n_k/N, but in the last micro-batch"),
     fault("not_zeroed_on_one_rank", "EQ302", "one share of the step before in every sum"),
     fault("skipped_on_one_rank", "EQ305", "weight 0 for n_k/N"),
     fault("no_sync_to_the_end", "EQ502", "nobody hears of the others"),
@@ -110,6 +111,15 @@ WORKLOADS = [
     fault(
         "clip_before_the_reduction", "EQ506", "a mean of clipped gradients is not the clipped mean"
     ),
+    fault(
+        "clip_on_one_rank_before_the_reduction", "EQ506", "a mean of clipped and whole gradients"
+    ),
+    fault(
+        "clip_by_hand_on_one_rank_before_the_reduction",
+        "EQ506",
+        "a mean of clipped and whole gradients",
+    ),
+    fault("clip_to_more_on_more_ranks", "EQ506", "the norm of a mean does not grow with R"),
     fault("clip_by_value_before_the_reduction", "EQ506", "a clip of each element is not linear"),
     fault(
         "clip_by_hand_before_the_reduction", "EQ506", "a mean of clipped gradients is not clipped"

@@ -16,6 +16,7 @@ from torch.optim.optimizer import (
 )
 
 from equivcheck.differences import dense
+from equivcheck.errors import StepError
 from equivcheck.hooks.base import Hooks, number, quiet, replace, subclasses
 from equivcheck.hooks.roots import reweighted
 from equivcheck.recording import Step
@@ -180,6 +181,8 @@ class Steps(Hooks):
                     now = None if parameter.grad is None else dense(parameter.grad.detach())
                     before = now
                     if now is not None:
+                        if now.shape != parameter.shape and self.recorder.holdings is not None:
+                            raise self._unreduced(step, parameter, now)
                         self.recorder.trained.add(parameter.dtype)
                         if id(parameter) in self.recorder.clips.snapshots:
                             before, share = self.recorder.clips.snapshots[id(parameter)]
@@ -199,6 +202,19 @@ class Steps(Hooks):
             found = getattr(optimizer, "found_inf", None)
             step.skipped = found is not None and number(found) > 0
             self.recorder.observer.gradients(self.recorder, step, gradients, applied)
+
+    def _unreduced(self, step: Step, parameter: torch.Tensor, gradient: torch.Tensor) -> StepError:
+        """Return the error of a step that would raise: a shard with the gradient of the whole."""
+        recording = self.recorder.recording
+        shapes = f"a gradient is {tuple(gradient.shape)}, its parameter {tuple(parameter.shape)}"
+        return StepError(
+            f"not-reduced: {shapes}"[:100],
+            where=f"{recording.role}, rank {self.recorder.rank}, optimizer_step {step.index}",
+            expected="gradients of the shape of their parameters when optimizer.step() begins",
+            because="gradients are whole where parameters are shards: nothing was reduced after the last backward of "
+            "the cycle, as inside of no_sync",
+            fix="leave no_sync() before the last micro-batch of every cycle",
+        )
 
     def _after_step(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
         if self.recorder.is_paused or id(optimizer) not in self._open:

@@ -56,6 +56,103 @@ def train(model, loader, accumulation_steps, rank, world_size):
 """
 
 
+FLAT = """
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+def build():
+    return nn.Linear(4, 2)
+
+def batches():
+    g = torch.Generator().manual_seed(0)
+    return [torch.randn(8, 4, generator=g) for _ in range(2)]
+
+def train(model, loader, accumulation_steps, rank, world_size):
+    flat = parameters_to_vector(model.parameters()).detach()
+    mine = nn.Parameter(flat.chunk(world_size)[rank].clone())
+    optimizer = torch.optim.SGD([mine], lr=0.1)
+    for i, x in enumerate(loader):
+        (model(x).square().mean() / accumulation_steps / world_size).backward()
+        if (i + 1) % accumulation_steps == 0:
+            gradient = parameters_to_vector([p.grad for p in model.parameters()])
+            if world_size > 1:
+                dist.all_reduce(gradient)
+            mine.grad = gradient.chunk(world_size)[rank].clone()
+            optimizer.step()
+            parts = [torch.empty_like(mine) for _ in range(world_size)]
+            if world_size > 1:
+                dist.all_gather(parts, mine.detach())
+            else:
+                parts = [mine.detach()]
+            vector_to_parameters(torch.cat(parts), model.parameters())
+            model.zero_grad()
+"""
+
+FACTOR = """
+import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+def build():
+    return nn.Linear(4, 2)
+
+def batches():
+    g = torch.Generator().manual_seed(0)
+    return [torch.randn(8, 4, generator=g) for _ in range(2)]
+
+def train(model, loader, accumulation_steps, world_size):
+    if world_size > 1:
+        fully_shard(model)
+        model.set_gradient_divide_factor({divided_by})
+        model.set_force_sum_reduction_for_comms({forced})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for i, x in enumerate(loader):
+        if world_size > 1:
+            model.set_requires_gradient_sync((i + 1) % accumulation_steps == 0)
+        (model(x).square().mean() / accumulation_steps).backward()
+        if (i + 1) % accumulation_steps == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+"""
+
+LEFT_WHOLE = """
+import torch
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+def build():
+    return nn.Linear(4, 2)
+
+def batches():
+    g = torch.Generator().manual_seed(0)
+    return [torch.randn(8, 4, generator=g) for _ in range(2)]
+
+def train(model, loader, accumulation_steps, world_size, device):
+    if world_size > 1:
+        model = FullyShardedDataParallel(model, device_id=device, use_orig_params=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for i, x in enumerate(loader):
+        loss = model(x).square().mean() / accumulation_steps
+        if world_size > 1:
+            with model.no_sync():
+                loss.backward()
+        else:
+            loss.backward()
+        if (i + 1) % accumulation_steps == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+"""
+
+
+def case_of_text(folder, text, strategy):
+    path = Path(folder) / "subject.py"
+    path.write_text(textwrap.dedent(text), encoding="utf-8")
+    found = equivcheck.measure(str(path), accumulation_steps=2, world_size=2, strategy=strategy)
+    return found.cases[0]
+
+
 def case_of(folder, fault, **named):
     path = Path(folder) / "subject.py"
     path.write_text(textwrap.dedent(LOOP).format(fault=fault), encoding="utf-8")
@@ -144,6 +241,42 @@ def test_finished_cases_outlive_a_rank_that_fails(tmp_path):
 
     assert [case["verdict"] for case in found.cases] == ["equivalent", "error", "equivalent"]
     assert ranks_left() == []
+
+
+def test_parts_of_a_framework_s_own_are_refused(tmp_path):
+    """Of which part of the full batch's tensor a rank steps nothing is known: no verdict, and no fault of ours."""
+    case = case_of_text(tmp_path, FLAT, "zero")
+
+    assert case["verdict"] == "error"
+    assert case["headline"].startswith("unknown-parts: ")
+    assert case["headline"].endswith(" is (5,), not (10,)")
+    assert case["error"]["exit_code"] == 3
+    assert "candidate, rank 0, optimizer_step 0" in case["error"]["where"]
+
+
+@pytest.mark.parametrize(
+    ("divided_by", "forced", "codes"),
+    [("float(world_size)", True, []), ("1.0", True, ["EQ504"]), ("1.0", False, None)],
+    ids=["divided", "not divided", "not on gloo"],
+)
+def test_a_divide_factor_of_fsdp2(tmp_path, divided_by, forced, codes):
+    """It is judged where the reduction is a sum; gloo cannot multiply in one, which is told with the way out."""
+    case = case_of_text(tmp_path, FACTOR.format(divided_by=divided_by, forced=forced), "fsdp")
+
+    if codes is None:
+        assert case["verdict"] == "error"
+        assert "set_force_sum_reduction_for_comms" in case["error"]["fix"]
+    else:
+        assert case["verdict"] == ("divergent" if codes else "equivalent")
+        assert codes == [each["code"] for each in case["causes"] if each["status"] == "proved"]
+
+
+def test_gradients_that_fsdp1_never_reduced_are_told(tmp_path):
+    """They are whole where parameters are shards: the step itself raises, for a reason that torch does not name."""
+    case = case_of_text(tmp_path, LEFT_WHOLE, "fsdp")
+
+    assert case["verdict"] == "error"
+    assert "no_sync" in case["error"]["because"]
 
 
 def test_ranks_are_kept_from_one_case_to_the_next(tmp_path):
