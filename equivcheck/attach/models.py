@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from equivcheck.hooks.base import subclasses
+
 __all__ = ["Parts", "owner", "unwrapped"]
 
 # Where wrappers keep what they wrap.
@@ -51,13 +53,13 @@ def owner(called: nn.Module | None, optimizers: list[Optimizer]) -> nn.Module | 
     wanted = {id(p) for each in optimizers for group in each.param_groups for p in group["params"]}
     if not wanted:
         return None if called is None else unwrapped(called)
+    # isinstance would wake lazy and deprecated objects, and takes its time where there are half a million.
+    kinds = set(subclasses(nn.Module))
     holding = []
-    for each in gc.get_objects():
-        # isinstance would wake lazy and deprecated objects.
-        if issubclass(type(each), nn.Module):
-            held = {id(p) for p in each.parameters()}
-            if wanted <= held:
-                holding.append((len(held), -sum(1 for _ in each.modules()), each))
+    for module in [each for each in gc.get_objects() if type(each) in kinds]:
+        held = {id(p) for p in module.parameters()}
+        if wanted <= held:
+            holding.append((len(held), -sum(1 for _ in module.modules()), module))
     if holding:
         return unwrapped(min(holding, key=lambda item: item[:2])[2])
     return None if called is None else unwrapped(called)
