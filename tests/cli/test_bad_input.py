@@ -552,7 +552,9 @@ def build():
 
 # ---- warnings ----------------------------------------------------------------------------------
 
-WARNED = TRAIN.replace("def train", "def old_train") + """
+WARNED = (
+    TRAIN.replace("def train", "def old_train")
+    + """
 import warnings
 from torch.optim.lr_scheduler import ConstantLR
 
@@ -562,6 +564,7 @@ def train(model, loader, accumulation_steps):
     ConstantLR(optimizer).step()
     return old_train(model, loader, accumulation_steps)
 """
+)
 
 
 @pytest.mark.parametrize("arguments", [(), ("-j", "2"), ("--world-size", "2")])
