@@ -15,7 +15,7 @@ from equivcheck.comparers import Comparer, Perturbed
 from equivcheck.differences import dense
 from equivcheck.observe import Glimpse, Gradients, Keeper, Sampler
 from equivcheck.recording import Recording, Step
-from equivcheck.sampled import Sampled, packed
+from equivcheck.sampled import Sampled, Tray, packed
 from equivcheck.states import set_state
 
 if TYPE_CHECKING:
@@ -145,6 +145,8 @@ class Watcher(Sampler):
         super().__init__()
         self._taken = contributions
         self._after = after
+        self._tray = Tray()
+        self._looked: dict[tuple[str, str], torch.Tensor] = {}
 
     def gradients(
         self,
@@ -161,9 +163,9 @@ class Watcher(Sampler):
             if isinstance(gradient, Glimpse):
                 taken[name], norms[name] = gradient.values, gradient.norm
             else:
-                taken[name] = None if gradient is None else self.sampled(name, gradient)
-        step.sample = packed(taken)
-        step.norm = float(torch.stack([each.double() for each in norms.values()]).norm())
+                taken[name] = None if gradient is None else self._look("step", name, gradient)
+        step.sample = packed(taken, self._tray)
+        step.norm = math.hypot(*map(float, norms.values()))
         step.finite = math.isfinite(step.norm)
 
     def snapshots(
@@ -174,17 +176,28 @@ class Watcher(Sampler):
         names = [recorder.names.get(id(p)) for p in parameters]
         return [
             # Which coordinates count is not known before a parameter has a name.
-            gradient.clone() if name is None else Glimpse(self.sampled(name, gradient), norm)
+            gradient.clone() if name is None else Glimpse(self._look("clip", name, gradient), norm)
             for name, gradient, norm in zip(names, found, _norms(found), strict=True)
         ]
 
     def after(self, recorder: Recorder, _step: Step, _optimizer: Optimizer) -> None:
-        self._after.append(
-            packed({n: self.sampled(n, p) for n, p in recorder.parameters().items()})
-        )
+        found = {name: self._look("after", name, p) for name, p in recorder.parameters().items()}
+        self._after.append(packed(found, self._tray))
 
     def arrival(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
-        return self.sampled(name, gradient)
+        return self._look("arrival", name, gradient)
+
+    def _look(self, occasion: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the sampled coordinates of one parameter's tensor until the next look on the same occasion."""
+        chosen = self._chosen.get(name)
+        flat = dense(tensor.detach()).flatten()
+        count = flat.numel() if chosen is None else len(chosen)
+        found = self._looked.get((occasion, name))
+        if found is None or found.dtype != flat.dtype or len(found) != count:
+            found = self._looked[occasion, name] = self._tray.empty(count, flat.dtype)
+        if chosen is None or flat.device.type != "cpu":
+            return found.copy_(flat if chosen is None else flat[chosen])
+        return torch.index_select(flat, 0, chosen, out=found)
 
     @contextmanager
     def contributions(self, recorder: Recorder) -> Iterator[None]:
@@ -192,7 +205,7 @@ class Watcher(Sampler):
             with self.arriving(recorder):
                 yield
         finally:
-            self._taken.append(packed(self._arrived.pop()))
+            self._taken.append(packed(self._arrived.pop(), self._tray))
 
 
 def _norms(gradients: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -13,7 +13,7 @@ from equivcheck.differences import Sums
 from equivcheck.freeze import Freeze
 from equivcheck.interventions import Before, Defer, Restitute, Reweight
 from equivcheck.recording import Event, Place, Step
-from equivcheck.sampled import packed
+from equivcheck.sampled import Tray, packed
 
 
 def there_and_back(value, known=()):
@@ -55,9 +55,14 @@ def test_a_tensor_comes_back_exactly(count):
 
 def test_vectors_of_many_names_come_back_and_name_their_layout_once():
     """What is packed is one tensor in its own dtype, and reads as float64 vectors by name."""
-    first = packed({"a": torch.randn(20), "none": None, "b": torch.ones(0), "c": torch.randn(3)})
-    second = packed({"a": torch.randn(20), "none": None, "b": torch.ones(0), "c": torch.randn(3)})
-    other = packed({"a": torch.randn(30, dtype=torch.bfloat16), "c": torch.randn(3).double()})
+    tray = Tray()
+    first = packed(
+        {"a": torch.randn(20), "none": None, "b": torch.ones(0), "c": torch.randn(3)}, tray
+    )
+    second = packed(
+        {"a": torch.randn(20), "none": None, "b": torch.ones(0), "c": torch.randn(3)}, tray
+    )
+    other = packed({"a": torch.randn(30, dtype=torch.bfloat16), "c": torch.randn(3).double()}, tray)
     found, tensors = there_and_back([first, second, other])
 
     assert [each.dtype for each in tensors.values()] == [torch.float32] * 2 + [torch.float64]
