@@ -196,7 +196,8 @@ def _in_all(view: View) -> list[Suspicion]:
         each_whole: Predict = lambda _, v: [1.0] * len(v)  # noqa: E731 - as those beside it
         found += hypotheses(view, "EQ101", [each_whole], rank=12, meant=_summed)
     sums: list[Predict] = [all_alike]
-    if _all_ones(view):
+    # What is done to a loss is done to the gradients of all parameters.
+    if view.names is None and _all_ones(view):
         found += hypotheses(view, "EQ108", sums, rank=11)
     elif view.experiment.case.shares > 1:
         # Between ranks is another cause, EQ501: what is put right here is within each of them.
