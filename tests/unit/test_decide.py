@@ -68,6 +68,21 @@ def test_dropout_is_switched_off_and_said_so(decide):
     assert case["notes"] == ["dropout was switched off in every run"]
 
 
+@pytest.mark.parametrize(
+    ("begin", "where"),
+    [("def batches():\n", "before its first run"), ("loader, accumulation_steps):\n", "reference")],
+)
+def test_time_that_runs_out_is_told_with_what_ran(tmp_path, begin, where):
+    """Batches are read before the first role begins."""
+    path = tmp_path / "subject.py"
+    assert begin in SUBJECT
+    path.write_text(SUBJECT.replace(begin, f"{begin}    while True: pass\n"), encoding="utf-8")
+    case = run_case(load_subject(str(path)), Case(str(path), 2), timeout=0.5)
+
+    assert case["verdict"] == "error"
+    assert case["error"]["where"].endswith(where)
+
+
 def test_batches_that_cannot_be_cut_are_an_error_of_the_call(decide):
     with pytest.raises(UsageError, match="accumulation_steps=9"):
         decide(accumulation_steps=9)
