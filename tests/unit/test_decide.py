@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from equivcheck.case import Case
@@ -104,6 +106,33 @@ def test_an_accumulated_gradient_that_is_inf_is_invalid(decide):
 
     assert case["verdict"] == "invalid"
     assert case["headline"].startswith("not-finite: gradients of optimizer_step 0 are inf or nan")
+
+
+def test_a_batch_that_holds_nan_is_named(decide):
+    """The gradients of the full batch are then nan by no fault of the loop."""
+    drawn = "torch.randn(rows, 4, generator=generator)"
+    case = decide((drawn, f"{drawn}.log()"))
+
+    assert case["verdict"] == "invalid"
+    assert re.fullmatch(r"batch 0 of batches\(\) holds 1\d inf or nan in 0", case["because"])
+    assert "torch.nan_to_num" in case["fix"]
+
+
+RESUMED = """    import pathlib
+    kept = pathlib.Path(__file__).with_suffix(".pt")
+    if kept.exists():
+        return
+    kept.write_text("all of it")
+    optimizer ="""
+
+
+def test_a_loop_that_finds_its_own_checkpoint_is_told_from_a_random_one(decide):
+    case = decide(("    optimizer =", RESUMED))
+
+    assert (case["verdict"], case["causes"]) == ("inconclusive", [])
+    assert case["headline"] == (
+        "other-steps: the full_batch run again made 0 optimizer steps, not 2"
+    )
 
 
 STEPPED = f"{STEP}            optimizer.zero_grad()\n"
@@ -257,7 +286,7 @@ class Kept:
     """An object whose runs differ in one thing, the full batch's aside.
 
     Args:
-        what: loss, rate or log.
+        what: loss, rate, idle (the rate of a group that has no gradients) or log.
     """
 
     def __init__(self, what):
@@ -281,6 +310,8 @@ class Kept:
         factor = 1.0 + self.runs / 8
         rate = 0.1 * (factor if self.what == "rate" else 1.0)
         optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+        if self.what == "idle":
+            optimizer.add_param_group({"params": [torch.zeros(1)], "lr": 0.1 * factor})
         logged = []
         total = 0.0
         for index, x in enumerate(loader):
@@ -300,6 +331,7 @@ class Kept:
     [
         ("loss", "gradients of optimizer_step 0"),
         ("rate", "of optimizer_step 0"),
+        ("idle", "learning rates of optimizer_step 0"),
         ("log", "logged losses"),
     ],
 )

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from equivcheck.attribution import solve
+from equivcheck.denominators import grouped
 from equivcheck.detectors.weights import _confirmed_by_steps
 from equivcheck.fit import Attribution
 
@@ -92,3 +93,16 @@ def test_a_rule_of_counts_holds_with_other_counts(factors, counts, told):
     rule = rule_of(*steps, tokens=counts)
 
     assert rule == (told and f"{told}: read from one optimizer step, it holds in 1 others")
+
+
+@pytest.mark.parametrize(
+    ("shares", "told"),
+    [
+        (1, {"": [1, 2, 3, 4]}),
+        (2, {"": [1, 2, 3, 4], " of all ranks": [4, 6]}),
+        (3, {"": [1, 2, 3, 4]}),
+    ],
+)
+def test_counts_of_all_ranks_are_those_of_one_micro_step(shares, told):
+    """Rank 0's micro-batches come first. Counts that are not the same number on all ranks have no micro-steps."""
+    assert grouped([1, 2, 3, 4], shares) == told
