@@ -184,8 +184,9 @@ def measure(
         timeout=timeout,
     )
     from equivcheck.ranks.team import kept  # noqa: PLC0415 - torch is loaded only to run
+    from equivcheck.usercode import warnings_in_place  # noqa: PLC0415 - only where code runs
 
-    with kept():
+    with kept(), warnings_in_place():
         cases = list(outcomes(jobs, timeout=named["timeout"]))
     return Result(results.assemble(cases, target=name_of(target, jobs), notes=notes))
 

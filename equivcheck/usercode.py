@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import functools
+import sys
 import sysconfig
 import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from equivcheck.errors import StepError, TargetError
 
-__all__ = ["import_failed", "is_library", "raised", "real_path", "user_traceback"]
+__all__ = [
+    "import_failed",
+    "is_library",
+    "raised",
+    "real_path",
+    "user_traceback",
+    "warnings_in_place",
+]
 
 _OURS = str(Path(__file__).resolve().parent)
 _BUNDLED = f"{_OURS}/_bundled/"
@@ -128,3 +140,49 @@ def user_traceback(error: BaseException) -> str:
     lines += traceback.format_list(frames)
     lines += traceback.format_exception_only(error)
     return "".join(lines)
+
+
+@contextmanager
+def warnings_in_place() -> Iterator[None]:
+    """Show what the user's code is warned of at the user's own line, and once, however many roles come by it.
+
+    A library warns at its caller's line (stacklevel 2), and where a call is watched that caller is a hook of ours.
+    """
+    show = warnings.showwarning
+    said = set()
+
+    def told(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: Any = None,
+        line: str | None = None,
+    ) -> None:
+        if _is_ours(filename):
+            filename, lineno = _users_line() or (filename, lineno)
+        key = str(message), category, filename, lineno
+        if key not in said:
+            said.add(key)
+            show(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = told
+    try:
+        yield
+    finally:
+        warnings.showwarning = show
+
+
+def _is_ours(filename: str) -> bool:
+    path = real_path(filename)
+    return path.startswith(_OURS) and not path.startswith(_BUNDLED)
+
+
+def _users_line() -> tuple[str, int] | None:
+    """Return file and line of the innermost frame that is the user's."""
+    frame = sys._getframe(1)  # noqa: SLF001 - what traceback and warnings use themselves
+    while frame is not None:
+        if not is_library(frame.f_code.co_filename):
+            return frame.f_code.co_filename, frame.f_lineno
+        frame = frame.f_back  # type: ignore[assignment]
+    return None

@@ -191,6 +191,7 @@ def _work(pipe: Connection, timeout: float | None) -> None:
     import torch  # noqa: PLC0415 - loaded in the fork server
 
     from equivcheck.ranks.team import kept  # noqa: PLC0415 - as above
+    from equivcheck.usercode import warnings_in_place  # noqa: PLC0415 - as above
 
     signal.signal(
         signal.SIGINT, signal.SIG_IGN
@@ -199,7 +200,7 @@ def _work(pipe: Connection, timeout: float | None) -> None:
     torch.set_num_threads(1)
     code = 0
     try:
-        with kept():
+        with kept(), warnings_in_place():
             while True:
                 pipe.send(_answer(pipe.recv(), timeout))
     except (EOFError, OSError):

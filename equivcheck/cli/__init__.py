@@ -12,6 +12,7 @@ from equivcheck.cli.parser import parse
 from equivcheck.cli.screen import error_block
 from equivcheck.errors import EquivcheckError
 from equivcheck.result import INTERRUPTED, write_text
+from equivcheck.usercode import warnings_in_place
 
 LATEST = Path("reports/latest")
 
@@ -20,7 +21,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code; never lets an exception out."""
     try:
         options = parse(sys.argv[1:] if arguments is None else arguments)
-        code: int = options.execute(options)
+        with warnings_in_place():
+            code: int = options.execute(options)
         sys.stdout.flush()
     except SystemExit as stop:  # argparse after --help and --version
         return stop.code if isinstance(stop.code, int) else 0

@@ -16,6 +16,7 @@ from equivcheck import result as results
 from equivcheck.config import OPTIONS, closest
 from equivcheck.errors import EquivcheckError, UsageError
 from equivcheck.plugin import facts
+from equivcheck.usercode import warnings_in_place
 
 if TYPE_CHECKING:
     from equivcheck.plugin.session import Session
@@ -114,7 +115,8 @@ class Checker:
             subject, train=loop if isinstance(loop, str) else None, **given
         )
         jobs, left_out = self._session.allowed(jobs)
-        cases = [self._run(job, values) for job in jobs]
+        with warnings_in_place():
+            cases = [self._run(job, values) for job in jobs]
         found = api.Result(
             results.assemble(cases, target=api.name_of(target, jobs), notes=[*notes, *left_out])
         )

@@ -28,7 +28,7 @@ from equivcheck.execute import Run, execute
 from equivcheck.ranks import group, wire
 from equivcheck.ranks.status import RETURNED, RUNNING, Board, Standing
 from equivcheck.subject import Subject
-from equivcheck.usercode import is_library
+from equivcheck.usercode import is_library, warnings_in_place
 
 if TYPE_CHECKING:
     from equivcheck.case import Case
@@ -138,13 +138,17 @@ class _Worker:
         group.join(setup.rank, setup.world_size, setup.device, store)
         gc.freeze()  # What is loaded now stays: collecting later looks at the runs' own objects only.
         self._send(("ready", 0, None))
+        with warnings_in_place():
+            self._run_what_comes()
+
+    def _run_what_comes(self) -> None:
         subject: Subject | None = None
         while True:
             message = self._inbox.get()
             kind, number, *content = wire.loads(message, self._mapped)
             if kind == "subject":
                 subject, arena, place = content
-                self._mapped = wire.Mapped(Path(setup.folder) / arena)
+                self._mapped = wire.Mapped(Path(self._setup.folder) / arena)
                 if place is not None:
                     sys.path[:] = place[0]
                     os.chdir(place[1])

@@ -548,3 +548,35 @@ def build():
     assert page.count("<script") == 4  # three of its own, and the data
     assert not tags.found & {"img", "iframe", "object"}
     assert json.loads(json.dumps(ran.result)) == ran.result
+
+
+# ---- warnings ----------------------------------------------------------------------------------
+
+WARNED = (
+    TRAIN.replace("def train", "def old_train")
+    + """
+import warnings
+from torch.optim.lr_scheduler import ConstantLR
+
+def train(model, loader, accumulation_steps):
+    warnings.warn("one's own")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ConstantLR(optimizer).step()
+    return old_train(model, loader, accumulation_steps)
+"""
+)
+
+
+@pytest.mark.parametrize("arguments", [(), ("-j", "2"), ("--world-size", "2")])
+def test_what_code_is_warned_of_is_shown_once_at_its_own_line(folder, arguments):
+    """Each role runs the code again, and torch blames who called a scheduler: a hook, while it is watched."""
+    (folder / "train_step.py").write_text(HEAD + WARNED, encoding="utf-8")
+    ran = finished(folder, *arguments)
+    lines = ran.err.splitlines()
+    own = [line for line in lines if "one's own" in line and "warn(" not in line]
+    early = [line for line in lines if "Detected call of `lr_scheduler.step()`" in line]
+    processes = 2 if arguments else 1  # two workers, or this process and rank 0
+    assert 1 <= len(own) <= processes, ran.err
+    assert 1 <= len(early) <= processes, ran.err
+    assert all("train_step.py:" in line for line in own + early), ran.err
+    assert no_frame_of_ours(ran.err), ran.err
