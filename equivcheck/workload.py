@@ -157,7 +157,7 @@ def _cases_of_row(
             # Options that are meant for a whole suite need not fit all of its rows.
             if not (stated("world_size") or stated("accumulation_steps")):
                 raise
-            refused = error
+            refused = refused or error
             continue
         if batches_itself and (split != "even" or full % (case.shares * case.accumulation_steps)):
             continue  # A framework that batches by itself cannot be given uneven slices.
