@@ -161,7 +161,7 @@ def run_case(
     except Expired:
         error = TimedOut(
             f"timed-out: no verdict after {timeout:g} s",
-            where=f"case {case.id}, role {entry.get('role', '')}",
+            where=f"case {case.id}, {_stage(entry)}",
             user_traceback="",
             expected="the roles of one case to end in time",
             because="train never ended, or the case is larger than the time given",
@@ -177,6 +177,10 @@ def run_case(
             experiment.close()
     entry["seconds"] = time.perf_counter() - started
     return entry
+
+
+def _stage(entry: dict[str, Any]) -> str:
+    return f"role {entry['role']}" if "role" in entry else "before its first run"
 
 
 def _failed(entry: dict[str, Any], error: EquivcheckError) -> None:

@@ -223,8 +223,6 @@ def _losses(
             for i in wanted
         ]
         source = "backward roots"
-    if not pairs:
-        return None
     return {
         "full_batch": [_rounded(x) for x, _ in pairs],
         "accumulated": [_rounded(y) for _, y in pairs],

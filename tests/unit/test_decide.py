@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from equivcheck.case import Case
@@ -68,6 +70,21 @@ def test_dropout_is_switched_off_and_said_so(decide):
     assert case["notes"] == ["dropout was switched off in every run"]
 
 
+@pytest.mark.parametrize(
+    ("begin", "where"),
+    [("def batches():\n", "before its first run"), ("loader, accumulation_steps):\n", "reference")],
+)
+def test_time_that_runs_out_is_told_with_what_ran(tmp_path, begin, where):
+    """Batches are read before the first role begins."""
+    path = tmp_path / "subject.py"
+    assert begin in SUBJECT
+    path.write_text(SUBJECT.replace(begin, f"{begin}    while True: pass\n"), encoding="utf-8")
+    case = run_case(load_subject(str(path)), Case(str(path), 2), timeout=0.5)
+
+    assert case["verdict"] == "error"
+    assert case["error"]["where"].endswith(where)
+
+
 def test_batches_that_cannot_be_cut_are_an_error_of_the_call(decide):
     with pytest.raises(UsageError, match="accumulation_steps=9"):
         decide(accumulation_steps=9)
@@ -89,6 +106,33 @@ def test_an_accumulated_gradient_that_is_inf_is_invalid(decide):
 
     assert case["verdict"] == "invalid"
     assert case["headline"].startswith("not-finite: gradients of optimizer_step 0 are inf or nan")
+
+
+def test_a_batch_that_holds_nan_is_named(decide):
+    """The gradients of the full batch are then nan by no fault of the loop."""
+    drawn = "torch.randn(rows, 4, generator=generator)"
+    case = decide((drawn, f"{drawn}.log()"))
+
+    assert case["verdict"] == "invalid"
+    assert re.fullmatch(r"batch 0 of batches\(\) holds 1\d inf or nan in 0", case["because"])
+    assert "torch.nan_to_num" in case["fix"]
+
+
+RESUMED = """    import pathlib
+    kept = pathlib.Path(__file__).with_suffix(".pt")
+    if kept.exists():
+        return
+    kept.write_text("all of it")
+    optimizer ="""
+
+
+def test_a_loop_that_finds_its_own_checkpoint_is_told_from_a_random_one(decide):
+    case = decide(("    optimizer =", RESUMED))
+
+    assert (case["verdict"], case["causes"]) == ("inconclusive", [])
+    assert case["headline"] == (
+        "other-steps: the full_batch run again made 0 optimizer steps, not 2"
+    )
 
 
 STEPPED = f"{STEP}            optimizer.zero_grad()\n"
@@ -242,7 +286,7 @@ class Kept:
     """An object whose runs differ in one thing, the full batch's aside.
 
     Args:
-        what: loss, rate or log.
+        what: loss, rate, idle (the rate of a group that has no gradients) or log.
     """
 
     def __init__(self, what):
@@ -266,6 +310,8 @@ class Kept:
         factor = 1.0 + self.runs / 8
         rate = 0.1 * (factor if self.what == "rate" else 1.0)
         optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+        if self.what == "idle":
+            optimizer.add_param_group({"params": [torch.zeros(1)], "lr": 0.1 * factor})
         logged = []
         total = 0.0
         for index, x in enumerate(loader):
@@ -285,6 +331,7 @@ class Kept:
     [
         ("loss", "gradients of optimizer_step 0"),
         ("rate", "of optimizer_step 0"),
+        ("idle", "learning rates of optimizer_step 0"),
         ("log", "logged losses"),
     ],
 )

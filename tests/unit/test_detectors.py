@@ -23,6 +23,14 @@ class Norm(nn.Module):
     def forward(self, x):
         return (x - x.mean(0)) / (x.var(0, unbiased=False) + 1).sqrt()
 
+class Sparse(nn.Module):
+    def forward(self, x):
+        return x.to_sparse()
+
+class Dense(nn.Module):
+    def forward(self, x):
+        return x.to_dense()
+
 def build():
     return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
 
@@ -94,6 +102,17 @@ TOLD = {
         ),
     ),
     "rows coupled by hand, under a mean": ("EQ201 proved", NO_LOG, COUPLED),
+    "rows coupled by hand, behind a sparse tensor": (
+        "EQ201 proved",
+        NO_LOG,
+        ("nn.Tanh()", "Sparse(), Dense(), Norm()"),
+    ),
+    "rows coupled by hand, micro-batches alone refused": (
+        "EQ201 proved",
+        NO_LOG,
+        only("accumulation_steps > 1 or len(loader) <= 2"),
+        COUPLED,
+    ),
     "rows coupled by hand, under a sum": (
         "EQ201 proved",
         NO_LOG,
