@@ -243,6 +243,17 @@ def test_micro_batches_that_cannot_be_run_alone_have_the_weights_of_what_their_b
     assert scale == pytest.approx([case["accumulation_steps"]] * len(scale))
 
 
+def test_without_weights_of_any_kind_a_difference_is_not_explained(decide):
+    """Micro-batches are refused alone, and of one of them there is no backward in the accumulated run either."""
+    alone = "    assert accumulation_steps > 1 or len(loader) <= len(ROWS)\n    optimizer ="
+    taken = f"if accumulation_steps == 1 or index % 2:\n            {BACKWARD}"
+    case = decide((BACKWARD, taken), ("    optimizer =", alone))
+
+    assert told(case) == "divergent EQ000 suspected"
+    assert case["attribution"] is None
+    assert case["notes"] == ["no attribution: train-raised: AssertionError"]
+
+
 ASSERTED = f"{LOSS}\n        assert loss.dtype == torch.float32"
 
 
