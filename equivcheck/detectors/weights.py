@@ -450,18 +450,14 @@ def _denominator(view: View) -> list[Suspicion]:
     """EQ104: every weight too small or too large by one ratio: of whole numbers p/q, or of what is counted."""
     factors: dict[int, list[float]] = {}
     rules: list[tuple[Attribution, float]] = []
-    for each in view.attributions:
+    for each in view.divergent:
         size = float(each.reference @ each.reference)
         scale = float(each.candidate @ each.reference) / size if size else 0.0
-        if each not in view.divergent:
-            continue
         rest = float((each.candidate - scale * each.reference).norm())
         if not scale > 0 or rest > view.tolerance(each) * float(each.candidate.norm()):
             return []
         rules.append((each, scale))
         factors[each.matched] = [1.0 / scale] * each.pieces.shape[0]
-    if not rules:
-        return []
     first, scale = rules[0]
     fraction = ratio(scale, max(view.tolerance(first), 1e-12))
     evidence: dict[str, object] = {}
