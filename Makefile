@@ -107,7 +107,8 @@ COVER := $(BIN)/python -m pytest -q -n 2 --dist worksteal --cov --cov-append --c
 coverage: $(STAMP)
 	$(BIN)/python -m coverage erase
 	$(COVER) tests/unit tests/cli tests/detection tests/ranks
-	$(COVER) tests/ranks/test_matrix.py -m "slow or not slow" -k "R2-K2-even or R2-K4-uneven"
+	$(COVER) tests/ranks/test_engine.py tests/ranks/test_matrix.py -m "slow or not slow" \
+		-k "test_engine or R2-K2-even or R2-K4-uneven"
 	$(COVER) tests/scripts -m "slow or not slow"
 	@set -f; $(BIN)/python -m coverage report -m --include='$(call modules,$(LAYERS_0_1))' --fail-under=100
 	@set -f; $(BIN)/python -m coverage report -m --include='$(call modules,$(LAYER_3))' --fail-under=100

@@ -143,6 +143,11 @@ TOLD = {
         "EQ701 proved",
         (LOG, "logged.append(mean + 0.01 * len(logged) * (accumulation_steps - 1))"),
     ),
+    "a log of the last, micro-batches alone refused": (
+        "EQ701 proved",
+        ALONE_REFUSED,
+        (LOG, "logged.append(seen[-1])"),
+    ),
     "a log times a constant": (
         "EQ701 proved",
         (LOG, "logged.append(mean * (1.7 if accumulation_steps > 1 else 1.0))"),
@@ -271,6 +276,15 @@ TOLD = {
                 "        for copy, p in zip(copies, model.parameters()):\n"
                 f"            copy.lerp_(p.detach(), 0.1)\n        {LOSS}"
             ),
+        ),
+    ),
+    "a step that is left out, beside a tail": (
+        "EQ311 proved EQ105 proved",
+        NO_LOG,
+        ("[8, 8]", "[8, 8, 4]"),
+        (
+            EVERY[0],
+            "if (index + 1) % accumulation_steps == 0 and (accumulation_steps == 1 or index > 2):",
         ),
     ),
     "another cycle length, and a tail that leaks": (
