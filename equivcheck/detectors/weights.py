@@ -92,6 +92,11 @@ def _summed_over_ranks(view: View) -> bool:
     )
 
 
+def _summed(attribution: Attribution, right: Sequence[float]) -> list[float]:
+    """Every rank's micro-batches are undivided, and the ranks are summed: what is one mean over ranks stays a sum."""
+    return [attribution.ranks * x for x in right]
+
+
 def _one_each(attribution: Attribution, right: Sequence[float]) -> list[float]:
     return [1.0 / attribution.ranks] * len(right)
 
@@ -188,8 +193,12 @@ def _in_all(view: View) -> list[Suspicion]:
         ]
         found += hypotheses(view, "EQ105", tail, rank=10)
     found += hypotheses(view, "EQ101", ones, rank=12, power=1)
+    if view.experiment.case.shares > 1:
+        each_whole: Predict = lambda _, v: [1.0] * len(v)  # noqa: E731 - as those beside it
+        found += hypotheses(view, "EQ101", [each_whole], rank=12, meant=_summed)
     sums: list[Predict] = [all_alike]
-    if _all_ones(view):
+    # What is done to a loss is done to the gradients of all parameters.
+    if view.names is None and _all_ones(view):
         found += hypotheses(view, "EQ108", sums, rank=11)
     elif view.experiment.case.shares > 1:
         # Between ranks is another cause, EQ501: what is put right here is within each of them.
