@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from equivcheck.errors import StepError, TargetError
@@ -182,9 +183,9 @@ def _is_ours(filename: str) -> bool:
 
 def _users_line() -> tuple[str, int] | None:
     """Return file and line of the innermost frame that is the user's."""
-    frame = sys._getframe(1)  # noqa: SLF001 - what traceback and warnings use themselves
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - what traceback and warnings use themselves
     while frame is not None:
         if not is_library(frame.f_code.co_filename):
             return frame.f_code.co_filename, frame.f_lineno
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return None
