@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from equivcheck import view as looks
 from equivcheck.attribution import solve
-from equivcheck.detectors import ranks, schedule, taken, weights
+from equivcheck.detectors import addends, coupling, ranks, schedule, taken, weights
 from equivcheck.differences import Sums
 from equivcheck.errors import UsageError
 from equivcheck.fit import Attribution
@@ -331,6 +333,164 @@ def test_micro_steps_that_count_nothing_are_left_as_they_are():
     assert weights._steps_alike(fitted(0), [0.1, 0.2, 0.3, 0.4]) == pytest.approx(
         [0.125, 1 / 6, 0.375, 1 / 3]
     )
+
+
+# ---- rows that interact across ranks ------------------------------------------------------------
+
+
+class Together:
+    """Micro-steps that two ranks compute together: two in a cycle, of which rank 0's micro-batches are counted first.
+
+    Args:
+        counts: Of every micro-batch, by label.
+    """
+
+    def __init__(self, counts=(), *, together=True):
+        self.experiment = SimpleNamespace(together=together)
+        self._counts = dict(counts)
+
+    def counts(self):
+        return self._counts
+
+    def fits(self, *_):
+        return False
+
+
+def pair(weights_):
+    """Return the fit of a gradient that two micro-steps make with these weights."""
+    pieces = PIECES[:2]
+    made = sum(w * piece for w, piece in zip(weights_, pieces, strict=True))
+    fit = solve(pieces, made)
+    return Attribution(0, 0, pieces, made, made, fit, fit, [("w", 16)])
+
+
+def test_micro_steps_of_all_ranks_are_counted_together():
+    """What holds nothing gives no weights, nor do counts of more micro-batches than there are pieces."""
+    counts = {"tokens": [[1, 2, 3, 4]], "none": [[0, 0, 0, 0]]}
+    both = coupling._shares(Together(counts), pair([0.5, 0.5]))
+    alone = coupling._shares(Together(counts, together=False), pair([0.5, 0.5]))
+
+    assert both == [[0.5, 0.5], [0.4, 0.6]]
+    assert alone == [[0.5, 0.5]]
+
+
+@pytest.mark.parametrize(
+    ("together", "used", "fits"),
+    [(True, [0.5, 0.5 + 1e-12], True), (True, [0.5, 0.501], False), (False, [0.5, 0.5], False)],
+)
+def test_what_ranks_compute_together_has_a_rounding_of_its_own(together, used, fits):
+    """No control of one process measured it; a fault is beyond it by far."""
+    assert coupling._fits(Together(together=together), pair(used), [0.5, 0.5]) is fits
+
+
+class Runs:
+    """An experiment whose pieces are known alone, of all ranks together, or not at all."""
+
+    def __init__(self, alone, together):
+        self.case = SimpleNamespace(accumulation_steps=2, shares=2)
+        self.together = False
+        self.remembered = {}
+        self._found = {False: alone, True: together}
+
+    def attributions(self, _):
+        found = self._found[self.together]
+        if found is None:
+            raise UsageError("this run cannot be made")
+        return found
+
+
+def beyond():
+    """Return a fit of what is in no span: neither gradient is made of the pieces."""
+    found = pair([0.5, 0.5])
+    other = PIECES[3]
+    fit = solve(found.pieces, other)
+    return Attribution(0, 0, found.pieces, other, other, fit, fit, found.names)
+
+
+@pytest.mark.parametrize(
+    ("alone", "together", "taken_"),
+    [
+        (None, [pair([0.5, 0.5])], "together"),
+        ([beyond()], [pair([0.5, 0.5])], "together"),
+        ([beyond()], [beyond()], "alone"),
+        ([beyond()], None, "alone"),
+    ],
+    ids=["alone refused", "together spans", "neither spans", "together refused"],
+)
+def test_pieces_of_all_ranks_are_taken_where_they_make_the_gradient(
+    monkeypatch, alone, together, taken_
+):
+    monkeypatch.setattr(looks, "attributions_in_company", refuse)
+    experiment = Runs(alone, together)
+    monkeypatch.setattr(looks.View, "tolerance", lambda *_: 1e-9)
+
+    assert looks.View(experiment).attributions is {"alone": alone, "together": together}[taken_]
+    assert experiment.together is (taken_ == "together")
+
+
+def test_counts_of_nothing_and_of_other_micro_batches_give_no_weights():
+    experiment = Runs(None, None)
+    counts = {"tokens": [[1, 3]], "none": [[0, 0]], "other": [[1, 2, 3]]}
+    experiment.remembered["counts", None] = counts
+
+    assert looks.View(experiment).shares(pair([0.5, 0.5])) == [[0.25, 0.75], [0.5, 0.5], [1.0, 1.0]]
+
+
+# ---- addends on ranks ---------------------------------------------------------------------------
+
+MAIN, SIDE = (0, (0,)), (0, (1,))
+
+
+def placed(*by_micro_step):
+    """Return gradients of addends by cycle and micro-step."""
+    return {
+        (0, k): {component: {"w": tensor} for component, tensor in each.items()}
+        for k, each in enumerate(by_micro_step)
+    }
+
+
+def reduced(accumulated, gradient):
+    alone = placed({MAIN: PIECES[0], SIDE: PIECES[2]}, {MAIN: PIECES[1], SIDE: PIECES[3]})
+    parts = addends.Parts(alone, accumulated, {})
+    attribution = pair([0.5, 0.5])
+    attribution.candidate = gradient
+    view = SimpleNamespace(
+        attributions=[attribution], cycle_of=lambda matched: matched, tolerance=lambda _: 1e-9
+    )
+    return addends._reduced(view, parts)
+
+
+def test_addends_are_taken_as_the_reduction_leaves_them():
+    """The mean of two ranks, here, halves each."""
+    whole = placed({MAIN: PIECES[0], SIDE: PIECES[2]}, {MAIN: PIECES[1], SIDE: PIECES[3]})
+    expected = PIECES[3] / 2
+    found = reduced(copy.deepcopy(whole), PIECES.sum(0) / 2)
+
+    torch.testing.assert_close(found.accumulated[0, 1][SIDE]["w"], expected)
+
+
+@pytest.mark.parametrize(
+    ("missing", "gradient"),
+    [(True, PIECES.sum(0) / 2), (False, PIECES[0]), (False, 0 * PIECES[0])],
+    ids=["an addend is lacking", "no factor makes the gradient", "no gradient"],
+)
+def test_addends_that_do_not_make_the_gradient_tell_nothing(missing, gradient):
+    second = {MAIN: PIECES[1]} if missing else {MAIN: PIECES[1], SIDE: PIECES[3]}
+
+    assert reduced(placed({MAIN: PIECES[0], SIDE: PIECES[2]}, second), gradient) is None
+
+
+def test_an_addend_that_the_full_batch_lacks_is_not_called_coupled():
+    both = placed({MAIN: PIECES[0]}, {MAIN: PIECES[1]})
+    view = SimpleNamespace(
+        attributions=[pair([0.5, 0.5])],
+        chosen=(),
+        cycle_of=lambda matched: matched,
+        tolerance=lambda _: 1e-9,
+        experiment=SimpleNamespace(remembered={("addends", ()): addends.Parts(both, both, {})}),
+    )
+
+    assert not addends.coupled_addends(view, lambda *_: [[0.5, 0.5]])
 
 
 # ---- schedules ----------------------------------------------------------------------------------

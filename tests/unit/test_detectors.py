@@ -101,6 +101,19 @@ TOLD = {
             ),
         ),
     ),
+    "such an addend beside labels that are all zero": (
+        "EQ000 suspected",
+        NO_LOG,
+        ("torch.arange(rows) % 2", "torch.zeros(rows, dtype=torch.long)"),
+        times("1.0"),
+        (
+            LOSS,
+            (
+                "penalty = model[0].weight.square().sum() * (0.37 if accumulation_steps > 1 else 1.0)\n"
+                f"        {LOSS} + penalty * accumulation_steps"
+            ),
+        ),
+    ),
     "a graph that cannot be walked twice": (
         "EQ101 proved",
         NO_LOG,
