@@ -215,7 +215,7 @@ def _decide(
         if _raises_late(error) and _before(experiment, entry, expect, progress, error):
             return
         # The code may raise only because it is promoted: then the native runs decide.
-        if not experiment.is_promoted or not _runs_natively(experiment):
+        if not _runs_natively(experiment):
             raise
         experiment.notes.append(f"in float64 the code raises: {error.message}")
         _natively(experiment, entry, expect, progress, "the code raises in float64 only")
@@ -240,13 +240,11 @@ def _decide(
         _keyed(experiment, entry, expect, progress)
         return
     judgement = experiment.judgement()
-    precision: Precision | None = None
-    if experiment.is_promoted:
-        try:
-            precision = judge_precision(experiment)
-        except StepError as error:
-            entry["notes"].append(f"as written the code raises: {error.message}")
-            raise
+    try:
+        precision = judge_precision(experiment)
+    except StepError as error:
+        entry["notes"].append(f"as written the code raises: {error.message}")
+        raise
     if differs_from_itself(experiment, entry, judgement):
         return
     drawn = draws(experiment, judgement)
@@ -258,7 +256,7 @@ def _decide(
             stochastic(experiment, entry, judgement, drawn)
             _keyed(experiment, entry, expect, progress)
             return
-    if precision is not None and _promotion_changed(experiment, judgement, precision):
+    if _promotion_changed(experiment, judgement, precision):
         _natively(experiment, entry, expect, progress, "float64 and the native runs disagree")
         return
     if judgement.same and not judgement.power < BLIND:
@@ -351,7 +349,7 @@ def _keyed(
         or {each["code"] for each in entry["causes"]} != {"EQ602"}
     ):
         return
-    other = experiment.again(progress, promoted=experiment.is_promoted)
+    other = experiment.again(progress, promoted=True)
     other.case = replace(other.case, rng="per-sample")
     found = {**entry, "notes": list(entry["notes"]), "warnings": [], "causes": []}
     try:
@@ -380,7 +378,7 @@ def _before(
     done = error.optimizer_step
     if not done or done == experiment.case.optimizer_steps:
         return False
-    shorter = experiment.again(progress, promoted=experiment.is_promoted, optimizer_steps=done)
+    shorter = experiment.again(progress, promoted=True, optimizer_steps=done)
     found = {**entry, "notes": list(entry["notes"]), "warnings": []}
     try:
         _decide(shorter, found, expect, progress)
@@ -481,6 +479,7 @@ def _natively(
                 entry["notes"].remove(note)
                 del entry["judged"]
             return
+        native.control()
         candidate = native.candidate()
         if not all(step.finite for step in candidate.steps):
             bad = next(step for step in candidate.steps if not step.finite)

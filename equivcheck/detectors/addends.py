@@ -123,9 +123,6 @@ def addend_parts(view: View) -> Parts | None:
 
 
 def _parts(view: View) -> Parts | None:
-    attributions = view.attributions
-    if not attributions:
-        return None
     try:
         if _one_each(view):
             return None

@@ -243,6 +243,17 @@ def test_micro_batches_that_cannot_be_run_alone_have_the_weights_of_what_their_b
     assert scale == pytest.approx([case["accumulation_steps"]] * len(scale))
 
 
+def test_without_weights_of_any_kind_a_difference_is_not_explained(decide):
+    """Micro-batches are refused alone, and of one of them there is no backward in the accumulated run either."""
+    alone = "    assert accumulation_steps > 1 or len(loader) <= len(ROWS)\n    optimizer ="
+    taken = f"if accumulation_steps == 1 or index % 2:\n            {BACKWARD}"
+    case = decide((BACKWARD, taken), ("    optimizer =", alone))
+
+    assert told(case) == "divergent EQ000 suspected"
+    assert case["attribution"] is None
+    assert case["notes"] == ["no attribution: train-raised: AssertionError"]
+
+
 ASSERTED = f"{LOSS}\n        assert loss.dtype == torch.float32"
 
 
@@ -279,6 +290,26 @@ def test_noise_as_large_as_a_fault_decides_nothing(decide):
     )
 
     assert (case["judged"], told(case)) == ("native", "inconclusive")
+    assert case["headline"].startswith("too-coarse")
+
+
+def test_an_operator_without_float64_leaves_long_sums_too_coarse(decide):
+    """What float32 computes decides nothing behind sums of so many terms."""
+    grouped = (
+        "ends = torch.tensor([len(x)], dtype=torch.int32)\n"
+        "        mixed = torch._grouped_mm(x.bfloat16(), MIXED.bfloat16(), offs=ends).to(x.dtype)\n"
+        "        loss = F.cross_entropy(model(x + 0.1 * mixed), y[:, 0])"
+    )
+    case = decide(
+        ("randn(rows, 4,", "randn(rows, 8,"),
+        ("nn.Linear(4, 6)", "nn.Linear(8, 6)"),
+        ("torch.arange(rows) % 2)", "(torch.arange(rows) % 2)[:, None].repeat(1, 30_000))"),
+        ("ROWS =", "MIXED = torch.eye(8)[None]\nROWS ="),
+        (LOSS, grouped),
+    )
+
+    assert told(case) == "inconclusive"
+    assert case["lowered"] == {"aten._grouped_mm.default": "float32"}
     assert case["headline"].startswith("too-coarse")
 
 
@@ -324,6 +355,23 @@ class Kept:
                 logged.append(total * (factor if self.what == "log" else 1.0))
                 total = 0.0
         return logged
+
+
+class Asserted(Kept):
+    """Such an object, which asserts the precision that it is written in."""
+
+    def train(self, model, loader, accumulation_steps):
+        import torch
+
+        assert next(model.parameters()).dtype == torch.float32
+        return super().train(model, loader, accumulation_steps)
+
+
+def test_an_object_that_differs_from_itself_decides_nothing_as_written_either():
+    case = run_case(load_subject(Asserted("log")), Case("Asserted", 2))
+
+    assert (case["judged"], case["verdict"]) == ("native", "inconclusive")
+    assert case["headline"].endswith("differs from itself, logged losses")
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ class Seen:
     """
 
     def __init__(self, factor, elsewhere=None, *, rows=24, chosen=(), other_steps=True):
-        self.steps, self.chosen = K, chosen
+        self.steps, self.chosen, self.names = K, chosen, None
         total = predict(PIECES, RIGHT)
         self.divergent = [SimpleNamespace(pieces=PIECES, candidate=factor * total, matched=0)]
         self.asked = []
@@ -100,5 +100,6 @@ def test_a_factor_that_neither_gives_is_none():
     assert view.asked == []
 
 
-def test_what_equal_parts_are_of_is_open_where_another_k_is_refused():
-    assert topology.equal_parts_of(Seen(2.0)) is None
+@pytest.mark.parametrize("rows", [24, 4], ids=["refused", "too few rows"])
+def test_what_equal_parts_are_of_is_open_without_another_k(rows):
+    assert topology.equal_parts_of(Seen(2.0, rows=rows)) is None
