@@ -28,7 +28,7 @@ from equivcheck.traffic import reductions
 from equivcheck.verdict import Finding, overall
 from equivcheck.view import Part, Suspicion, View, some_differing
 
-Gradients = dict[str, "torch.Tensor | None"]
+Gradients = Mapping[str, "torch.Tensor | None"]
 _NUMBERS = ("spread_between_ranks", "weights_of_each_rank")
 
 
