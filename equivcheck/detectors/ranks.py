@@ -27,7 +27,7 @@ from equivcheck.traffic import reductions
 from equivcheck.verdict import Finding, overall
 from equivcheck.view import Part, Suspicion, View, some_differing
 
-Gradients = dict[str, "torch.Tensor | None"]
+Gradients = Mapping[str, "torch.Tensor | None"]
 
 
 def suspect(view: View) -> list[Suspicion]:
