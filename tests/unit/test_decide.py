@@ -218,6 +218,20 @@ def test_rows_that_change_with_their_place_decide_nothing(decide, loss, headline
     assert case["headline"].startswith(headline)
 
 
+def test_random_draws_that_cannot_be_keyed_leave_the_case_as_it_is(decide):
+    """This loop compares them with those of a generator of its own, and so refuses all others."""
+    looks = (
+        "own = torch.Generator()\n        own.set_state(torch.get_rng_state())\n"
+        "        noise = torch.rand(len(y))\n"
+        "        assert torch.equal(noise, torch.rand(len(y), generator=own))\n"
+        "        loss = (F.cross_entropy(model(x), y, reduction='none') * noise).mean()"
+    )
+    case = decide((LOSS, looks))
+
+    assert told(case) == "inconclusive EQ602 proved"
+    assert not any("the same for each sample" in note for note in case["notes"])
+
+
 def test_a_loop_that_insists_on_its_seed_is_decided_all_the_same(decide):
     insists = "    assert torch.initial_seed() == 1\n    optimizer ="
     case = decide(UNDIVIDED, ("    optimizer =", insists))
