@@ -238,6 +238,10 @@ class Experiment(ABC):
         """Return the run of one full batch, from the state that its step starts from: without what the loop keeps."""
         raise _cannot(f"with full batch {index} alone")
 
+    def begun_with_each(self) -> list[list[Step]]:
+        """Return the first steps of the first cycle's micro-batches, each in a run of its own that begins with it."""
+        raise _cannot("that begins with each micro-batch")
+
     # ---- what the kinds answer in their own way ------------------------------------------------
 
     def again(

@@ -483,6 +483,21 @@ class SubjectExperiment(Experiment):
 
         return self._once(("full_batch_alone", index), make)
 
+    def begun_with_each(self) -> list[list[Step]]:
+        """Return the first steps of the first cycle's micro-batches, each in a run of its own that begins with it."""
+        if "dataset" in self.wants:
+            return super().begun_with_each()
+
+        def make() -> list[list[Step]]:
+            data, found = self.data_for((), promoted=True), []
+            for micro in self._alone(data)[: self.case.accumulation_steps]:
+                run = Run("pieces", data, [micro], 1, self.cuts.largest, optimizer_steps=1)
+                observer = Pieces(self.reference(), self.cycles())
+                found.append(self._execute(run, observer).steps)
+            return found
+
+        return self._once("begun with each", make)
+
     def pieces_recording(self, interventions: Interventions = ()) -> Recording:
         """Return the run that took the pieces."""
         interventions = tuple(each for each in interventions if each.both)

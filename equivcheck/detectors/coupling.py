@@ -7,9 +7,12 @@ from collections.abc import Sequence
 
 from equivcheck.attribution import predict
 from equivcheck.detectors.addends import coupled_addends, spanned
+from equivcheck.detectors.carried import begun_with, depends_on_others
+from equivcheck.detectors.clipped import clipped_nowhere
 from equivcheck.errors import EquivcheckError
 from equivcheck.fit import BEYOND_ROUNDING, Attribution
 from equivcheck.freeze import Fingerprint, Freeze, Statistics
+from equivcheck.interventions import Shrink
 from equivcheck.noise import SAFETY
 from equivcheck.recording import Backward
 from equivcheck.view import Suspicion, View, within
@@ -58,7 +61,7 @@ def _as_predicted(view: View) -> bool:
 
 def _coupled(view: View, freeze: Freeze, step: int) -> list[Suspicion]:
     place, first, moved = _first_coupled(view)
-    if place is None and (moved or _added_to(view)):
+    if place is None and (moved or _added_to(view) or _clipped(view) or _carried(view)):
         return []
     evidence: dict[str, object] = {"residual": max(a.v.residual or 0.0 for a in view.attributions)}
     if place is not None:
@@ -90,6 +93,24 @@ def _coupled(view: View, freeze: Freeze, step: int) -> list[Suspicion]:
 def _added_to(view: View) -> bool:
     """Return whether the loop adds something of its own to gradients inside a cycle: no sum of pieces holds it."""
     return any(event.detail["rest"] > EXACT for event, _ in view.inside("edited"))
+
+
+def _clipped(view: View) -> bool:
+    """Return whether gradients too small to be clipped are sums over the micro-batches: then no rows interact."""
+    if clipped_nowhere(view):
+        return False
+    small = View(view.experiment, (*view.chosen, Shrink()))
+    return all(small.spans(each, reference=True) for each in small.attributions)
+
+
+def _carried(view: View) -> bool:
+    """Return whether micro-batches depend on those before them: the loop's own variables couple them, no loss does."""
+    first = next((each for each in view.attributions if each.matched == 0), None)
+    try:
+        pieces = None if first is None else begun_with(view, first)
+    except EquivcheckError:
+        return False
+    return first is not None and pieces is not None and depends_on_others(first, pieces)
 
 
 def _freezable(view: View, freeze: Freeze) -> bool:
