@@ -1,8 +1,8 @@
 """Find the copies of the weights that a loop keeps beside its model.
 
-An average, a teacher, a master copy live in the loop's own variables, so they are looked for there:
-modules, and dictionaries or lists of tensors, in the locals of the user's running frames and in
-their objects. A find counts as shadow weights only if its tensors have the shapes of parameters and
+An average, a teacher, a master copy live in the loop's own variables, so they are looked for there: modules, and
+dictionaries or lists of tensors or arrays, in the locals of the user's running frames and in their objects, a model
+that they are hung on included. A find counts as shadow weights only if its tensors have the shapes of parameters and
 point in their direction; a buffer of gradients does not. Those that live inside the model are parameters that no
 optimizer holds, have no gradient, and move all the same.
 """
@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -29,6 +30,8 @@ LIKE_WEIGHTS = 0.7
 DEPTH = 3
 # Coordinates of each parameter that tell whether it moved: a large frozen model is not copied to find out.
 PROBE = 32
+# What torch itself keeps in the attributes of a module.
+_REGISTERED = frozenset(vars(nn.Module()))
 
 
 def shadow_weights(recorder: Recorder, *, ended: bool = False) -> dict[str, torch.Tensor]:
@@ -105,26 +108,28 @@ def _reach(name: str, value: Any, owner: Any, depth: int) -> Iterator[tuple[str,
     """Yield a value and what its attributes hold, each with the object that it is an attribute of."""
     yield name, value, owner
     if depth == 0 or isinstance(
-        value, (nn.Module, torch.Tensor, Mapping, list, tuple, str, int, float, type(None))
+        value, (torch.Tensor, Mapping, list, tuple, str, int, float, type(None))
     ):
         return
     module = getattr(type(value), "__module__", "")
-    if module.split(".")[0] in {"torch", "builtins", "numpy", "collections"}:
+    is_module = isinstance(value, nn.Module)
+    if not is_module and module.split(".")[0] in {"torch", "builtins", "numpy", "collections"}:
         return
     for key, inner in list(getattr(value, "__dict__", {}).items()):
-        yield from _reach(f"{name}.{key}", inner, value, depth - 1)
+        # What is registered with a module is its own, and seen as such.
+        if not (is_module and key in _REGISTERED):
+            yield from _reach(f"{name}.{key}", inner, value, depth - 1)
 
 
 def _is_holder(value: Any, recorder: Recorder) -> bool:
     if isinstance(value, nn.Module):
         own = {id(p) for p in value.parameters()}
         return bool(own) and not own & set(recorder.names)
-    if isinstance(value, Mapping):
+    if isinstance(value, (Mapping, list, tuple)):
+        held = value.values() if isinstance(value, Mapping) else value
         return 0 < len(value) < 10_000 and all(
-            isinstance(each, torch.Tensor) for each in value.values()
+            isinstance(each, (torch.Tensor, np.ndarray)) for each in held
         )
-    if isinstance(value, (list, tuple)):
-        return 0 < len(value) < 10_000 and all(isinstance(each, torch.Tensor) for each in value)
     return False
 
 
@@ -136,16 +141,28 @@ def _tensors(value: Any, recorder: Recorder) -> Iterator[tuple[str, torch.Tensor
         pairs = value.items()
     else:
         pairs = enumerate(value)
-    for key, tensor in pairs:
+    names = set(recorder.names.values())
+    for key, each in pairs:
+        tensor = as_tensor(each)
         if (
-            isinstance(tensor, torch.Tensor)
+            tensor is not None
             and tensor.is_floating_point()
             and id(tensor) not in recorder.names
-            # A module's parameters are copies even where a loop moves them without `no_grad`; what a list holds may be
-            # outputs.
-            and (is_module or tensor.grad_fn is None)
+            # A module's parameters are copies even where a loop moves them without `no_grad`, and so is what has their
+            # names; what a list holds may be outputs.
+            and (is_module or tensor.grad_fn is None or key in names)
         ):
             yield str(key), tensor
+
+
+def as_tensor(value: Any) -> torch.Tensor | None:
+    """Return a tensor as it is, or one that shares the memory of an array; None for anything else.
+
+    No array is promoted: one of float32 rounds as no run in float64 does, and is left aside.
+    """
+    if isinstance(value, np.ndarray) and value.dtype == np.float64 and value.flags.writeable:
+        return torch.from_numpy(value)
+    return value if isinstance(value, torch.Tensor) else None
 
 
 def _like_weights(tensors: dict[str, torch.Tensor], recorder: Recorder) -> bool:

@@ -48,6 +48,22 @@ class Parts:
             return None
         return torch.stack([_flat(each, attribution) for each in found if each is not None])
 
+    def absent(self, attribution: Attribution, cycle: int, component: Component) -> list[int]:
+        """Return the micro-steps whose backward, in the accumulated run, has not the addend."""
+        steps = range(attribution.pieces.shape[0])
+        return [k for k in steps if component not in self.accumulated.get((cycle, k), {})]
+
+    def accumulated_total(
+        self, attribution: Attribution, cycle: int, component: Component
+    ) -> torch.Tensor:
+        """Return [n] the sum of an addend's gradients in the accumulated run, of the micro-steps that have it."""
+        found = torch.zeros_like(attribution.candidate)
+        for k in range(attribution.pieces.shape[0]):
+            gradient = self.accumulated.get((cycle, k), {}).get(component)
+            if gradient is not None:
+                found += _flat(gradient, attribution)
+        return found
+
     def target(
         self, attribution: Attribution, cycle: int, component: Component
     ) -> torch.Tensor | None:

@@ -10,19 +10,19 @@ import torch
 
 from equivcheck.attribution import predict, solve
 from equivcheck.fit import BEYOND_ROUNDING, Attribution, flat
-from equivcheck.view import Suspicion, View
+from equivcheck.view import Suspicion, View, within
 
 
 def suspect(view: View) -> list[Suspicion]:
     """Return the suspicion, proved, where micro-batches as the first of all make the full batch, and others do not."""
     first = next((each for each in view.divergent if each.matched == 0), None)
-    if first is None or view.chosen or view.spans(first, reference=True):
+    if first is None or view.chosen:
         return []
     pieces = begun_with(view, first)
     if pieces is None or not depends_on_others(first, pieces):
         return []
     right = solve(pieces, first.reference)
-    if right.residual is None or right.residual > BEYOND_ROUNDING:
+    if not within(right):
         return []
     # With the weights that make the full batch of them, and in the accumulated run the micro-batches as they are there.
     made = predict(first.pieces, right.solution)

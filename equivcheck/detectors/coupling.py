@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from equivcheck.attribution import predict
+from equivcheck.attribution import predict, solve
 from equivcheck.detectors.addends import coupled_addends, spanned
 from equivcheck.detectors.carried import begun_with, depends_on_others
 from equivcheck.detectors.clipped import clipped_nowhere
@@ -61,7 +61,10 @@ def _as_predicted(view: View) -> bool:
 
 def _coupled(view: View, freeze: Freeze, step: int) -> list[Suspicion]:
     place, first, moved = _first_coupled(view)
-    if place is None and (moved or _added_to(view) or _clipped(view) or _carried(view)):
+    if place is None and (moved or _added_to(view) or _clipped(view)):
+        return []
+    carried, explained = _carried(view) if place is None else (False, False)
+    if explained:
         return []
     evidence: dict[str, object] = {"residual": max(a.v.residual or 0.0 for a in view.attributions)}
     if place is not None:
@@ -73,6 +76,10 @@ def _coupled(view: View, freeze: Freeze, step: int) -> list[Suspicion]:
         found[0].proved = all(
             _weighted_right(view, each) for each in view.attributions
         ) or coupled_addends(view, _shares)
+        if carried:
+            found[
+                0
+            ].proved = False  # Not rows alone: what micro-batches leave behind has a part in it.
         found[0].variants = []
         found[0].explains = frozenset({"gradients", "applied", "parameters", "state"})
         if place is not None:
@@ -103,14 +110,16 @@ def _clipped(view: View) -> bool:
     return all(small.spans(each, reference=True) for each in small.attributions)
 
 
-def _carried(view: View) -> bool:
-    """Return whether micro-batches depend on those before them: the loop's own variables couple them, no loss does."""
+def _carried(view: View) -> tuple[bool, bool]:
+    """Return whether micro-batches depend on those before them, and whether the loss then couples none of them."""
     first = next((each for each in view.attributions if each.matched == 0), None)
     try:
         pieces = None if first is None else begun_with(view, first)
     except EquivcheckError:
-        return False
-    return first is not None and pieces is not None and depends_on_others(first, pieces)
+        return False, False
+    if first is None or pieces is None or not depends_on_others(first, pieces):
+        return False, False
+    return True, within(solve(pieces, first.reference))
 
 
 def _freezable(view: View, freeze: Freeze) -> bool:
@@ -127,7 +136,7 @@ def _weighted_right(view: View, attribution: Attribution) -> bool:
     the two by far less than a factor of K.
     """
     if not view.spans(attribution, reference=False) and not (
-        view.experiment.together and within(attribution)
+        view.experiment.together and within(attribution.w)
     ):
         return False
     k = attribution.pieces.shape[0]

@@ -6,12 +6,13 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+import numpy as np
 import torch
 from torch.optim import Optimizer
 
 from equivcheck.interventions.base import Intervention
 from equivcheck.parts import is_distributed
-from equivcheck.shadow import shadow_weights, untrained
+from equivcheck.shadow import as_tensor, shadow_weights, untrained
 
 if TYPE_CHECKING:
     from equivcheck.recorder import Recorder
@@ -297,6 +298,12 @@ def _counts(entries: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in _numbers(entries).items() if "lr" not in key}
 
 
+def _copied(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    return value.copy() if isinstance(value, np.ndarray) else value
+
+
 class Rewind(Intervention):
     """Set state back to the cycle's start at each micro-batch: it then advances once per cycle.
 
@@ -341,12 +348,7 @@ class Rewind(Intervention):
                         buffer.detach().copy_(self._buffers[name])
                 for entries, values in self._entries:
                     # Fresh copies each time: the loop may change in place what is put back.
-                    entries.update(
-                        {
-                            k: v.clone() if isinstance(v, torch.Tensor) else v
-                            for k, v in values.items()
-                        }
-                    )
+                    entries.update({k: _copied(v) for k, v in values.items()})
             else:
                 self._save(recorder)
 
@@ -381,6 +383,6 @@ class Rewind(Intervention):
         if isinstance(holder, torch.nn.Module):
             return [each.detach() for each in (*holder.parameters(), *holder.buffers())]
         if isinstance(holder, dict):
-            self._entries.append((holder, {k: v.clone() for k, v in holder.items()}))
+            self._entries.append((holder, {k: _copied(v) for k, v in holder.items()}))
             return []
-        return [each for each in holder if isinstance(each, torch.Tensor)]
+        return [tensor for each in holder if (tensor := as_tensor(each)) is not None]
