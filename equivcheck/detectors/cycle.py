@@ -115,7 +115,7 @@ def _scales_by_hand(view: View) -> list[Suspicion]:
     cycle = min(factors)
     evidence = {"loss_scales": by_cycle[cycle]}
     # Before what a factor may be too: scales that double leave geometric weights.
-    return [Suspicion("EQ402", [(Reweight(factors),)], evidence, cycle, 25)]
+    return [Suspicion("EQ402", [(Reweight(factors),)], evidence, cycle, 24)]
 
 
 def _loss_scales(numbers: list[float]) -> bool:

@@ -58,16 +58,33 @@ class Hold(Intervention):
 
 
 class Fresh(Intervention):
-    """Start every cycle without gradients: what earlier cycles left is dropped."""
+    """Start every cycle without gradients: what earlier cycles left is dropped.
+
+    In runs that are not cut into cycles (full batches, micro-batches each with a step of its own), what follows a step.
+    """
 
     name = "fresh"
+
+    def __init__(self) -> None:
+        self._stepped = False
+
+    @contextmanager
+    def installed(self, _recorder: Recorder) -> Iterator[None]:
+        self._stepped = False
+        yield
+
+    def before_step(self, _recorder: Recorder, _optimizer: Optimizer) -> None:
+        self._stepped = True
 
     @contextmanager
     def around_backward(self, recorder: Recorder, _outputs: Sequence[Any]) -> Iterator[None]:
         place = recorder.place()
-        first = recorder.backwards == 1 or (
-            place is not None and recorder.schedule[recorder.backwards - 2].cycle != place.cycle
-        )
+        if place is None:
+            first = recorder.backwards == 1 or self._stepped
+        else:
+            before = recorder.schedule[recorder.backwards - 2] if recorder.backwards > 1 else None
+            first = before is None or before.cycle != place.cycle
+        self._stepped = False
         if first:
             for parameter in recorder.gradient_holders():
                 parameter.grad = None
