@@ -206,7 +206,7 @@ class Search:
         return _largest(own or judgement.findings)
 
     def _least(self, node: Node, specials: list[Suspicion]) -> tuple[Node, list[Suspicion]]:
-        """Return what is left of a node that puts all right when nothing more can be left out, with what else is needed.
+        """Return what is left of a node that puts all right when nothing more can be left out, and what else is needed.
 
         A part may have served to see another one only: old gradients that both runs hold hide what weights are wrong.
         """
