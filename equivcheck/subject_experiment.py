@@ -22,7 +22,7 @@ from equivcheck.counting import is_weight, masks
 from equivcheck.cuts import Cuts
 from equivcheck.errors import UsageError
 from equivcheck.execute import Run, execute, seed_all
-from equivcheck.experiment import Experiment, Interventions
+from equivcheck.experiment import Experiment, Interventions, without_tail
 from equivcheck.feed import Data, Key, read_batches
 from equivcheck.fit import Attribution, attribute, sampled
 from equivcheck.interventions import Copies
@@ -283,7 +283,7 @@ class SubjectExperiment(Experiment):
         reference = self.reference(interventions)
 
         def make() -> Recording:
-            schedule = self.schedule() if interventions else []
+            schedule = self.schedule_for(interventions)
             data = self.data_for(interventions, promoted=True)
             return self._accumulated(
                 "candidate", Comparer(reference), data, interventions, schedule
@@ -323,7 +323,7 @@ class SubjectExperiment(Experiment):
         def make() -> Recording:
             self._refuse_ranks()
             comparer = Comparer(self.reference(interventions), contributions=True)
-            schedule = self.schedule() if interventions else []
+            schedule = self.schedule_for(interventions)
             data = self.data_for(interventions, promoted=True)
             return self._accumulated("candidate", comparer, data, interventions, schedule)
 
@@ -395,7 +395,7 @@ class SubjectExperiment(Experiment):
 
         def make() -> Recording:
             comparer = Comparer(self.reference(interventions), contributions=True, left=True)
-            schedule = self.schedule() if interventions else []
+            schedule = self.schedule_for(interventions)
             data = self.data_for(interventions, promoted=True)
             return self._accumulated("candidate", comparer, data, interventions, schedule)
 
@@ -617,7 +617,8 @@ class SubjectExperiment(Experiment):
         """Return the accumulated run of all ranks together."""
         assert self.crew is not None
         lengths = [each.length for each in interventions if each.length is not None]
-        written = self.candidate().ranks if interventions else []
+        cut = without_tail(interventions)
+        written = self.candidate(cut).ranks if cut != interventions else []
         runs = []
         for rank in range(self.case.world_size):
             micro = self.cuts.of_rank(data, rank)
@@ -630,7 +631,7 @@ class SubjectExperiment(Experiment):
                 is_promoted=promoted,
                 length=lengths[0] if lengths else None,
                 interventions=list(interventions),
-                schedule=written[rank].places(self.cycles()) if written else [],
+                schedule=written[rank].places(self.cycles(cut)) if written else [],
                 rank=rank,
                 part=rank if self.case.shares > 1 else 0,
                 world_size=self.case.world_size,

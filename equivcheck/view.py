@@ -10,7 +10,7 @@ from typing import Any
 from equivcheck.attribution import Weights, predict
 from equivcheck.company import attributions_in_company
 from equivcheck.errors import EquivcheckError
-from equivcheck.experiment import Experiment, Interventions
+from equivcheck.experiment import Experiment, Interventions, without_tail
 from equivcheck.fit import BEYOND_ROUNDING, Attribution
 from equivcheck.noise import SAFETY
 from equivcheck.recording import Event, Place, Recording, Step
@@ -81,12 +81,12 @@ class View:
     @cached_property
     def places(self) -> list[Place]:
         """Where every backward of the accumulated run stands."""
-        return self.experiment.schedule()
+        return self.experiment.schedule(self.chosen)
 
     @cached_property
     def cycles(self) -> dict[tuple[int, int], int]:
         """The reference step of every sample."""
-        return self.experiment.cycles()
+        return self.experiment.cycles(without_tail(self.chosen))
 
     @cached_property
     def attributions(self) -> list[Attribution]:
