@@ -167,11 +167,17 @@ def as_tensor(value: Any) -> torch.Tensor | None:
 
 def _like_weights(tensors: dict[str, torch.Tensor], recorder: Recorder) -> bool:
     """Return whether tensors match parameters in shape, by name or in order, and point in their direction."""
-    parameters = dict(recorder.model.named_parameters())
+    # A copy of one part of the model has that part's names without its own.
+    wholes = (recorder.model, *recorder.model.children())
+    return any(_alike(tensors, list(w.named_parameters())) > LIKE_WEIGHTS for w in wholes)
+
+
+def _alike(tensors: dict[str, torch.Tensor], pool: list[tuple[str, nn.Parameter]]) -> float:
+    """Return the cosine between tensors and the parameters that they match, in shape, by name or in order."""
+    parameters = dict(pool)
     dot = mine = theirs = 0.0
-    pool = list(parameters.items())
     for key, tensor in tensors.items():
-        match = parameters.get(key) if key in parameters else None
+        match = parameters.get(key)
         if match is None:
             match = next((p for name, p in pool if key.endswith(f".{name}")), None)
         if match is None and key.isdigit() and int(key) < len(pool):
@@ -182,4 +188,4 @@ def _like_weights(tensors: dict[str, torch.Tensor], recorder: Recorder) -> bool:
         dot += float(a @ b)
         mine += float(a @ a)
         theirs += float(b @ b)
-    return mine > 0 and theirs > 0 and dot / (mine * theirs) ** 0.5 > LIKE_WEIGHTS
+    return dot / (mine * theirs) ** 0.5 if mine > 0 and theirs > 0 else 0.0

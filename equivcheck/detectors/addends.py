@@ -353,6 +353,7 @@ def _wrong(view: View, component: Component, parts: Parts) -> _Wrong | bool | No
             ("EQ105" if is_tail else "EQ103", [1.0 / (view.steps * ranks)] * k),
             ("EQ105" if is_tail else "EQ102", [x * steps / view.steps for x in right]),
             ("EQ103", [1.0 / k] * k),
+            ("EQ102", [1.0 / (k * steps)] * k),  # a mean of means, divided once more
         ]
         for values in view.counts().values():
             counts = values[each.matched % len(values)]
