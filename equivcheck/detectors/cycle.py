@@ -200,9 +200,10 @@ def _steps(view: View) -> list[Suspicion]:
             found.append(Suspicion(code, [(Shorten(),)], left, missing[0].index, 18))
     if not inside and not (missing and not found):
         return found
-    every = len({event.backwards for event, _ in inside}) == sum(
-        not place.last for place in view.places
-    ) or _each_micro_batch(candidate)
+    # By micro-batch: a loop may differentiate several times in each.
+    stepped = {(place.cycle, place.micro_step) for _, place in inside}
+    early = {(p.cycle, p.micro_step) for p in view.places if p.micro_step < p.micro_steps - 1}
+    every = stepped >= early or _each_micro_batch(candidate)
     consumed_per_step = [len(set(step.samples)) for step in candidate.steps]
     evidence: dict[str, object] = {
         "optimizer_steps": len(candidate.steps),
@@ -262,7 +263,7 @@ def _every_at_another(view: View) -> bool:
         recording = view.experiment.at(other)
     except EquivcheckError:
         return True
-    return len(recording.steps) >= len(recording.backwards) or _each_micro_batch(recording)
+    return len(recording.steps) >= len(recording.fetched) or _each_micro_batch(recording)
 
 
 def _each_micro_batch(recording: Recording) -> bool:
