@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from equivcheck.differences import Sums, far_apart, sums_many
 from equivcheck.errors import StepError
 from equivcheck.observe import Gradients, Sampler, compare, measured, shadows_of
+from equivcheck.parts import part_like
 from equivcheck.recording import Kept, Recording, Step
 from equivcheck.shadow import shadow_weights
 from equivcheck.states import numbers, set_state, state_of
@@ -93,7 +94,7 @@ class Comparer(Sampler):
             and all(kept.applied[n] is kept.gradients[n] for n in kept.applied)
             else compare(mine_of(recorder, kept.applied, gradients), applied, None)
         )
-        step.shadows = _compare_shadows(kept.shadows, shadows_of(recorder, torch.clone))
+        step.shadows = _compare_shadows(kept.shadows, shadows_of(recorder, torch.clone), step)
         kept.release()
 
     def _match(self, step: Step) -> None:
@@ -219,11 +220,10 @@ class Comparer(Sampler):
         if self._native or not self._reference.kept:
             return
         last = self._reference.kept[-1].shadows
-        found = _compare_shadows(last, shadows_of(recorder, torch.clone, ended=True))
-        if recorder.recording.steps and found:
-            recorder.recording.steps[-1].shadows = _worse(
-                recorder.recording.steps[-1].shadows, found
-            )
+        if recorder.recording.steps:
+            step = recorder.recording.steps[-1]
+            found = _compare_shadows(last, shadows_of(recorder, torch.clone, ended=True), step)
+            step.shadows = _worse(step.shadows, found)
 
     @contextmanager
     def contributions(self, recorder: Recorder) -> Iterator[None]:
@@ -408,13 +408,18 @@ def _updated(recorder: Recorder, kept: Kept) -> Iterator[tuple[str, torch.Tensor
 
 
 def _compare_shadows(
-    reference: dict[str, torch.Tensor], candidate: dict[str, torch.Tensor]
+    reference: dict[str, torch.Tensor], candidate: dict[str, torch.Tensor], step: Step
 ) -> dict[str, Sums]:
-    both = [
-        n for n, each in reference.items() if n in candidate and candidate[n].shape == each.shape
-    ]
-    found = sums_many([(reference[name], candidate[name]) for name in both])
-    return dict(zip(both, found, strict=True))
+    """Measure the copies of the weights that both have; of those that a rank shards like its weights, its part."""
+    pairs = {}
+    for name, whole in reference.items():
+        mine = candidate.get(name)
+        part = part_like(mine, name, tuple(whole.shape)) if mine is not None else None
+        if part is not None:
+            pairs[name] = part.cut(whole), part.local(part.holder)
+            if not part.is_whole:
+                step.parts[name] = part.key
+    return dict(zip(pairs, sums_many(list(pairs.values())), strict=True))
 
 
 def _worse(a: dict[str, Sums], b: dict[str, Sums]) -> dict[str, Sums]:

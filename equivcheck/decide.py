@@ -161,7 +161,7 @@ def run_case(
     except Expired:
         error = TimedOut(
             f"timed-out: no verdict after {timeout:g} s",
-            where=f"case {case.id}, role {entry.get('role', '')}",
+            where=f"case {case.id}, {_stage(entry)}",
             user_traceback="",
             expected="the roles of one case to end in time",
             because="train never ended, or the case is larger than the time given",
@@ -177,6 +177,10 @@ def run_case(
             experiment.close()
     entry["seconds"] = time.perf_counter() - started
     return entry
+
+
+def _stage(entry: dict[str, Any]) -> str:
+    return f"role {entry['role']}" if "role" in entry else "before its first run"
 
 
 def _failed(entry: dict[str, Any], error: EquivcheckError) -> None:
@@ -211,7 +215,7 @@ def _decide(
         if _raises_late(error) and _before(experiment, entry, expect, progress, error):
             return
         # The code may raise only because it is promoted: then the native runs decide.
-        if not experiment.is_promoted or not _runs_natively(experiment):
+        if not _runs_natively(experiment):
             raise
         experiment.notes.append(f"in float64 the code raises: {error.message}")
         _natively(experiment, entry, expect, progress, "the code raises in float64 only")
@@ -236,13 +240,11 @@ def _decide(
         _keyed(experiment, entry, expect, progress)
         return
     judgement = experiment.judgement()
-    precision: Precision | None = None
-    if experiment.is_promoted:
-        try:
-            precision = judge_precision(experiment)
-        except StepError as error:
-            entry["notes"].append(f"as written the code raises: {error.message}")
-            raise
+    try:
+        precision = judge_precision(experiment)
+    except StepError as error:
+        entry["notes"].append(f"as written the code raises: {error.message}")
+        raise
     if differs_from_itself(experiment, entry, judgement):
         return
     drawn = draws(experiment, judgement)
@@ -254,7 +256,7 @@ def _decide(
             stochastic(experiment, entry, judgement, drawn)
             _keyed(experiment, entry, expect, progress)
             return
-    if precision is not None and _promotion_changed(experiment, judgement, precision):
+    if _promotion_changed(experiment, judgement, precision):
         _natively(experiment, entry, expect, progress, "float64 and the native runs disagree")
         return
     if judgement.same and not judgement.power < BLIND:
@@ -347,7 +349,7 @@ def _keyed(
         or {each["code"] for each in entry["causes"]} != {"EQ602"}
     ):
         return
-    other = experiment.again(progress, promoted=experiment.is_promoted)
+    other = experiment.again(progress, promoted=True)
     other.case = replace(other.case, rng="per-sample")
     found = {**entry, "notes": list(entry["notes"]), "warnings": [], "causes": []}
     try:
@@ -376,7 +378,7 @@ def _before(
     done = error.optimizer_step
     if not done or done == experiment.case.optimizer_steps:
         return False
-    shorter = experiment.again(progress, promoted=experiment.is_promoted, optimizer_steps=done)
+    shorter = experiment.again(progress, promoted=True, optimizer_steps=done)
     found = {**entry, "notes": list(entry["notes"]), "warnings": []}
     try:
         _decide(shorter, found, expect, progress)
@@ -477,6 +479,7 @@ def _natively(
                 entry["notes"].remove(note)
                 del entry["judged"]
             return
+        native.control()
         candidate = native.candidate()
         if not all(step.finite for step in candidate.steps):
             bad = next(step for step in candidate.steps if not step.finite)

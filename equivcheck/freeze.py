@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import nn
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
     from equivcheck.feed import Key
     from equivcheck.recorder import Recorder
+
+
+# Runs in which a row's company differs, and nothing else.
+_COMPARED: Final = frozenset({"reference", "pieces", "candidate"})
 
 
 class _PerCycle(Intervention):
@@ -222,7 +226,7 @@ def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 class Fingerprint(_PerCycle):
-    """Notes, for every module, a number per row of its output: in the full batch, and alone."""
+    """Notes, for every module, a number per row of its output: in the full batch, and in its micro-batch."""
 
     name = "fingerprint"
 
@@ -234,14 +238,14 @@ class Fingerprint(_PerCycle):
         self._order = 0
 
     def before_fetch(self, recorder: Recorder) -> None:
-        if recorder.recording.role in {"reference", "pieces"}:
+        if recorder.recording.role in _COMPARED:
             self._calls = {}
 
     @contextmanager
     def installed(self, recorder: Recorder) -> Iterator[None]:
         handles = []
         kept = self._full if recorder.recording.role == "reference" else self._alone
-        if recorder.recording.role in {"reference", "pieces"}:
+        if recorder.recording.role in _COMPARED:
             for name, module in recorder.model.named_modules():
                 handles.append(module.register_forward_hook(self._hook(recorder, name, kept)))
         try:
@@ -259,9 +263,15 @@ class Fingerprint(_PerCycle):
             self._order += 1
             if tensor is None or not keys or not tensor.dim() or tensor.shape[0] % len(keys):
                 return
+            if tensor.layout != torch.strided:
+                return  # Of a sparse tensor (a graph, say) no row is looked at.
             with torch.no_grad():
                 values = _by_row(tensor, len(keys))
-                taken = [t for t in tensors_in(inputs) if t.dim() and not t.shape[0] % len(keys)]
+                taken = [
+                    t
+                    for t in tensors_in(inputs)
+                    if t.dim() and not t.shape[0] % len(keys) and t.layout == torch.strided
+                ]
                 given = [_by_row(t, len(keys)) for t in taken]
                 weights = torch.stack(
                     [p.detach().double().norm() for p in module.parameters()] or [torch.zeros(())]

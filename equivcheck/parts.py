@@ -192,6 +192,18 @@ class Holdings:
         return self._aliases.get(name, name)
 
 
+def part_like(tensor: torch.Tensor, name: str, shape: tuple[int, ...]) -> Part | None:
+    """Return what this rank holds in a tensor of the loop's own, and how it is cut out of a whole one of some shape.
+
+    None where the two do not fit each other.
+    """
+    if tuple(tensor.shape) != shape:
+        return None
+    return (
+        _of_dtensor(tensor, name) if is_distributed(tensor) else Part(name, tensor, itself, itself)
+    )
+
+
 def _stretch(name: str, holder: torch.Tensor, begin: int, start: int, length: int) -> Part:
     return Part(
         name,

@@ -47,6 +47,7 @@ class Recorder:
         interventions: What is put right in this run.
         is_paused: What happens now is our own doing.
         names: Of parameters, by id.
+        modules: Ids of the modules that `build` returned.
         trained, autocast: Dtypes of the parameters that got gradients, and that autocast computed in.
     """
 
@@ -77,6 +78,7 @@ class Recorder:
         self.shadow_holders: dict[str, Any] = {}
         self.shadow_owners: dict[str, Any] = {}
         self.start = probes(model)
+        self.modules = {id(module) for module in model.modules()}
         self.names: dict[int, str] = {id(p): name for name, p in model.named_parameters()}
         self.optimizers: dict[int, str] = {}
         self.alive: dict[str, weakref.ref[Optimizer]] = {}

@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from equivcheck.differences import Sums
-from equivcheck.errors import EquivcheckError
 from equivcheck.experiment import Experiment
 from equivcheck.fit import Attribution
 from equivcheck.noise import SAFETY
@@ -77,13 +76,10 @@ def attributed(view: View, found: Sequence[Attribution], entry: dict[str, Any]) 
         }
         for each in found[:STEPS_OF_WEIGHTS]
     ]
-    try:
-        cycle = view.cycle_of(found[0].matched)
-        counts = {
-            label: cycles[cycle] for label, cycles in view.counts().items() if cycle < len(cycles)
-        }
-    except EquivcheckError:
-        return
+    cycle = view.cycle_of(found[0].matched)
+    counts = {
+        label: cycles[cycle] for label, cycles in view.counts().items() if cycle < len(cycles)
+    }
     telling = {
         label: values for label, values in counts.items() if label == "rows" or len(set(values)) > 1
     }
@@ -223,8 +219,6 @@ def _losses(
             for i in wanted
         ]
         source = "backward roots"
-    if not pairs:
-        return None
     return {
         "full_batch": [_rounded(x) for x, _ in pairs],
         "accumulated": [_rounded(y) for _, y in pairs],

@@ -9,6 +9,7 @@ optimizer holds, have no gradient, and move all the same.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterator, Mapping
 from types import FrameType
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from equivcheck.parts import is_distributed
+from equivcheck.parts import is_distributed, part_like, plain
 from equivcheck.usercode import is_library
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ def shadow_weights(recorder: Recorder, *, ended: bool = False) -> dict[str, torc
     """
     holders = recorder.shadow_holders
     if not ended:
-        for name, value, owner in _variables(sys._getframe(1)):
+        variables = itertools.chain(_variables(sys._getframe(1)), _added(recorder))
+        for name, value, owner in variables:
             if name not in holders or holders[name] is not value:
                 recorder.shadow_owners.pop(name, None)
                 if _is_holder(value, recorder):
@@ -67,20 +69,47 @@ def probes(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def untrained(recorder: Recorder) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the parameters of the model that no optimizer holds and that have no gradient."""
-    if recorder.holdings is not None:
-        return  # With ranks a parameter may be a shard, held by another.
+    """Yield the parameters of the model that no optimizer holds and that have no gradient.
+
+    With ranks a parameter that this one's optimizers do not hold may be a shard of another's: there only what is whole
+    and asks for no gradient is known to be nobody's.
+    """
+    held, holdings = _held(recorder), recorder.holdings
+    for name, parameter in recorder.model.named_parameters():
+        if id(parameter) in held or parameter.grad is not None:
+            continue
+        if holdings is None:
+            yield name, parameter
+        elif not parameter.requires_grad and not is_distributed(parameter):
+            own = holdings.name_in(name)
+            if own is not None and holdings.shape(own) == tuple(parameter.shape):
+                yield own, parameter
+
+
+def _held(recorder: Recorder) -> set[int]:
     optimizers = [optimizer() for optimizer in recorder.alive.values()]
-    held = {
+    return {
         id(parameter)
         for optimizer in optimizers
         if optimizer is not None
         for group in optimizer.param_groups
         for parameter in group["params"]
     }
-    for name, parameter in recorder.model.named_parameters():
-        if id(parameter) not in held and parameter.grad is None:
-            yield name, parameter
+
+
+def _added(recorder: Recorder) -> Iterator[tuple[str, nn.Module, None]]:
+    """Yield the modules that the loop has put into its model, and trains no parameter of.
+
+    A wrapper that takes the place of a module holds what was there before.
+    """
+    held = _held(recorder)
+    pending = list(recorder.model.named_children())
+    while pending:
+        name, module = pending.pop()
+        if any(id(each) in recorder.modules for each in module.modules()):
+            pending += [(f"{name}.{key}", each) for key, each in module.named_children()]
+        elif all(id(p) not in held and p.grad is None for p in module.parameters()):
+            yield name, module, None
 
 
 def _moved(recorder: Recorder, name: str, parameter: nn.Parameter) -> bool:
@@ -90,7 +119,7 @@ def _moved(recorder: Recorder, name: str, parameter: nn.Parameter) -> bool:
 
 
 def _probe(parameter: torch.Tensor) -> torch.Tensor:
-    return parameter.detach().flatten()[:PROBE]
+    return plain(parameter.detach()).flatten()[:PROBE]
 
 
 def _variables(frame: FrameType | None) -> Iterator[tuple[str, Any, Any]]:
@@ -175,17 +204,24 @@ def _like_weights(tensors: dict[str, torch.Tensor], recorder: Recorder) -> bool:
 def _alike(tensors: dict[str, torch.Tensor], pool: list[tuple[str, nn.Parameter]]) -> float:
     """Return the cosine between tensors and the parameters that they match, in shape, by name or in order."""
     parameters = dict(pool)
-    dot = mine = theirs = 0.0
+    dot = length = other = 0.0
     for key, tensor in tensors.items():
         match = parameters.get(key)
         if match is None:
             match = next((p for name, p in pool if key.endswith(f".{name}")), None)
         if match is None and key.isdigit() and int(key) < len(pool):
             match = pool[int(key)][1]
-        if match is None or match.shape != tensor.shape or is_distributed(match):
+        part = None if match is None else part_like(match, key, tuple(tensor.shape))
+        if part is None:
             continue
-        a, b = tensor.detach().double().flatten(), match.detach().double().flatten()
+        # Of a sharded parameter a rank looks at what it holds, and asks no other.
+        mine, own = plain(part.holder), plain(tensor)
+        if not is_distributed(tensor):
+            own = part.cut(own)
+        if own.shape != mine.shape:
+            continue
+        a, b = own.detach().double().flatten(), mine.detach().double().flatten()
         dot += float(a @ b)
-        mine += float(a @ a)
-        theirs += float(b @ b)
-    return dot / (mine * theirs) ** 0.5 if mine > 0 and theirs > 0 else 0.0
+        length += float(a @ a)
+        other += float(b @ b)
+    return dot / (length * other) ** 0.5 if length > 0 and other > 0 else 0.0

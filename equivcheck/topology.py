@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import itertools
 
+from equivcheck.differences import Sums
 from equivcheck.errors import EquivcheckError
+from equivcheck.recording import Step
 from equivcheck.verdict import overall
 from equivcheck.view import View
 
@@ -25,7 +27,7 @@ def factor_of(view: View) -> tuple[int, int] | None:
     size, k = view.experiment.case.world_size, view.steps
     if size == 1 or not view.divergent:
         return None
-    key = ("factor", view.chosen)
+    key = ("factor", view.chosen, view.names)
     if key not in view.experiment.remembered:
         fitting = [
             (a, b)
@@ -37,7 +39,7 @@ def factor_of(view: View) -> tuple[int, int] | None:
             confirmed = _confirmed(view, fitting)
             least = abs(fitting[0][0]) + abs(fitting[0][1])
             simplest = [(a, b) for a, b in fitting if abs(a) + abs(b) == least]
-            view.experiment.remembered["undecided", view.chosen] = (
+            view.experiment.remembered["undecided", view.chosen, view.names] = (
                 [] if confirmed or len(simplest) == 1 else simplest
             )
             fitting = confirmed or fitting
@@ -51,7 +53,9 @@ def undecided(view: View) -> list[tuple[int, int]]:
     A loop that is given another K tells; a command line that has but one K leaves them all suspected.
     """
     factor_of(view)
-    found: list[tuple[int, int]] = view.experiment.remembered.get(("undecided", view.chosen), [])
+    found: list[tuple[int, int]] = view.experiment.remembered.get(
+        ("undecided", view.chosen, view.names), []
+    )
     return [] if view.experiment.other_steps else found
 
 
@@ -89,7 +93,12 @@ def _equal_parts(view: View) -> str | None:
 def _fits_all(view: View, factor: float) -> bool:
     for each in view.divergent:
         right = view.right(each)
-        if right is None or not view.fits(each, [x * factor for x in right]):
+        if right is not None:
+            fits = view.fits(each, [x * factor for x in right])
+        else:  # No sum of pieces makes the full batch's gradient; a multiple of it may be taken all the same.
+            rest = float((each.candidate - factor * each.reference).norm())
+            fits = rest <= view.tolerance(each) * float(each.candidate.norm())
+        if not fits:
             return False
     return True
 
@@ -108,9 +117,9 @@ def _confirmed(view: View, fitting: list[tuple[int, int]]) -> list[tuple[int, in
         return []
     shown = view.divergent[0]
     measured = [
-        overall(each.gradients).scale
+        overall(_looked_at(view, each)).scale
         for each in recording.steps
-        if each.matched == shown.matched and each.gradients
+        if each.matched == shown.matched and _looked_at(view, each)
     ]
     limit = view.tolerance(shown)
     return [
@@ -118,6 +127,11 @@ def _confirmed(view: View, fitting: list[tuple[int, int]]) -> list[tuple[int, in
         for a, b in fitting
         if measured and abs(measured[0] / (float(other) ** a * size**b) - 1.0) <= limit
     ]
+
+
+def _looked_at(view: View, step: Step) -> dict[str, Sums]:
+    """Return the sums of those gradients that a view looks at: others may be right, or off by another factor."""
+    return {n: each for n, each in step.gradients.items() if view.names is None or n in view.names}
 
 
 def another(view: View) -> int | None:

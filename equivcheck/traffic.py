@@ -55,10 +55,7 @@ def redundant(experiment: Experiment) -> dict[str, Any] | None:
     """
     if experiment.case.strategy not in JUDGED or experiment.case.accumulation_steps == 1:
         return None
-    written = experiment.candidate()
-    if experiment.is_promoted:
-        written = experiment.native("native_candidate")
-    shown = _first(written)
+    shown = _first(experiment.native("native_candidate"))
     if shown is None:
         return None
     step, sent = shown
@@ -87,8 +84,6 @@ def _first(recording: Recording) -> tuple[int, list[list[Collective]]] | None:
 
     The first step of all is passed over where there are others: DDP then sets its buckets up.
     """
-    if not recording.ranks:
-        return None
     steps = list(enumerate(reductions(recording.ranks[0])))
     for step, sent in steps[1:] or steps:
         sizes = [sum(c.bytes for c in each) for each in sent]

@@ -94,7 +94,9 @@ def raised(name: str, error: BaseException, where: str) -> StepError:
             "model.set_force_sum_reduction_for_comms(True) divides outside of it; or --device cuda"
         )
     return StepError(
-        f"{name}-raised: {type(error).__name__}: {said}"[:100],
+        f"{name}-raised: {type(error).__name__}: {said}"[:100].removesuffix(
+            ": "
+        ),  # An assertion may say nothing.
         where=where,
         expected=expected,
         because=because,

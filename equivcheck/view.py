@@ -199,10 +199,7 @@ class View:
 
     def fits(self, attribution: Attribution, weights: Iterable[float]) -> bool:
         """Return whether these weights predict the accumulated gradient to within noise."""
-        weights = list(weights)
-        if len(weights) != attribution.pieces.shape[0]:
-            return False
-        rest = attribution.candidate - predict(attribution.pieces, weights)
+        rest = attribution.candidate - predict(attribution.pieces, list(weights))
         theta = attribution.weights_piece
         if theta is not None and float(theta @ theta):
             rest = rest - theta * (float(rest @ theta) / float(theta @ theta))

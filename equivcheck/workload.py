@@ -59,6 +59,7 @@ def cases_of(
     train = values.get("train")
     found: list[Planned] = []
     left: dict[str, list[str]] = {}
+    too_small: dict[str, UsageError] = {}
     for row in suite.workloads.values():
         if train is not None and row.train is not None:
             left.setdefault("whose own loop is the point", []).append(row.name)
@@ -75,10 +76,18 @@ def cases_of(
         arguments(
             code.train, dict.fromkeys((*OFFERED, *code.offers)), train or f"{target} {row.name}"
         )
-        found += _cases_of_row(target, row, subject, code, values, stated)
+        planned, refused = _cases_of_row(target, row, subject, code, values, stated)
+        found += planned
+        too_small |= {row.name: refused} if refused is not None else {}
+    if not found and too_small:
+        raise next(iter(too_small.values()))
     notes = [
         f"{target}: {len(names)} workloads {reason} are left out under --train"
         for reason, names in left.items()
+    ]
+    notes += [
+        f"{target}: cases of {name} are left out: {error.message}"
+        for name, error in too_small.items()
     ]
     return found, notes
 
@@ -98,7 +107,8 @@ def _cases_of_row(
     code: Code,
     values: Mapping[str, Any],
     stated: Callable[[str], bool],
-) -> list[Planned]:
+) -> tuple[list[Planned], UsageError | None]:
+    """Return the cases of a row, and why its batches do not hold more of them, if stated options ask for such."""
     from equivcheck.feed import read_batches  # noqa: PLC0415 - rows can be listed without torch
     from equivcheck.split import plan  # noqa: PLC0415
 
@@ -112,6 +122,7 @@ def _cases_of_row(
     full = max(data.rows)
     found: list[Planned] = []
     seen: set[Any] = set()
+    refused: UsageError | None = None
     batches_itself = (asked_by(code.train) or frozenset()) & {"dataset", "micro_batch_size"}
     for world_size, strategy, split, k in itertools.product(
         axis("world_size", row.world_sizes),
@@ -134,13 +145,20 @@ def _cases_of_row(
             rng=values["rng"] if stated("rng") else row.rng,
         )
         # With a sample in each micro-batch, or as many as rows allow, an uneven cut is the even one.
-        cut = plan(
-            data.rows,
-            case.accumulation_steps,
-            split,
-            world_size,
-            every_rank_all=case.shares < world_size,
-        )
+        try:
+            cut = plan(
+                data.rows,
+                case.accumulation_steps,
+                split,
+                world_size,
+                every_rank_all=case.shares < world_size,
+            )
+        except UsageError as error:
+            # Options that are meant for a whole suite need not fit all of its rows.
+            if not (stated("world_size") or stated("accumulation_steps")):
+                raise
+            refused = refused or error
+            continue
         if batches_itself and (split != "even" or full % (case.shares * case.accumulation_steps)):
             continue  # A framework that batches by itself cannot be given uneven slices.
         point = (world_size, strategy, case.accumulation_steps, repr(cut))
@@ -148,7 +166,7 @@ def _cases_of_row(
             continue
         seen.add(point)
         found.append(Planned(subject, case, row.theory(case.as_dict(), full // case.shares)))
-    return found
+    return found, refused
 
 
 def _require_classes(target: str, name: str, batch: Any) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from equivcheck.suite import Theory, Workload, divergent, equivalent, loses_precision, part
+from equivcheck.suite import Theory, Workload, divergent, ends_in, equivalent, loses_precision, part
 
 LOOPS = "../fixtures/trainers/ddp"
 FAULTS = "../fixtures/mutants/ranks"
@@ -83,10 +83,14 @@ WORKLOADS = [
     ),
     fault("batch_norm_per_rank", "EQ201", "Ioffe and Szegedy, arXiv 1502.03167", claims=("C4",)),
     fault("token_mean_per_rank", "EQ501", "a mean of ranks: 1/R against n_r/N", claims=("C16",)),
-    fault(
+    row(
         "fourteen_thirds",
-        "EQ501",
-        "(10/3 + 6/1)/2 = 14/3 against (10 + 6)/(3 + 1) = 4",
+        divergent(
+            "EQ501", source="(10/3 + 6/1)/2 = 14/3 against (10 + 6)/(3 + 1) = 4", world_size=2
+        ),
+        ends_in("invalid", "a rank that has no token divides by none of them"),
+        folder=FAULTS,
+        file="eq501_fourteen_thirds",
         world_sizes=(2,),
         claims=("C16",),
     ),

@@ -200,4 +200,17 @@ or beta^K for a moment. The gradient is right, the update is not.""",
         proved="with the updates inside the cycle dropped the parameters are the full batch's",
         fix="leave decay, moments and counters to optimizer.step()",
     ),
+    Cause(
+        code="EQ313",
+        name="learning-rate-scale",
+        summary="the learning rate is multiplied by K or the number of ranks, and the batch is no larger",
+        because="the rate follows a number of micro-batches or ranks that the effective batch size does not follow",
+        mathematics="""\
+lr' = c lr in every optimizer step, c = K, R, K R, their roots or inverses
+The linear rule lr ~ K R b, with b samples in each of K R micro-batches, is
+lr ~ N: the same however the batch is cut. Without b it is not.""",
+        detected="all learning rates are one multiple of the full batch's, a power of K or of the number of ranks",
+        proved="with the rates divided by that factor the parameters are the full batch's",
+        fix="lr = base_lr * (micro_batch_size * accumulation_steps * world_size) / base_batch_size",
+    ),
 )

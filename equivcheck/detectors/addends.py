@@ -139,12 +139,9 @@ def addend_parts(view: View) -> Parts | None:
 
 
 def _parts(view: View) -> Parts | None:
-    attributions = view.attributions
-    if not attributions:
-        return None
-    if _one_each(view):
-        return None
     try:
+        if _one_each(view):
+            return None
         alone = _taken(view, "pieces")
         if max((len(each) for each in alone.values()), default=0) < 2:
             return None
@@ -153,7 +150,7 @@ def _parts(view: View) -> Parts | None:
         _forget_divisions_by_zero(alone, accumulated)
         parts = Parts(view.experiment.addends_alone(alone, whole), accumulated, whole)
     except (EquivcheckError, RuntimeError):
-        # A graph that cannot be walked twice has no addends to tell apart.
+        # A graph that cannot be walked twice has no addends to tell apart, nor micro-batches that are refused alone.
         return None
     return parts if view.experiment.crew is None else _reduced(view, parts)
 

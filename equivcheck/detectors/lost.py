@@ -153,10 +153,7 @@ def _evaluated_once(view: View) -> EvaluateOnce | None:
     """
     if view.chosen or not any(event.kind == "repeat" for event in view.candidate.timeline):
         return None
-    known = view.experiment.remembered
-    if "once" not in known:
-        known["once"] = EvaluateOnce()
-    once: EvaluateOnce = known["once"]
+    once: EvaluateOnce = view.experiment.remembered.setdefault("once", EvaluateOnce())
     return once
 
 

@@ -25,7 +25,7 @@ from equivcheck.recording import Recording, Step
 from equivcheck.topology import another, equal_parts_of, factor_of, undecided
 from equivcheck.traffic import reductions
 from equivcheck.verdict import Finding, overall
-from equivcheck.view import Suspicion, View
+from equivcheck.view import Part, Suspicion, View, some_differing
 
 Gradients = dict[str, "torch.Tensor | None"]
 
@@ -174,7 +174,17 @@ def _mean_of_ranks(view: View) -> list[Suspicion]:
 
 
 def _rank_scale(view: View) -> list[Suspicion]:
-    """EQ504: a factor of the number of ranks, whatever K is."""
+    """EQ504: a factor of the number of ranks, whatever K is; of all gradients, or of some parameters only."""
+    found = _scale_of(view)
+    names = some_differing(view) if not found else frozenset()
+    if names:
+        found = _scale_of(Part(view, names))
+        for each in found:
+            each.evidence["parameters"] = sorted(names)[:5]
+    return found
+
+
+def _scale_of(view: View) -> list[Suspicion]:
     if undecided(view):
         return [unproved(view, "EQ504", rank=13)] if any(b for _, b in undecided(view)) else []
     factor = factor_of(view)

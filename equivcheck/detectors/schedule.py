@@ -1,15 +1,26 @@
-"""Learning rates: advanced by micro-batches, EQ307, or over the wrong horizon, EQ308."""
+"""Learning rates: advanced by micro-batches or ranks, over the wrong horizon, or multiplied: EQ307, 308, 313, 507.
+
+K micro-batches per cycle, R ranks.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 from equivcheck.errors import EquivcheckError
-from equivcheck.interventions import Construct, Intervention, Length, Ration, Repeat
+from equivcheck.interventions import Construct, Intervention, Length, Rates, Ration, Repeat
 from equivcheck.recording import Recording
+from equivcheck.topology import another
 from equivcheck.view import Suspicion, View
 
 UPDATES = frozenset({"learning_rates", "parameters", "state"})
+# Rates are products of a few numbers.
+_SAME: Final = 1e-9
+# The linear rule and that of the square root, once too often or the other way round.
+_POWERS: Final = (0.0, 1.0, -1.0, 0.5, -0.5)
 
 
 def suspect(view: View) -> list[Suspicion]:
@@ -39,10 +50,15 @@ def suspect(view: View) -> list[Suspicion]:
         found.append(Suspicion(code, [(ration,)], evidence, finding.matched, 24, is_seen=True))
         # One call in each cycle is not enough where a call is told which micro-batch it is, or what its loss was.
         enough = not view.experiment.judgement((*view.chosen, ration)).first("learning_rates")
-    if not found or not enough:
+    by_ranks = _divided_by_ranks(view, finding.matched)
+    # Where K is R, a horizon that is divided by R has the rates of one that K counts: which of them, another K told.
+    if (not found or not enough) and not (
+        by_ranks and view.steps == view.experiment.case.world_size
+    ):
         found += _counted(view)
-    found += _divided_by_ranks(view, finding.matched) or _other_length(view, finding.matched)
+    found += by_ranks or _other_length(view, finding.matched)
     found += _horizon(view, finding.matched, finding.relative, quiet=bool(calls or extra))
+    found += _multiplied(view, finding.matched)
     return found
 
 
@@ -154,6 +170,61 @@ def _rates(recording: Recording) -> list[list[float]]:
     return [each.learning_rates for each in recording.steps]
 
 
+def _multiplied(view: View, step: int) -> list[Suspicion]:
+    """EQ313: every rate is one multiple of the full batch's, a power of K and of R."""
+    factor, size = _factor(view, view.candidate), view.experiment.case.world_size
+    if factor is None:
+        return []
+    fitting = [
+        (a, b)
+        for a, b in itertools.product(_POWERS, _POWERS if size > 1 else (0.0,))
+        if (a or b) and _is(factor, float(view.steps) ** a * float(size) ** b)
+    ]
+    other = another(view)
+    try:
+        there = _factor(view, view.experiment.at(other)) if other is not None else None
+    except EquivcheckError:  # The loop may refuse another K; a command line has but one.
+        other = None
+    if other is not None:
+        fitting = [
+            (a, b) for a, b in fitting if there and _is(there, float(other) ** a * float(size) ** b)
+        ]
+    if not fitting:
+        return []
+    evidence: dict[str, object] = {
+        "factor": factor,
+        "rule": " or ".join(_spelt(*each) for each in fitting),
+    }
+    # What several rules explain is none of them for sure.
+    variants: list[tuple[Intervention, ...]] = [(Rates(1.0 / factor),)] if len(fitting) == 1 else []
+    return [Suspicion("EQ313", variants, evidence, step, 40)]
+
+
+def _factor(view: View, recording: Recording) -> float | None:
+    """Return the one number by which all rates of a run are multiples of the full batch's; None if there is none."""
+    pairs = [
+        pair
+        for step in recording.steps
+        if step.matched is not None
+        for pair in zip(
+            step.learning_rates, view.reference.steps[step.matched].learning_rates, strict=False
+        )
+    ]
+    ratios = [mine / full for mine, full in pairs if full]
+    if not ratios or any(mine for mine, full in pairs if not full):
+        return None
+    return ratios[0] if all(_is(each, ratios[0]) for each in ratios) else None
+
+
+def _is(a: float, b: float) -> bool:
+    return abs(a - b) <= _SAME * abs(b)
+
+
+def _spelt(a: float, b: float) -> str:
+    powers = [(name, each) for name, each in (("accumulation_steps", a), ("world_size", b)) if each]
+    return " * ".join(name if each == 1 else f"{name}**{each:g}" for name, each in powers)
+
+
 def _other_length(view: View, step: int) -> list[Suspicion]:
     """EQ308 by prediction: the full batch has these rates if its loader is said to have another length."""
     experiment = view.experiment
@@ -191,4 +262,34 @@ def _horizon(view: View, step: int, relative: float, *, quiet: bool) -> list[Sus
     evidence: dict[str, object] = {"relative": relative}
     if differing:
         evidence["schedulers"] = differing
-    return [Suspicion("EQ308", list(variants), evidence, step, 28)]
+    code = "EQ507" if _numbers_by_ranks(view, differing) else "EQ308"
+    return [Suspicion(code, list(variants), evidence, step, 28)]
+
+
+def _numbers_by_ranks(view: View, differing: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether all numbers that a schedule is made with differently are divided by R, whatever K is."""
+    size = view.experiment.case.world_size
+    pairs = [
+        (full, mine)
+        for each in differing
+        for key, full in each["full_batch"].items()
+        if (mine := each["accumulated"].get(key)) != full
+    ]
+    numbers = all(isinstance(x, (int, float)) for pair in pairs for x in pair)
+    if size == 1 or not pairs or not numbers:
+        return False
+    # Whole numbers are rounded down or up.
+    return all(
+        mine in {full / size, full // size, -(-full // size)} for full, mine in pairs
+    ) and not _made_by_steps(view)
+
+
+def _made_by_steps(view: View) -> bool:
+    """Return whether K, which is the number of ranks here, has a part in what schedules are made with."""
+    other = another(view)
+    if view.experiment.case.world_size != view.steps or other is None:
+        return False
+    try:
+        return view.experiment.at(other).schedulers != view.candidate.schedulers
+    except EquivcheckError:
+        return False

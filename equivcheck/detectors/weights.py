@@ -10,9 +10,10 @@ from typing import Final
 from equivcheck import denominators
 from equivcheck.attribution import predict, ratio
 from equivcheck.detectors.cycle import rescaled_losses
+from equivcheck.detectors.state import Changes, at_step
 from equivcheck.errors import EquivcheckError
 from equivcheck.fit import Attribution
-from equivcheck.interventions import Addend, Intervention, Rescale, Reweight
+from equivcheck.interventions import Addend, Intervention, Rescale, Restitute, Reweight
 from equivcheck.topology import equal_parts_of, factor_of, undecided
 from equivcheck.verdict import overall
 from equivcheck.view import Group, Part, Suspicion, View, some_differing
@@ -89,6 +90,11 @@ def _summed_over_ranks(view: View) -> bool:
         )
         and equal_parts_of(view) == "K"
     )
+
+
+def _summed(attribution: Attribution, right: Sequence[float]) -> list[float]:
+    """Every rank's micro-batches are undivided, and the ranks are summed: what is one mean over ranks stays a sum."""
+    return [attribution.ranks * x for x in right]
 
 
 def _one_each(attribution: Attribution, right: Sequence[float]) -> list[float]:
@@ -187,8 +193,12 @@ def _in_all(view: View) -> list[Suspicion]:
         ]
         found += hypotheses(view, "EQ105", tail, rank=10)
     found += hypotheses(view, "EQ101", ones, rank=12, power=1)
+    if view.experiment.case.shares > 1:
+        each_whole: Predict = lambda _, v: [1.0] * len(v)  # noqa: E731 - as those beside it
+        found += hypotheses(view, "EQ101", [each_whole], rank=12, meant=_summed)
     sums: list[Predict] = [all_alike]
-    if _all_ones(view):
+    # What is done to a loss is done to the gradients of all parameters.
+    if view.names is None and _all_ones(view):
         found += hypotheses(view, "EQ108", sums, rank=11)
     elif view.experiment.case.shares > 1:
         # Between ranks is another cause, EQ501: what is put right here is within each of them.
@@ -352,6 +362,7 @@ def hypotheses(
         power = None
     for prediction in predictions:
         factors: dict[int, list[float]] = {}
+        lost: Changes = {}
         shown: list[tuple[Attribution, list[float], list[float]]] = []
         # Counts that are equal count equally in a mean of means: one factor for all of them is another cause.
         uneven = code != "EQ103"
@@ -365,10 +376,15 @@ def hypotheses(
             if view.fits(each, wrong) and power in {None, _power(view, each, right, wrong)}:
                 if each in view.divergent:
                     shown.append((each, right, wrong))
-                factor = _factors(right, meant(each, right) if meant else right, wrong)
-                if factor is not None:
-                    factors[each.matched] = factor
-                if factor is None or not _uniform(view, each, factor):
+                intended = meant(each, right) if meant else right
+                factor = _factors(intended, wrong)
+                factors[each.matched] = factor
+                # No factor brings back what has no weight at all: it is added at the step.
+                away = [k for k, w in enumerate(wrong) if w == 0 and right[k] != 0]
+                if away:
+                    total = predict(each.pieces[away], [intended[k] for k in away])
+                    at_step(view, each, total, lost)
+                if away or not _uniform(view, each, factor):
                     uneven = True
                     if not view.known(each):
                         break
@@ -379,7 +395,10 @@ def hypotheses(
                 "weights": first.shaped(first.w.values if told else wrong),
                 "true_weights": first.shaped(first.v.values if told else right),
             }
-            return [Suspicion(code, _reweighted(view, factors), evidence, first.step, rank)]
+            variants = _reweighted(view, factors)
+            if lost:
+                variants = [(*each, Restitute(lost)) for each in variants]
+            return [Suspicion(code, variants, evidence, first.step, rank)]
     return []
 
 
@@ -402,15 +421,11 @@ def _uniform(view: View, attribution: Attribution, factors: Sequence[float]) -> 
     return max(factors) - min(factors) <= noise * max(abs(x) for x in factors)
 
 
-def _factors(
-    right: Sequence[float], meant: Sequence[float], wrong: Sequence[float]
-) -> list[float] | None:
-    """Return what turns wrong weights into those that are meant; None where a weight is lost.
+def _factors(meant: Sequence[float], wrong: Sequence[float]) -> list[float]:
+    """Return what turns wrong weights into those that are meant.
 
     A piece without a gradient (a micro-batch without a valid token) has no weight in either run.
     """
-    if any(w == 0 and v != 0 for v, w in zip(right, wrong, strict=True)):
-        return None
     return [m / w if w else 1.0 for m, w in zip(meant, wrong, strict=True)]
 
 
@@ -450,18 +465,14 @@ def _denominator(view: View) -> list[Suspicion]:
     """EQ104: every weight too small or too large by one ratio: of whole numbers p/q, or of what is counted."""
     factors: dict[int, list[float]] = {}
     rules: list[tuple[Attribution, float]] = []
-    for each in view.attributions:
+    for each in view.divergent:
         size = float(each.reference @ each.reference)
         scale = float(each.candidate @ each.reference) / size if size else 0.0
-        if each not in view.divergent:
-            continue
         rest = float((each.candidate - scale * each.reference).norm())
         if not scale > 0 or rest > view.tolerance(each) * float(each.candidate.norm()):
             return []
         rules.append((each, scale))
         factors[each.matched] = [1.0 / scale] * each.pieces.shape[0]
-    if not rules:
-        return []
     first, scale = rules[0]
     fraction = ratio(scale, max(view.tolerance(first), 1e-12))
     evidence: dict[str, object] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,17 @@ def replace(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
     old = vars(owner).get(name, _MISSING)
     setattr(owner, name, value)
     stack.callback(_put_back, owner, name, old)
+
+
+def replace_inside(stack: ExitStack, function: Any, wrap: Callable[[Any], Any]) -> None:
+    """Wrap what a function decorated by torch's `_no_grad` calls, until the stack is closed.
+
+    The function stays the one that user code has imported by name, before anything of ours was in place.
+    """
+    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+    cell = cells["func"]
+    original, cell.cell_contents = cell.cell_contents, wrap(cell.cell_contents)
+    stack.callback(setattr, cell, "cell_contents", original)
 
 
 def _put_back(owner: Any, name: str, old: Any) -> None:

@@ -14,7 +14,7 @@ from torch.nn.utils import clip_grad
 from torch.optim import Optimizer
 
 from equivcheck.hooks import deepspeed
-from equivcheck.hooks.base import Hooks, each_of, number, quiet, replace
+from equivcheck.hooks.base import Hooks, each_of, number, quiet, replace, replace_inside
 
 if TYPE_CHECKING:
     from equivcheck.recorder import Recorder
@@ -39,11 +39,8 @@ class Clips(Hooks):
         self._knows_frameworks = False
 
     def install(self, stack: ExitStack) -> None:
-        norm = self._clip_norm(clip_grad._clip_grads_with_norm_)
-        replace(stack, clip_grad, "_clip_grads_with_norm_", norm)
-        value = self._clip_value(clip_grad.clip_grad_value_)
-        for module in (clip_grad, nn.utils):
-            replace(stack, module, "clip_grad_value_", value)
+        replace_inside(stack, clip_grad._clip_grads_with_norm_, self._clip_norm)
+        replace_inside(stack, clip_grad.clip_grad_value_, self._clip_value)
         if self.recorder.holdings is not None:
             from torch.distributed.fsdp import FullyShardedDataParallel  # noqa: PLC0415 - with ranks only
 

@@ -227,6 +227,8 @@ class Steps(Hooks):
             if not step.sample:
                 self._observe(optimizer, step, closure=True)
             self.recorder.observer.after(self.recorder, step, optimizer)
+        for each in self.recorder.interventions:
+            each.after_step(self.recorder, optimizer)
         step.at = time.time_ns()
         self.recorder.clips.snapshots.clear()
         self.recorder.edits.after_step()

@@ -12,7 +12,7 @@ from equivcheck.interventions.backwards import Addend, Addends, Reweight, Shrink
 from equivcheck.interventions.base import Intervention
 from equivcheck.interventions.calls import Defer, Postpone, Ration, Retime, UnscaleFirst
 from equivcheck.interventions.copies import Begin, Copies
-from equivcheck.interventions.counts import Construct, Length, Repeat, Shorten
+from equivcheck.interventions.counts import Construct, Length, Rates, Repeat, Shorten
 from equivcheck.interventions.ranks import (
     Broadcast,
     FindUnused,
@@ -55,6 +55,7 @@ __all__ = [
     "Maximum",
     "NormOfWhole",
     "Postpone",
+    "Rates",
     "Ration",
     "Repeat",
     "Rescale",

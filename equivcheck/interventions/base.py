@@ -63,6 +63,9 @@ class Intervention:
     def before_step(self, recorder: Recorder, optimizer: Optimizer) -> None:
         """Act before an optimizer step is looked at."""
 
+    def after_step(self, recorder: Recorder, optimizer: Optimizer) -> None:
+        """Act when an optimizer step has been made and looked at."""
+
     def scheduler_steps(self, _recorder: Recorder) -> int:
         """Return how often a scheduler step is carried out."""
         return 1

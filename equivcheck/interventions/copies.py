@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from equivcheck.interventions.base import Intervention
+from equivcheck.parts import part_like, plain
 from equivcheck.shadow import shadow_weights
 
 if TYPE_CHECKING:
@@ -50,12 +51,29 @@ class Copies(Intervention):
     def _look(self, recorder: Recorder, count: int, *, ended: bool = False) -> None:
         with recorder.paused(), torch.no_grad():
             found = shadow_weights(recorder, ended=ended)
-            now = {name: tensor.flatten()[:FEW].clone() for name, tensor in found.items()}
-            weights = {name: p.flatten()[:FEW].clone() for name, p in recorder.parameters().items()}
+            now = {name: _few(tensor) for name, tensor in found.items()}
+            weights = {name: _few(p) for name, p in _weights(recorder).items()}
         last, self._last = self._last, now
         if any(name in last and not torch.equal(last[name], each) for name, each in now.items()):
             self.moved.append(count)
             self.shares.append(_share(last, now, weights))
+
+
+def _few(tensor: torch.Tensor) -> torch.Tensor:
+    return plain(tensor).flatten()[:FEW].clone()
+
+
+def _weights(recorder: Recorder) -> dict[str, torch.Tensor]:
+    """Return the weights as this process holds them; those of a rank may be shards."""
+    held = recorder.holdings.held() if recorder.holdings is not None else []
+    return {part.name: part.holder for part in held} or recorder.parameters()
+
+
+def _set(tensor: torch.Tensor, name: str, whole: torch.Tensor | None) -> None:
+    """Give a copy of the weights, or this rank's part of it, the values of the full batch's."""
+    part = part_like(tensor, name, tuple(whole.shape)) if whole is not None else None
+    if part is not None and whole is not None:
+        plain(tensor).copy_(part.cut(whole))
 
 
 def _share(
@@ -103,13 +121,11 @@ class Begin(Intervention):
                 if name in parameters and parameters[name].shape == tensor.shape:
                     parameters[name].detach().copy_(tensor)
             for name, tensor in shadow_weights(recorder).items():
-                if name in shadows and shadows[name].shape == tensor.shape:
-                    tensor.copy_(shadows[name])
+                _set(tensor, name, shadows.get(name))
 
     def finish(self, recorder: Recorder) -> None:
         """Leave at the end what the full batch leaves: there is no cycle more to start."""
         kept = self._reference.kept
         with torch.no_grad():
             for name, tensor in shadow_weights(recorder, ended=True).items():
-                if kept and name in kept[-1].shadows:
-                    tensor.copy_(kept[-1].shadows[name])
+                _set(tensor, name, kept[-1].shadows.get(name) if kept else None)

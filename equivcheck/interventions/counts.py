@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from torch.optim import Optimizer
 
 from equivcheck.interventions.base import Intervention
 
@@ -60,6 +64,36 @@ class Length(Intervention):
 
     def __init__(self, length: int) -> None:
         self.length = length
+
+
+class Rates(Intervention):
+    """Multiply the learning rates that every step is taken with; what a scheduler makes them from stays.
+
+    Args:
+        factor: By what.
+    """
+
+    name = "rescale the learning rates"
+
+    def __init__(self, factor: float) -> None:
+        self._factor = factor
+        self._own: list[tuple[dict[str, Any], Any]] = []
+
+    @contextmanager
+    def installed(self, _recorder: Recorder) -> Iterator[None]:
+        self._own = []
+        yield
+
+    def before_step(self, _recorder: Recorder, optimizer: Optimizer) -> None:
+        for group in optimizer.param_groups:
+            if "lr" in group:
+                self._own.append((group, group["lr"]))
+                group["lr"] = group["lr"] * self._factor
+
+    def after_step(self, _recorder: Recorder, _optimizer: Optimizer) -> None:
+        while self._own:
+            group, rate = self._own.pop()
+            group["lr"] = rate
 
 
 class Shorten(Intervention):

@@ -91,11 +91,19 @@ def _step(
         parameters=_sums(taken, [each.parameters for each in taken]),
         state=_sums(taken, [each.state for each in taken]),
         buffers=_sums(taken, [each.buffers for each in taken]),
-        shadows=next((each.shadows for each in taken if each.shadows), {}),
+        shadows=_shadows(taken),
         none_mismatch=absent,
         contributions=[each for step in taken for each in step.contributions],
         parts={},
     )
+
+
+def _shadows(taken: Sequence[Step]) -> dict[str, Sums]:
+    """Return what the first rank that has copies saw of them; of copies that are sharded, what all saw together."""
+    having = [each for each in taken if each.shadows]
+    if any(name in each.parts for each in having for name in each.shadows):
+        return _sums(having, [each.shadows for each in having])
+    return having[0].shadows if having else {}
 
 
 def _absent_state(taken: Sequence[Step], reference: Recording, matched: int) -> list[str]:

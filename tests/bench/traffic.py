@@ -166,18 +166,18 @@ def table(found: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _row(loop: str, ranks: int, steps: int) -> dict[str, Any]:
+    point = {"loop": loop, "world_size": ranks, "accumulation_steps": steps}
+    return {**point, **measured(LOOPS[loop], ranks, steps)}
+
+
 def main() -> None:
     """Measure all loops at all points and write the JSON and the page named; `--one LOOP R K` prints one point."""
-    found = [
-        {
-            "loop": loop,
-            "world_size": ranks,
-            "accumulation_steps": steps,
-            **measured(name, ranks, steps),
-        }
-        for loop, name in LOOPS.items()
-        for ranks, steps in POINTS
-    ]
+    if sys.argv[1:2] == ["--one"]:
+        loop, ranks, steps = sys.argv[2:]
+        print(json.dumps(_row(loop, int(ranks), int(steps))))
+        return
+    found = [_row(loop, *point) for loop in LOOPS for point in POINTS]
     print(table(found))
     if len(sys.argv) > 2:
         Path(sys.argv[1]).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

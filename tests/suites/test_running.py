@@ -569,3 +569,21 @@ def test_parts_that_do_not_fit_are_refused_once(suite, change, wrong, told):
         plan([str(suite / "mine.py")], values, explicit=False)
 
     assert [text for text in told if text not in str(caught.value)] == []
+
+
+def test_cases_that_a_row_s_batches_do_not_hold_are_left_out_and_told(suite):
+    """Options for a whole suite need not fit all rows; where none of them is left, they are refused."""
+
+    def planned(world_size):
+        values = {name: option.default for name, option in OPTIONS.items()}
+        values |= {"world_size": (world_size,), "strategy": ("ddp",)}
+        stated = {"world_size", "strategy"}.__contains__
+        return plan([str(suite / "mine.py")], values, explicit=False, stated=stated)
+
+    jobs, notes = planned(4)
+
+    assert {job.case.accumulation_steps for job in jobs} == {2}
+    assert len(notes) == 4
+    assert all("8 rows for accumulation_steps=4 * world_size=4" in note for note in notes)
+    with pytest.raises(UsageError, match="8 rows for accumulation_steps=2"):
+        planned(8)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -10,16 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from equivcheck.deadline import Expired, deadline
+from equivcheck.deadline import Expired, _user_frames, deadline
 
 
-def outcome(body, seconds):
+def outcome(body, seconds, until=__file__):
     """Return what a body ends with in a thread of its own."""
     found = []
 
     def run():
         try:
-            with deadline(seconds, __file__):
+            with deadline(seconds, until):
                 body()
             found.append("ended")
         except Expired:
@@ -29,6 +32,16 @@ def outcome(body, seconds):
     thread.start()
     thread.join(30)
     return found
+
+
+def outcome_here(body, seconds, until):
+    """Return what a body ends with in this thread."""
+    try:
+        with deadline(seconds, until):
+            body()
+    except Expired:
+        return ["expired"]
+    return ["ended"]
 
 
 def endless():
@@ -44,11 +57,68 @@ def swallowing():
         endless()
 
 
+def stubborn():
+    """Like a loop that catches everything, always."""
+    while True:
+        with contextlib.suppress(BaseException):
+            endless()
+
+
 @pytest.mark.parametrize("body", [endless, swallowing])
 def test_a_deadline_reaches_other_threads(body):
     """Signals reach the main thread only; the exception is sent there."""
 
     assert outcome(body, 0.1) == ["expired"]
+
+
+def test_all_frames_are_the_users_where_no_file_of_ours_called_them():
+    """Innermost first, those of libraries left out."""
+    frame = sys._getframe()
+    named = [each.f_code.co_filename for each in _user_frames(frame, "not on the stack")]
+
+    assert named[0] == __file__
+    assert pytest.__file__ not in named
+
+
+@pytest.mark.timeout(0)  # whose timer would be waiting
+@pytest.mark.parametrize("body", [endless, swallowing, stubborn])
+def test_a_deadline_is_kept_where_no_other_timer_runs(body):
+    """And none is left running."""
+
+    def of_a_caller():
+        with contextlib.ExitStack() as stack:
+            stack.callback(body)
+
+    assert outcome_here(of_a_caller, 0.1, contextlib.__file__) == ["expired"]
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("run", [outcome, outcome_here])
+def test_what_clears_up_behind_the_users_code_is_not_disturbed(run):
+    """It may take longer than the second after which code that swallows the exception gets it again."""
+    cleared = queue.Queue()
+
+    def body():
+        with contextlib.ExitStack() as stack:
+            stack.callback(cleared.put, "done")
+            stack.callback(threading.Event().wait, 1.5)
+            endless()
+
+    assert run(body, 0.1, contextlib.__file__) == ["expired"]
+    assert cleared.get(timeout=5) == "done"
+
+
+def test_what_is_sent_while_the_block_ends_is_taken_there(monkeypatch):
+    """The code ended in time; that the exception was already on its way is no fault of what follows."""
+
+    class Late(threading.Event):
+        def set(self):
+            time.sleep(0.3)
+            super().set()
+
+    monkeypatch.setattr(threading, "Event", Late)
+
+    assert outcome(lambda: None, 0.1) == ["ended"]
 
 
 @pytest.mark.parametrize("seconds", [None, 20.0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from equivcheck.case import Case
@@ -68,6 +70,21 @@ def test_dropout_is_switched_off_and_said_so(decide):
     assert case["notes"] == ["dropout was switched off in every run"]
 
 
+@pytest.mark.parametrize(
+    ("begin", "where"),
+    [("def batches():\n", "before its first run"), ("loader, accumulation_steps):\n", "reference")],
+)
+def test_time_that_runs_out_is_told_with_what_ran(tmp_path, begin, where):
+    """Batches are read before the first role begins."""
+    path = tmp_path / "subject.py"
+    assert begin in SUBJECT
+    path.write_text(SUBJECT.replace(begin, f"{begin}    while True: pass\n"), encoding="utf-8")
+    case = run_case(load_subject(str(path)), Case(str(path), 2), timeout=0.5)
+
+    assert case["verdict"] == "error"
+    assert case["error"]["where"].endswith(where)
+
+
 def test_batches_that_cannot_be_cut_are_an_error_of_the_call(decide):
     with pytest.raises(UsageError, match="accumulation_steps=9"):
         decide(accumulation_steps=9)
@@ -89,6 +106,33 @@ def test_an_accumulated_gradient_that_is_inf_is_invalid(decide):
 
     assert case["verdict"] == "invalid"
     assert case["headline"].startswith("not-finite: gradients of optimizer_step 0 are inf or nan")
+
+
+def test_a_batch_that_holds_nan_is_named(decide):
+    """The gradients of the full batch are then nan by no fault of the loop."""
+    drawn = "torch.randn(rows, 4, generator=generator)"
+    case = decide((drawn, f"{drawn}.log()"))
+
+    assert case["verdict"] == "invalid"
+    assert re.fullmatch(r"batch 0 of batches\(\) holds 1\d inf or nan in 0", case["because"])
+    assert "torch.nan_to_num" in case["fix"]
+
+
+RESUMED = """    import pathlib
+    kept = pathlib.Path(__file__).with_suffix(".pt")
+    if kept.exists():
+        return
+    kept.write_text("all of it")
+    optimizer ="""
+
+
+def test_a_loop_that_finds_its_own_checkpoint_is_told_from_a_random_one(decide):
+    case = decide(("    optimizer =", RESUMED))
+
+    assert (case["verdict"], case["causes"]) == ("inconclusive", [])
+    assert case["headline"] == (
+        "other-steps: the full_batch run again made 0 optimizer steps, not 2"
+    )
 
 
 STEPPED = f"{STEP}            optimizer.zero_grad()\n"
@@ -199,6 +243,17 @@ def test_micro_batches_that_cannot_be_run_alone_have_the_weights_of_what_their_b
     assert scale == pytest.approx([case["accumulation_steps"]] * len(scale))
 
 
+def test_without_weights_of_any_kind_a_difference_is_not_explained(decide):
+    """Micro-batches are refused alone, and of one of them there is no backward in the accumulated run either."""
+    alone = "    assert accumulation_steps > 1 or len(loader) <= len(ROWS)\n    optimizer ="
+    taken = f"if accumulation_steps == 1 or index % 2:\n            {BACKWARD}"
+    case = decide((BACKWARD, taken), ("    optimizer =", alone))
+
+    assert told(case) == "divergent EQ000 suspected"
+    assert case["attribution"] is None
+    assert case["notes"] == ["no attribution: train-raised: AssertionError"]
+
+
 ASSERTED = f"{LOSS}\n        assert loss.dtype == torch.float32"
 
 
@@ -238,11 +293,31 @@ def test_noise_as_large_as_a_fault_decides_nothing(decide):
     assert case["headline"].startswith("too-coarse")
 
 
+def test_an_operator_without_float64_leaves_long_sums_too_coarse(decide):
+    """What float32 computes decides nothing behind sums of so many terms."""
+    grouped = (
+        "ends = torch.tensor([len(x)], dtype=torch.int32)\n"
+        "        mixed = torch._grouped_mm(x.bfloat16(), MIXED.bfloat16(), offs=ends).to(x.dtype)\n"
+        "        loss = F.cross_entropy(model(x + 0.1 * mixed), y[:, 0])"
+    )
+    case = decide(
+        ("randn(rows, 4,", "randn(rows, 8,"),
+        ("nn.Linear(4, 6)", "nn.Linear(8, 6)"),
+        ("torch.arange(rows) % 2)", "(torch.arange(rows) % 2)[:, None].repeat(1, 30_000))"),
+        ("ROWS =", "MIXED = torch.eye(8)[None]\nROWS ="),
+        (LOSS, grouped),
+    )
+
+    assert told(case) == "inconclusive"
+    assert case["lowered"] == {"aten._grouped_mm.default": "float32"}
+    assert case["headline"].startswith("too-coarse")
+
+
 class Kept:
     """An object whose runs differ in one thing, the full batch's aside.
 
     Args:
-        what: loss, rate or log.
+        what: loss, rate, idle (the rate of a group that has no gradients) or log.
     """
 
     def __init__(self, what):
@@ -266,6 +341,8 @@ class Kept:
         factor = 1.0 + self.runs / 8
         rate = 0.1 * (factor if self.what == "rate" else 1.0)
         optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+        if self.what == "idle":
+            optimizer.add_param_group({"params": [torch.zeros(1)], "lr": 0.1 * factor})
         logged = []
         total = 0.0
         for index, x in enumerate(loader):
@@ -280,11 +357,29 @@ class Kept:
         return logged
 
 
+class Asserted(Kept):
+    """Such an object, which asserts the precision that it is written in."""
+
+    def train(self, model, loader, accumulation_steps):
+        import torch
+
+        assert next(model.parameters()).dtype == torch.float32
+        return super().train(model, loader, accumulation_steps)
+
+
+def test_an_object_that_differs_from_itself_decides_nothing_as_written_either():
+    case = run_case(load_subject(Asserted("log")), Case("Asserted", 2))
+
+    assert (case["judged"], case["verdict"]) == ("native", "inconclusive")
+    assert case["headline"].endswith("differs from itself, logged losses")
+
+
 @pytest.mark.parametrize(
     ("what", "differs"),
     [
         ("loss", "gradients of optimizer_step 0"),
         ("rate", "of optimizer_step 0"),
+        ("idle", "learning rates of optimizer_step 0"),
         ("log", "logged losses"),
     ],
 )

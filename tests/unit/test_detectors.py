@@ -12,6 +12,7 @@ from equivcheck.subject import load_subject
 SUBJECT = """
 from __future__ import annotations
 
+import copy
 import torch
 import torch.utils.checkpoint
 from torch import nn
@@ -22,6 +23,14 @@ ROWS = [8, 8]
 class Norm(nn.Module):
     def forward(self, x):
         return (x - x.mean(0)) / (x.var(0, unbiased=False) + 1).sqrt()
+
+class Sparse(nn.Module):
+    def forward(self, x):
+        return x.to_sparse()
+
+class Dense(nn.Module):
+    def forward(self, x):
+        return x.to_dense()
 
 def build():
     return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
@@ -66,11 +75,36 @@ def times(factor):
     return (BACKWARD, f"(loss / accumulation_steps * ({factor})).backward()")
 
 
+def averaged(rate):
+    """Return the replacements with which a loop keeps a running average of its weights, moved after every step."""
+    zeroed = "            optimizer.zero_grad()\n"
+    pairs = "            for kept, p in zip(average.parameters(), model.parameters()):\n"
+    moved = f"                kept.data.lerp_(p.data, {rate})\n"
+    return (
+        (BEGIN, f"    average = copy.deepcopy(model)\n{BEGIN}"),
+        (zeroed, f"{zeroed}{pairs}{moved}"),
+    )
+
+
 TWO = "accumulation_steps in (1, 2)"
+ALONE_REFUSED = only("accumulation_steps > 1 or len(loader) <= 2")
 TOLD = {
     "an addend with a factor that no rule gives": (
         "EQ000 suspected",
         NO_LOG,
+        times("1.0"),
+        (
+            LOSS,
+            (
+                "penalty = model[0].weight.square().sum() * (0.37 if accumulation_steps > 1 else 1.0)\n"
+                f"        {LOSS} + penalty * accumulation_steps"
+            ),
+        ),
+    ),
+    "such an addend beside labels that are all zero": (
+        "EQ000 suspected",
+        NO_LOG,
+        ("torch.arange(rows) % 2", "torch.zeros(rows, dtype=torch.long)"),
         times("1.0"),
         (
             LOSS,
@@ -94,6 +128,17 @@ TOLD = {
         ),
     ),
     "rows coupled by hand, under a mean": ("EQ201 proved", NO_LOG, COUPLED),
+    "rows coupled by hand, behind a sparse tensor": (
+        "EQ201 proved",
+        NO_LOG,
+        ("nn.Tanh()", "Sparse(), Dense(), Norm()"),
+    ),
+    "rows coupled by hand, micro-batches alone refused": (
+        "EQ201 proved",
+        NO_LOG,
+        ALONE_REFUSED,
+        COUPLED,
+    ),
     "rows coupled by hand, under a sum": (
         "EQ201 proved",
         NO_LOG,
@@ -110,6 +155,11 @@ TOLD = {
     "a log that no rule gives": (
         "EQ701 proved",
         (LOG, "logged.append(mean + 0.01 * len(logged) * (accumulation_steps - 1))"),
+    ),
+    "a log of the last, micro-batches alone refused": (
+        "EQ701 proved",
+        ALONE_REFUSED,
+        (LOG, "logged.append(seen[-1])"),
     ),
     "a log times a constant": (
         "EQ701 proved",
@@ -186,6 +236,69 @@ TOLD = {
         "EQ000 suspected",
         NO_LOG,
         times("2**0.5 if accumulation_steps > 1 else 1.0"),
+    ),
+    "a factor, too few labels for a count to tell": (
+        "EQ104 proved",
+        NO_LOG,
+        ("[8, 8]", "[6, 6]"),
+        ("torch.arange(rows) % 2", "(torch.arange(rows) % 3 == 1).long()"),
+        times("0.75 if accumulation_steps > 1 else 1.0"),
+    ),
+    "a clip that the full batch does not make": (
+        "EQ000 suspected",
+        NO_LOG,
+        (
+            "            optimizer.step()",
+            (
+                "            if accumulation_steps > 1:\n"
+                "                torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)\n"
+                "            optimizer.step()"
+            ),
+        ),
+    ),
+    "an average by a rate that no count gives": (
+        "EQ309 suspected",
+        NO_LOG,
+        *averaged("0.1 * accumulation_steps"),
+    ),
+    "an average by a rate of one step": (
+        "EQ309 suspected",
+        NO_LOG,
+        ("[8, 8]", "[8]"),
+        *averaged("1 / (index + 2)"),
+    ),
+    "an average by a rate, micro-batches alone refused": (
+        "EQ309 suspected",
+        NO_LOG,
+        ALONE_REFUSED,
+        *averaged("1 / (index + 2)"),
+    ),
+    "an average by a rate": (
+        "EQ309 proved",
+        NO_LOG,
+        ("[8, 8]", "[8, 8, 8]"),
+        *averaged("1 / (index + 2)"),
+    ),
+    "an average that is moved before anything is trained": (
+        "EQ309 proved",
+        NO_LOG,
+        (BEGIN, f"    copies = [torch.zeros_like(p) for p in model.parameters()]\n{BEGIN}"),
+        (
+            f"        {LOSS}",
+            (
+                "        for copy, p in zip(copies, model.parameters()):\n"
+                f"            copy.lerp_(p.detach(), 0.1)\n        {LOSS}"
+            ),
+        ),
+    ),
+    "a step that is left out, beside a tail": (
+        "EQ311 proved EQ105 proved",
+        NO_LOG,
+        ("[8, 8]", "[8, 8, 4]"),
+        (
+            EVERY[0],
+            "if (index + 1) % accumulation_steps == 0 and (accumulation_steps == 1 or index > 2):",
+        ),
     ),
     "another cycle length, and a tail that leaks": (
         "EQ311 proved EQ310 proved",

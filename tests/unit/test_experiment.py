@@ -9,6 +9,7 @@ from torch import nn
 from equivcheck.case import Case
 from equivcheck.decide import run_case
 from equivcheck.errors import UsageError
+from equivcheck.experiment import Experiment
 from equivcheck.subject import load_subject
 from equivcheck.subject_experiment import SubjectExperiment
 
@@ -104,3 +105,42 @@ def test_a_close_call_without_single_micro_batches_is_decided_with_a_note():
 
     assert case["verdict"] == "divergent"
     assert any("could not be run alone" in note for note in case["notes"])
+
+
+class Roles(Experiment):
+    """A kind of experiment that can make the runs of the roles and no others, as two recordings can."""
+
+
+Roles.__abstractmethods__ = frozenset()
+
+
+@pytest.mark.parametrize(
+    ("run", "told"),
+    [
+        (lambda lab: lab.at(3), "with K = 3"),
+        (lambda lab: lab.contributed(), "with what each backward adds, 0 things put right"),
+        (lambda lab: lab.contributed_whole(), "with what each backward of the full batch adds"),
+        (lambda lab: lab.turned(2), "with the micro-batches of every cycle turned by 2"),
+        (lambda lab: lab.copies_moved(), "left to itself"),
+        (lambda lab: lab.left_by_backward(), "with what each cycle's last backward leaves"),
+        (lambda lab: lab.left_on_ranks(), "with what each rank leaves, 0 things put right"),
+        (lambda lab: lab.left_by_full_batch(), "with what the full batch leaves"),
+        (lambda lab: lab.alone_of_length(8), "with a loader of 8 micro-batches"),
+        (lambda lab: lab.full_batch_alone(1), "with full batch 1 alone"),
+    ],
+)
+def test_a_run_that_cannot_be_made_is_refused_by_what_it_would_be(run, told):
+    """Detectors do without it: a kind of experiment need not know all that they may ask for."""
+    lab = Roles(load_subject(Loop()), Case("Loop", 2))
+
+    with pytest.raises(UsageError, match=f"this run cannot be made: {told}"):
+        run(lab)
+
+
+def test_what_a_kind_of_experiment_does_not_know_is_left_open():
+    lab = Roles(load_subject(Loop()), Case("Loop", 2))
+
+    assert lab.estimate()["bytes"] == 0
+    assert lab.facts() == {}
+    assert lab.other_samples() is None
+    assert lab.printed() is None

@@ -50,6 +50,9 @@ def train(model, loader, accumulation_steps):
 """
 FIRST = "for x, y in group:  # first sweep"
 SECOND = "for x, y in group:  # second sweep"
+LAST = """(F.cross_entropy(model(x), y, reduction="sum") / rows).backward()
+        with torch.no_grad():
+            for p, ascent"""
 COPIES = "if index:  # copies"
 ALONE = "    index = 0\n"
 TOLD = {
@@ -58,6 +61,12 @@ TOLD = {
         "divergent",
         "EQ305 proved",
         (SECOND, "for x, y in group[:1]:"),
+    ),
+    "the second sweep misses one, and is not divided": (
+        "divergent",
+        "EQ000 suspected",
+        (SECOND, "for x, y in group[:1]:"),
+        (LAST, LAST.replace("/ rows", "/ len(y)")),
     ),
     "the first sweep misses one": ("divergent", "EQ305 proved", (FIRST, "for x, y in group[:1]:")),
     "copies by a count, with two backwards for each": (

@@ -48,9 +48,6 @@ def patched():
     owners = [
         (torch.autograd, "_engine_run_backward"),
         (torch.autograd.graph, "_engine_run_backward"),
-        (clip_grad, "_clip_grads_with_norm_"),
-        (clip_grad, "clip_grad_value_"),
-        (nn.utils, "clip_grad_value_"),
         (Optimizer, "zero_grad"),
         (nn.Module, "zero_grad"),
         (functional, "scaled_dot_product_attention"),
@@ -65,6 +62,10 @@ def patched():
     hooks = sys.modules["torch.optim.optimizer"]
     return [
         *(getattr(owner, name) for owner, name in owners),
+        *(
+            [cell.cell_contents for cell in each.__closure__]
+            for each in (clip_grad._clip_grads_with_norm_, clip_grad.clip_grad_value_)
+        ),
         dict(hooks._global_optimizer_pre_hooks),
         dict(hooks._global_optimizer_post_hooks),
         torch.get_default_dtype(),

@@ -11,7 +11,7 @@ import pytest
 
 from equivcheck import series
 from equivcheck.differences import Sums
-from equivcheck.timelines import _missing
+from equivcheck.timelines import CYCLES, EVENTS, _cycles_shown, _missing
 
 
 @pytest.mark.parametrize(
@@ -77,3 +77,49 @@ def test_a_call_that_only_the_full_batch_makes_is_missing():
 
     assert list(_missing(full, mine, {0, 1})) == [{"event": "zero_grad", "optimizer_step": 0}]
     assert list(_missing(full, mine, {1})) == []
+
+
+@pytest.mark.parametrize(
+    ("found", "multiple"),
+    [
+        (None, None),
+        (Sums(1.0, 0.0, 0.0, 1), 0.0),
+        (Sums(1.0, 0.0, 4.0, 1), 200.0),
+        (Sums(math.nan, 0.0, 0.0, 1, finite=False), math.inf),
+    ],
+    ids=["absent", "equal", "off by 2", "not finite"],
+)
+def test_a_difference_is_told_in_multiples_of_the_noise(found, multiple):
+    """Of a parameter without a gradient in this step there is none to tell."""
+    step = SimpleNamespace(matched=0, gradients={} if found is None else {"w": found})
+    noise = SimpleNamespace(limit=lambda *_: 1.0)
+
+    assert series.multiple_of(step, noise, "w") == (multiple and pytest.approx(multiple))
+
+
+def placed(*cycles, each=3):
+    return [{"event": "step", "optimizer_step": cycle} for cycle in cycles for _ in range(each)]
+
+
+@pytest.mark.parametrize(
+    ("events", "first", "whole", "shown"),
+    [
+        (placed(0, 1, 2, 3), 0, False, {0, 1}),
+        (placed(0, 1, 2, 3), 3, False, {0, 3}),
+        (placed(0, 1, 2, 3), 2, True, {0, 1, 2, 3}),
+        (placed(1, 2, 3), 0, True, {1, 2, 3}),
+        (placed(0, 1, 2, each=EVENTS // 2), 1, True, {1, 2}),
+        (placed(0, 1, each=EVENTS + 1), 1, True, {1}),
+    ],
+    ids=[
+        "agrees",
+        "the divergent one",
+        "all",
+        "no event in the first",
+        "what fits",
+        "one is too much",
+    ],
+)
+def test_the_divergent_cycle_and_the_last_are_shown_before_others(events, first, whole, shown):
+    assert CYCLES == 2
+    assert _cycles_shown(events, [], first, whole=whole) == shown

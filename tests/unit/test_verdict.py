@@ -10,7 +10,7 @@ import torch
 
 from equivcheck.differences import Sums, sums
 from equivcheck.noise import SAFETY, UNIT_ROUNDOFF
-from equivcheck.recording import Kept, Recording, Step
+from equivcheck.recording import Backward, Kept, Recording, Step
 from equivcheck.verdict import (
     KINDS,
     UPDATE_NOISE,
@@ -20,6 +20,7 @@ from equivcheck.verdict import (
     rate_difference,
     roundoff_of,
     unfit,
+    whole_log,
 )
 
 NAN = Sums(math.nan, math.nan, math.nan, 1, finite=False)
@@ -277,3 +278,44 @@ def test_the_lowest_precision_that_computed_counts():
 
     double = UNIT_ROUNDOFF[torch.float64]
     assert found == [double, UNIT_ROUNDOFF[torch.bfloat16], double]
+
+
+def rank(logged, samples, root=None):
+    """Return what one rank saw of one optimizer step."""
+    own = frozenset((0, sample) for sample in samples)
+    seen = recording(step(samples=own, backwards=1), logged=logged)
+    if root is not None:
+        seen.backwards = [Backward(0, 1, root, 1.0, "MulBackward0")]
+    return seen
+
+
+def of_ranks(*ranks, logged=None):
+    return replace(recording(step(), logged=logged), ranks=list(ranks))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "whole"),
+    [
+        ((rank([1.0], [0]), rank([1.0], [1])), [1.0]),
+        ((rank([0.5], [0]), rank([1.5], [1])), [1.0]),
+        ((rank([0.25], [0]), rank([1.25], [1, 2, 3])), [1.0]),
+        ((rank([0.5], [0], 0.5), rank(None, [1], 1.5)), [1.0]),
+        ((rank([0.7], [0], 0.5), rank(None, [1], 1.5)), [0.7]),
+        ((rank([0.7], [0]), rank([0.5, 1.5], [1])), [0.7]),
+        ((rank(None, [0]), rank(None, [1])), None),
+    ],
+    ids=[
+        "the whole loss",
+        "its share's",
+        "shares of unequal size",
+        "rank 0 alone, its roots",
+        "rank 0 alone, something else",
+        "not as often on all",
+        "nothing",
+    ],
+)
+def test_ranks_log_the_whole_loss_or_that_of_their_share(ranks, whole):
+    """Of what a rank's log may mean, the closest to the full batch's is taken: the loss of a share is no lie."""
+    candidate = of_ranks(*ranks, logged=ranks[0].logged)
+
+    assert whole_log(REFERENCE, candidate) == whole

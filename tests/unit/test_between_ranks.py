@@ -1,0 +1,524 @@
+"""What is told, and what is left alone, where ranks differ: by recordings of two ranks that no loop is needed for."""
+
+from __future__ import annotations
+
+import copy
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from equivcheck import view as looks
+from equivcheck.attribution import solve
+from equivcheck.detectors import addends, coupling, ranks, schedule, taken, weights
+from equivcheck.differences import Sums
+from equivcheck.errors import UsageError
+from equivcheck.fit import Attribution
+from equivcheck.recording import Backward, Event, Place, Recording, Step
+from equivcheck.verdict import Finding
+
+NAN = math.nan
+
+
+def vector(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+G = vector(3.0, 4.0)
+SIZE = Sums(25.0, 0.0, 0.0, 2)
+
+
+def off(relative):
+    """Return the sums of a gradient that is so much longer than the reference's."""
+    return Sums(25.0, 25.0 * relative, 25.0 * relative**2, 2)
+
+
+def step(index=0, *, sample=G, applied=SIZE, left=G, matched=0, **fields):
+    found = Step(index, "SGD", frozenset({(0, index)}), 1, 0, [0.1], matched=matched, **fields)
+    found.sample, found.applied = {"w": sample}, {"w": applied}
+    found.left = {} if left is None else {"w": left}
+    return found
+
+
+def recording(*steps, kinds=("step",), **fields):
+    """Return what a rank saw: before each of its steps, these events."""
+    timeline = [Event(kind, 1, 1, dict(fields)) for _ in steps for kind in kinds]
+    return Recording("candidate", steps=list(steps), timeline=timeline)
+
+
+def refuse(*_):
+    raise UsageError("the loop asserts accumulation_steps == 2")
+
+
+class Seen:
+    """The accumulated run of two ranks, and the full batch's.
+
+    Args:
+        ranks: What each saw.
+        full: The full batch's run.
+        kind: What differs.
+        other: The run at another K; None if the loop refuses it.
+    """
+
+    chosen = ()
+    steps = 2
+
+    def __init__(self, *ranks, full=None, kind="gradients", other=None, rows=8):
+        self.cycles = {(0, 0): 0, (0, 1): 1}
+        self.candidate = Recording("candidate", steps=ranks[0].steps, ranks=list(ranks))
+        self.reference = full or recording(step())
+        self.attributions = []
+        finding = Finding(kind, 0, 0, ("w",), 1.0, 0.0)
+        self.judgement = SimpleNamespace(
+            first=lambda *kinds: finding if kind in kinds else None, findings=[finding]
+        )
+        self.experiment = SimpleNamespace(
+            case=SimpleNamespace(world_size=2, shares=2),
+            data=SimpleNamespace(rows=[rows, rows]),
+            noise=lambda: SimpleNamespace(floor=lambda: 1e-15),
+            left_on_ranks=lambda _: self.candidate,
+            left_by_full_batch=lambda: self.reference,
+            at=refuse if other is None else lambda _: other,
+            reference_of_horizon=refuse,
+        )
+
+    def cycle_of(self, matched):
+        return matched
+
+
+def codes(suspicions):
+    return [each.code for each in suspicions]
+
+
+# ---- how far ranks are apart ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("held", "expected"),
+    [
+        ([{"w": G}], 0.0),
+        ([{"w": G}, {"w": G}], 0.0),
+        ([{"w": G}, {"w": 2 * G}], 0.5),
+        ([{"w": G}, {"w": None}], 1.0),
+        ([{"w": None}, {"w": None}], 0.0),
+        ([{"w": 0 * G}, {"w": 0 * G}], 0.0),
+    ],
+    ids=["one rank", "alike", "twice", "on one only", "on none", "zeros"],
+)
+def test_gradients_are_apart_by_their_largest_relative_difference(held, expected):
+    steps = [step(sample=each["w"]) for each in held]
+
+    assert ranks.spread(held) == pytest.approx(expected)
+    assert ranks.gradient_spread(steps) == pytest.approx(expected)
+
+
+def test_parts_of_a_gradient_are_not_apart():
+    """Each rank holds another one; so does a rank that has no such parameter."""
+    mine, other = step(parts={"w": 0}), step(sample=2 * G, parts={"w": 1})
+    foreign = step(sample=2 * G)
+    foreign.sample = {"v": G}
+
+    assert ranks.gradient_spread([mine, other]) == 0.0
+    assert ranks.gradient_spread([step(), foreign]) == 0.0
+
+
+# ---- what a rank does between the last backward and the step ------------------------------------
+
+
+def test_a_gradient_changed_on_one_rank_only_is_told():
+    seen = Seen(recording(step()), recording(step(sample=0.5 * G, applied=off(-0.5))))
+
+    assert codes(taken.suspect(seen)) == ["EQ505"]
+
+
+@pytest.mark.parametrize(
+    "seen",
+    [
+        Seen(recording(step(), step(1)), recording(step(applied=SIZE)), kind="learning_rates"),
+        Seen(recording(step()), recording()),
+        Seen(recording(step(left=None)), recording(step(left=None))),
+        Seen(recording(step()), recording(step(clipped=True))),
+        Seen(recording(step(), kinds=["skipped"]), recording(step(), kinds=["skipped"])),
+    ],
+    ids=[
+        "no gradient differs",
+        "a rank that steps less often",
+        "what backwards left is unknown",
+        "a call on one rank that changes nothing",
+        "steps that a scaler left out",
+    ],
+)
+def test_ranks_that_did_nothing_of_their_own_are_left_alone(seen):
+    assert taken.suspect(seen) == []
+
+
+def test_a_clip_that_some_make_before_the_reduction_is_told_by_its_shares():
+    """Rank 1 halves its gradient; what both step with is the mean of what they have then."""
+    other = vector(-4.0, 3.0)
+    mean = (G + 0.5 * other) / 2
+    seen = Seen(
+        recording(step(sample=mean, left=G)), recording(step(sample=mean, left=other, clipped=True))
+    )
+    seen.reference.kept = [SimpleNamespace(gradients={"w": G}, applied={"w": 0.5 * G})]
+    (found,) = taken.suspect(seen)
+
+    assert (found.code, found.evidence["ranks_that_clip"]) == ("EQ506", [1])
+    assert found.evidence["share_of_each_rank"] == pytest.approx([1.0, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("left", "stepped", "shares"),
+    [
+        ([G, vector(-4.0, 3.0)], vector(0.0, 0.0), []),
+        ([G, 2 * G], G, []),
+        ([G, vector(-4.0, 3.0)], (G + vector(-4.0, 3.0)) / 2, []),
+        ([G, vector(-4.0, 3.0)], (0.5 * G + vector(-4.0, 3.0)) / 2, [0.5, 1.0]),
+        ([G, vector(-4.0, 3.0)], (0.5 * G + 1.5 * vector(-4.0, 3.0)) / 2, []),
+        ([G], G, []),
+        ([G, None], G, []),
+    ],
+    ids=[
+        "nothing",
+        "pieces alike tell nothing",
+        "the mean",
+        "one shortened",
+        "one longer: counts",
+        "one rank",
+        "on one rank only",
+    ],
+)
+def test_shares_are_a_clips_where_some_are_shorter_and_none_longer(left, stepped, shares):
+    found = taken._shortened([{"w": each} for each in left], {"w": stepped})
+
+    assert found == pytest.approx(shares)
+
+
+@pytest.mark.parametrize(
+    ("left", "stepped", "factor"),
+    [
+        ({"w": G}, {"w": 0.5 * G}, 0.5),
+        ({"w": vector(3.0, NAN)}, {"w": vector(1.5, NAN)}, 0.5),
+        ({"w": G}, {"w": -G}, None),
+        ({"w": G}, {"w": vector(4.0, 3.0)}, None),
+        ({"w": None}, {"w": G}, None),
+        ({}, {"w": None}, None),
+    ],
+    ids=["half", "of a part", "turned round", "another", "from nothing", "none"],
+)
+def test_what_is_done_to_a_gradient_is_a_factor_or_something_else(left, stepped, factor):
+    assert taken._factor(left, stepped) == factor
+
+
+def parted(index, factor, *, matched=0, norm=5.0):
+    return step(index, sample=factor * G, matched=matched, norm=norm, parts={"w": 0})
+
+
+@pytest.mark.parametrize(
+    ("ranks_", "told"),
+    [
+        ((recording(parted(0, 0.5)), recording(parted(0, 0.25))), ["EQ506"]),
+        ((recording(parted(0, 0.5)), recording(parted(0, 0.5))), []),
+        (
+            (
+                recording(parted(0, 0.5, matched=None), parted(1, 0.5)),
+                recording(parted(0, 0.25, matched=None), parted(1, 0.5)),
+            ),
+            [],
+        ),
+        ((recording(parted(0, 0.5), parted(1, 0.5)), recording(parted(0, 0.5))), []),
+        ((recording(parted(0, 0.5)), recording(parted(0, 2.0))), []),
+        ((recording(parted(0, 0.5), kinds=["clip"]), recording(parted(0, 0.25))), []),
+    ],
+    ids=["norms of parts", "as the whole", "an extra step", "fewer steps", "longer", "a call"],
+)
+def test_parts_are_clipped_by_the_norm_of_the_whole(ranks_, told):
+    full = recording(step(sample=0.5 * G, norm=5.0))
+
+    assert codes(taken.suspect(Seen(*ranks_, full=full))) == told
+
+
+# ---- clips that all ranks call ------------------------------------------------------------------
+
+
+def clipped(maximum, *, kind="clip", **detail):
+    """Return a run with one clip before its step."""
+    found = recording(step(applied=off(0.5)), kinds=[kind, "step"], **detail)
+    found.timeline[0].detail["max_norm"] = maximum
+    found.backwards = [Backward(0, 1, 1.0, 1.0, "MeanBackward0")]
+    found.places = lambda _: [Place(0, 0, 1, True)]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("maximum", "elsewhere", "told"),
+    [
+        (2.0, 2.0, ["EQ506"]),
+        (0.5, 0.5, ["EQ506"]),
+        (2.0, 3.0, []),
+        (2.0, None, []),
+        (1.7, 1.7, []),
+        (1.0, 1.0, []),
+    ],
+    ids=["times R", "over R", "times K", "another K refused", "no ratio", "right"],
+)
+def test_a_maximum_that_follows_the_number_of_ranks_is_told_from_one_that_follows_k(
+    maximum, elsewhere, told
+):
+    """K is R here, so that another K decides."""
+    other = None if elsewhere is None else clipped(elsewhere, norm=5.0)
+    mine = [clipped(maximum, norm=5.0) for _ in range(2)]
+    seen = Seen(*mine, full=clipped(1.0, norm=5.0), kind="applied", other=other)
+    seen.candidate.timeline, seen.candidate.places = mine[0].timeline, mine[0].places
+
+    assert codes(ranks._clipped(seen)) == told
+
+
+def test_without_room_for_another_k_nothing_is_told_of_a_maximum():
+    mine = [clipped(2.0, norm=5.0) for _ in range(2)]
+    seen = Seen(*mine, full=clipped(1.0, norm=5.0), kind="applied", rows=4)
+
+    assert ranks._clipped(seen) == []
+
+
+def test_clips_of_other_cycles_are_not_compared():
+    mine = [clipped(2.0, norm=5.0), clipped(2.0, norm=5.0)]
+    mine[1].places = lambda _: [Place(1, 0, 1, True)]
+    seen = Seen(*mine, full=clipped(1.0, norm=5.0), kind="applied")
+
+    assert ranks._clipped(seen) == []
+
+
+@pytest.mark.parametrize(("other", "told"), [(2 * G, ["EQ506"]), (G, [])], ids=["own", "reduced"])
+def test_a_clip_by_value_is_wrong_before_the_reduction(other, told):
+    """Of gradients that are the same on all ranks it takes the same everywhere."""
+    mine = [clipped(1.0), clipped(1.0)]
+    mine[1].steps[0].left = {"w": other}
+
+    assert codes(ranks._clipped(Seen(*mine, kind="applied"))) == told
+
+
+# ---- weights of ranks ---------------------------------------------------------------------------
+
+PIECES = torch.randn(4, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def fitted(index):
+    mean = PIECES.mean(0)
+    fit = solve(PIECES, mean)
+    return Attribution(index, index, PIECES, mean, mean, fit, fit, [("w", 16)], ranks=2)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_unsynchronised_ranks_show_their_weights_where_pieces_are_known(known):
+    own = [PIECES[:2].mean(0), PIECES[2:].mean(0)]
+    seen = Seen(*(recording(step(sample=each)) for each in own))
+    seen.attributions = [fitted(0)] if known else [fitted(1)]
+    (found,) = ranks._apart_at_the_step(seen)
+
+    assert found.code == "EQ502"
+    assert ("weights_of_each_rank" in found.evidence) is known
+    if known:
+        told = torch.tensor(found.evidence["weights_of_each_rank"])
+        torch.testing.assert_close(
+            told, torch.tensor([[0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.5, 0.5]]), atol=1e-9, rtol=0.0
+        )
+
+
+def test_micro_steps_that_count_nothing_are_left_as_they_are():
+    """A mean over the ranks of each micro-step has no weights where one of them is empty on all ranks."""
+    right = [0.5, 0.0, 0.5, 0.0]
+
+    assert weights._steps_alike(fitted(0), right) == right
+    assert weights._steps_alike(fitted(0), [0.1, 0.2, 0.3, 0.4]) == pytest.approx(
+        [0.125, 1 / 6, 0.375, 1 / 3]
+    )
+
+
+# ---- rows that interact across ranks ------------------------------------------------------------
+
+
+class Together:
+    """Micro-steps that two ranks compute together: two in a cycle, of which rank 0's micro-batches are counted first.
+
+    Args:
+        counts: Of every micro-batch, by label.
+    """
+
+    def __init__(self, counts=(), *, together=True):
+        self.experiment = SimpleNamespace(together=together)
+        self._counts = dict(counts)
+
+    def counts(self):
+        return self._counts
+
+    def fits(self, *_):
+        return False
+
+
+def pair(weights_):
+    """Return the fit of a gradient that two micro-steps make with these weights."""
+    pieces = PIECES[:2]
+    made = sum(w * piece for w, piece in zip(weights_, pieces, strict=True))
+    fit = solve(pieces, made)
+    return Attribution(0, 0, pieces, made, made, fit, fit, [("w", 16)])
+
+
+def test_micro_steps_of_all_ranks_are_counted_together():
+    """What holds nothing gives no weights, nor do counts of more micro-batches than there are pieces."""
+    counts = {"tokens": [[1, 2, 3, 4]], "none": [[0, 0, 0, 0]]}
+    both = coupling._shares(Together(counts), pair([0.5, 0.5]))
+    alone = coupling._shares(Together(counts, together=False), pair([0.5, 0.5]))
+
+    assert both == [[0.5, 0.5], [0.4, 0.6]]
+    assert alone == [[0.5, 0.5]]
+
+
+@pytest.mark.parametrize(
+    ("together", "used", "fits"),
+    [(True, [0.5, 0.5 + 1e-12], True), (True, [0.5, 0.501], False), (False, [0.5, 0.5], False)],
+)
+def test_what_ranks_compute_together_has_a_rounding_of_its_own(together, used, fits):
+    """No control of one process measured it; a fault is beyond it by far."""
+    assert coupling._fits(Together(together=together), pair(used), [0.5, 0.5]) is fits
+
+
+class Runs:
+    """An experiment whose pieces are known alone, of all ranks together, or not at all."""
+
+    def __init__(self, alone, together):
+        self.case = SimpleNamespace(accumulation_steps=2, shares=2)
+        self.together = False
+        self.remembered = {}
+        self._found = {False: alone, True: together}
+
+    def attributions(self, _):
+        found = self._found[self.together]
+        if found is None:
+            raise UsageError("this run cannot be made")
+        return found
+
+
+def beyond():
+    """Return a fit of what is in no span: neither gradient is made of the pieces."""
+    found = pair([0.5, 0.5])
+    other = PIECES[3]
+    fit = solve(found.pieces, other)
+    return Attribution(0, 0, found.pieces, other, other, fit, fit, found.names)
+
+
+@pytest.mark.parametrize(
+    ("alone", "together", "taken_"),
+    [
+        (None, [pair([0.5, 0.5])], "together"),
+        ([beyond()], [pair([0.5, 0.5])], "together"),
+        ([beyond()], [beyond()], "alone"),
+        ([beyond()], None, "alone"),
+    ],
+    ids=["alone refused", "together spans", "neither spans", "together refused"],
+)
+def test_pieces_of_all_ranks_are_taken_where_they_make_the_gradient(
+    monkeypatch, alone, together, taken_
+):
+    monkeypatch.setattr(looks, "attributions_in_company", refuse)
+    experiment = Runs(alone, together)
+    monkeypatch.setattr(looks.View, "tolerance", lambda *_: 1e-9)
+
+    assert looks.View(experiment).attributions is {"alone": alone, "together": together}[taken_]
+    assert experiment.together is (taken_ == "together")
+
+
+def test_counts_of_nothing_and_of_other_micro_batches_give_no_weights():
+    experiment = Runs(None, None)
+    counts = {"tokens": [[1, 3]], "none": [[0, 0]], "other": [[1, 2, 3]]}
+    experiment.remembered["counts", None] = counts
+
+    assert looks.View(experiment).shares(pair([0.5, 0.5])) == [[0.25, 0.75], [0.5, 0.5], [1.0, 1.0]]
+
+
+# ---- addends on ranks ---------------------------------------------------------------------------
+
+MAIN, SIDE = (0, (0,)), (0, (1,))
+
+
+def placed(*by_micro_step):
+    """Return gradients of addends by cycle and micro-step."""
+    return {
+        (0, k): {component: {"w": tensor} for component, tensor in each.items()}
+        for k, each in enumerate(by_micro_step)
+    }
+
+
+def reduced(accumulated, gradient):
+    alone = placed({MAIN: PIECES[0], SIDE: PIECES[2]}, {MAIN: PIECES[1], SIDE: PIECES[3]})
+    parts = addends.Parts(alone, accumulated, {})
+    attribution = pair([0.5, 0.5])
+    attribution.candidate = gradient
+    view = SimpleNamespace(
+        attributions=[attribution], cycle_of=lambda matched: matched, tolerance=lambda _: 1e-9
+    )
+    return addends._reduced(view, parts)
+
+
+def test_addends_are_taken_as_the_reduction_leaves_them():
+    """The mean of two ranks, here, halves each."""
+    whole = placed({MAIN: PIECES[0], SIDE: PIECES[2]}, {MAIN: PIECES[1], SIDE: PIECES[3]})
+    expected = PIECES[3] / 2
+    found = reduced(copy.deepcopy(whole), PIECES.sum(0) / 2)
+
+    torch.testing.assert_close(found.accumulated[0, 1][SIDE]["w"], expected)
+
+
+@pytest.mark.parametrize(
+    ("missing", "gradient"),
+    [(True, PIECES.sum(0) / 2), (False, PIECES[0]), (False, 0 * PIECES[0])],
+    ids=["an addend is lacking", "no factor makes the gradient", "no gradient"],
+)
+def test_addends_that_do_not_make_the_gradient_tell_nothing(missing, gradient):
+    second = {MAIN: PIECES[1]} if missing else {MAIN: PIECES[1], SIDE: PIECES[3]}
+
+    assert reduced(placed({MAIN: PIECES[0], SIDE: PIECES[2]}, second), gradient) is None
+
+
+def test_an_addend_that_the_full_batch_lacks_is_not_called_coupled():
+    both = placed({MAIN: PIECES[0]}, {MAIN: PIECES[1]})
+    view = SimpleNamespace(
+        attributions=[pair([0.5, 0.5])],
+        chosen=(),
+        cycle_of=lambda matched: matched,
+        tolerance=lambda _: 1e-9,
+        experiment=SimpleNamespace(remembered={("addends", ()): addends.Parts(both, both, {})}),
+    )
+
+    assert not addends.coupled_addends(view, lambda *_: [[0.5, 0.5]])
+
+
+# ---- schedules ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("elsewhere", "per_rank"), [(2, True), (3, False), (None, True)], ids=["R", "K", "refused"]
+)
+def test_a_scheduler_that_steps_twice_follows_the_ranks_unless_another_k_tells(elsewhere, per_rank):
+    other = None if elsewhere is None else recording(step(), kinds=["scheduler"] * elsewhere)
+    seen = Seen(recording(step()), recording(step()), other=other)
+
+    assert schedule._per_rank(seen, {2}, 1) is per_rank
+
+
+@pytest.mark.parametrize(
+    ("rate", "by_steps"), [(0.1, False), (0.2, True), (None, False)], ids=["R", "K", "refused"]
+)
+def test_a_horizon_follows_the_ranks_unless_another_k_tells(rate, by_steps):
+    other = None if rate is None else recording(step())
+    if other is not None:
+        other.steps[0].learning_rates = [rate]
+    seen = Seen(recording(step()), recording(step()), other=other)
+
+    assert schedule._by_steps(seen, [[0.1]]) is by_steps
+
+
+def test_a_horizon_that_the_loop_refuses_is_not_told():
+    seen = Seen(recording(step(), step(1)), recording(step(), step(1)))
+
+    assert schedule._divided_by_ranks(seen, 0) == []

@@ -1,0 +1,105 @@
+"""A factor of two, with K = 2 on two ranks: one of K or of the ranks, which only another K tells."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from equivcheck import topology
+from equivcheck.attribution import predict
+from equivcheck.differences import Sums
+from equivcheck.errors import UsageError
+
+WIDTH, K, RANKS = 16, 2, 2
+PIECES = torch.randn(
+    K * RANKS, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+)
+RIGHT = [1.0 / (K * RANKS)] * (K * RANKS)
+
+
+class Seen:
+    """A run whose gradients are all `factor` times what they should be.
+
+    Args:
+        factor: At K = 2.
+        elsewhere: The factor that another K gives; None if the loop refuses another K.
+        rows: Of every full batch.
+        chosen: What is put right in it.
+        other_steps: The code can be run at another K.
+    """
+
+    def __init__(self, factor, elsewhere=None, *, rows=24, chosen=(), other_steps=True):
+        self.steps, self.chosen, self.names = K, chosen, None
+        total = predict(PIECES, RIGHT)
+        self.divergent = [SimpleNamespace(pieces=PIECES, candidate=factor * total, matched=0)]
+        self.asked = []
+        self._elsewhere = elsewhere
+        self.experiment = SimpleNamespace(
+            case=SimpleNamespace(world_size=RANKS, shares=RANKS),
+            data=SimpleNamespace(rows=[rows]),
+            remembered={},
+            other_steps=other_steps,
+            at=self._at,
+            other=self._at,
+        )
+
+    def _at(self, accumulation_steps):
+        self.asked.append(accumulation_steps)
+        if self._elsewhere is None:
+            raise UsageError("the loop asserts accumulation_steps == 2")
+        off = Sums(1.0, self._elsewhere - 1.0, (self._elsewhere - 1.0) ** 2, 1)
+        return SimpleNamespace(steps=[SimpleNamespace(matched=0, gradients={"w": off})])
+
+    def right(self, _):
+        return RIGHT
+
+    def tolerance(self, _):
+        return 1e-9
+
+    def fits(self, each, weights):
+        rest = float((each.candidate - predict(each.pieces, weights)).norm())
+        return rest <= 1e-9 * float(each.candidate.norm())
+
+
+@pytest.mark.parametrize(
+    ("off_by", "elsewhere", "factor"),
+    [
+        (2.0, 3.0, (1, 0)),
+        (2.0, 2.0, (0, 1)),
+        (0.5, 1.0 / 3.0, (-1, 0)),
+        (4.0, 6.0, (1, 1)),
+        (4.0, 4.0, (0, 2)),
+    ],
+)
+def test_another_k_tells_a_factor_of_k_from_one_of_the_ranks(off_by, elsewhere, factor):
+    view = Seen(off_by, elsewhere)
+
+    assert topology.factor_of(view) == factor
+    assert view.asked == [3]
+    assert topology.undecided(view) == []
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"rows": 4}, {"chosen": ("reweight",)}],
+    ids=["refused", "too few rows", "something put right"],
+)
+def test_without_another_k_both_remain(fields):
+    """The simplest are undecided where the code has but one K; else the first of them is taken."""
+    assert topology.factor_of(Seen(2.0, **fields)) == (0, 1)
+    assert topology.undecided(Seen(2.0, **fields)) == []
+    assert topology.undecided(Seen(2.0, **fields, other_steps=False)) == [(0, 1), (1, 0)]
+
+
+def test_a_factor_that_neither_gives_is_none():
+    view = Seen(1.7, 1.7)
+
+    assert topology.factor_of(view) is None
+    assert view.asked == []
+
+
+@pytest.mark.parametrize("rows", [24, 4], ids=["refused", "too few rows"])
+def test_what_equal_parts_are_of_is_open_without_another_k(rows):
+    assert topology.equal_parts_of(Seen(2.0, rows=rows)) is None
