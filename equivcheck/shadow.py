@@ -55,12 +55,24 @@ def shadow_weights(recorder: Recorder, *, ended: bool = False) -> dict[str, torc
                 else:
                     holders.pop(name, None)
     found: dict[str, torch.Tensor] = {}
-    for name, value in holders.items():
-        tensors = dict(_tensors(value, recorder))
-        if tensors and _like_weights(tensors, recorder):
-            found.update({f"{name}.{key}": tensor.detach() for key, tensor in tensors.items()})
+    for name, tensors in _copies(recorder):
+        found.update({f"{name}.{key}": tensor.detach() for key, tensor in tensors.items()})
     found.update({name: p.detach() for name, p in untrained(recorder) if _moved(recorder, name, p)})
     return found
+
+
+def shadow_holders(recorder: Recorder) -> dict[str, Any]:
+    """Return the modules, dictionaries and lists that hold shadow weights now, by name."""
+    shadow_weights(recorder)
+    return {name: recorder.shadow_holders[name] for name, _ in _copies(recorder)}
+
+
+def _copies(recorder: Recorder) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """Yield the tensors of every holder that holds copies of the weights, and not a batch, say."""
+    for name, value in recorder.shadow_holders.items():
+        tensors = dict(_tensors(value, recorder))
+        if tensors and _like_weights(tensors, recorder):
+            yield name, tensors
 
 
 def probes(model: nn.Module) -> dict[str, torch.Tensor]:

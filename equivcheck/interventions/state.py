@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from equivcheck.interventions.base import Intervention
 from equivcheck.parts import is_distributed
-from equivcheck.shadow import as_tensor, shadow_weights, untrained
+from equivcheck.shadow import as_tensor, shadow_holders, untrained
 
 if TYPE_CHECKING:
     from equivcheck.recorder import Recorder
@@ -335,6 +335,7 @@ class Rewind(Intervention):
         self._saved: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._buffers: dict[str, torch.Tensor] = {}
         self._entries: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._replaced: dict[str, dict[Any, Any]] = {}
         self._done = -1
 
     @contextmanager
@@ -346,7 +347,7 @@ class Rewind(Intervention):
             yield
         finally:
             handle.remove()
-            self._saved, self._entries, self._buffers = [], [], {}
+            self._saved, self._entries, self._buffers, self._replaced = [], [], {}, {}
 
     def before_fetch(self, recorder: Recorder) -> None:
         self._rewind(recorder)
@@ -363,6 +364,11 @@ class Rewind(Intervention):
                 for name, buffer in recorder.model.named_buffers():
                     if name in self._buffers and self._buffers[name].shape == buffer.shape:
                         buffer.detach().copy_(self._buffers[name])
+                # By name, too: a loop may have put a new dictionary in the place of the one that was saved.
+                for name, holder in shadow_holders(recorder).items() if self._replaced else ():
+                    if isinstance(holder, dict):
+                        saved = self._replaced.get(name, {})
+                        holder.update({k: _copied(v) for k, v in saved.items()})
                 for entries, values in self._entries:
                     # Fresh copies each time: the loop may change in place what is put back.
                     entries.update({k: _copied(v) for k, v in values.items()})
@@ -387,19 +393,20 @@ class Rewind(Intervention):
                 for group in [] if optimizer is None else optimizer.param_groups:
                     self._entries.append((group, _counts(group)))
         if "shadows" in self._what:
-            shadow_weights(recorder)
+            holders = shadow_holders(recorder)
             if "counts" in self._what:
                 owners = {id(each): each for each in recorder.shadow_owners.values()}
                 self._entries += [(vars(each), _numbers(vars(each))) for each in owners.values()]
-            for holder in recorder.shadow_holders.values():
-                tensors += self._holder(holder)
+            self._replaced = {}
+            for name, holder in holders.items():
+                tensors += self._holder(name, holder)
             tensors += [parameter.detach() for _, parameter in untrained(recorder)]
         self._saved = [(tensor, tensor.clone()) for tensor in tensors]
 
-    def _holder(self, holder: Any) -> list[torch.Tensor]:
+    def _holder(self, name: str, holder: Any) -> list[torch.Tensor]:
         if isinstance(holder, torch.nn.Module):
             return [each.detach() for each in (*holder.parameters(), *holder.buffers())]
         if isinstance(holder, dict):
-            self._entries.append((holder, {k: _copied(v) for k, v in holder.items()}))
+            self._replaced[name] = {k: _copied(v) for k, v in holder.items()}
             return []
         return [tensor for each in holder if (tensor := as_tensor(each)) is not None]
