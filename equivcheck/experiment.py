@@ -238,9 +238,9 @@ class Experiment(ABC):
         """Return the run of one full batch, from the state that its step starts from: without what the loop keeps."""
         raise _cannot(f"with full batch {index} alone")
 
-    def begun_with_each(self) -> list[list[Step]]:
-        """Return the first steps of the first cycle's micro-batches, each in a run of its own that begins with it."""
-        raise _cannot("that begins with each micro-batch")
+    def begun_with(self, micro_step: int) -> list[Step]:
+        """Return the first steps, of every optimizer, of a run that is given one micro-batch of the first cycle."""
+        raise _cannot(f"that begins with micro-batch {micro_step}")
 
     # ---- what the kinds answer in their own way ------------------------------------------------
 

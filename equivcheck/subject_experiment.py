@@ -483,20 +483,18 @@ class SubjectExperiment(Experiment):
 
         return self._once(("full_batch_alone", index), make)
 
-    def begun_with_each(self) -> list[list[Step]]:
-        """Return the first steps of the first cycle's micro-batches, each in a run of its own that begins with it."""
+    def begun_with(self, micro_step: int) -> list[Step]:
+        """Return the first steps, of every optimizer, of a run that is given one micro-batch of the first cycle."""
         if "dataset" in self.wants:
-            return super().begun_with_each()
+            return super().begun_with(micro_step)
 
-        def make() -> list[list[Step]]:
-            data, found = self.data_for((), promoted=True), []
-            for micro in self._alone(data)[: self.case.accumulation_steps]:
-                run = Run("pieces", data, [micro], 1, self.cuts.largest, optimizer_steps=1)
-                observer = Pieces(self.reference(), self.cycles())
-                found.append(self._execute(run, observer).steps)
-            return found
+        def make() -> list[Step]:
+            data = self.data_for((), promoted=True)
+            micro = [self._alone(data)[micro_step]]
+            run = Run("pieces", data, micro, 1, self.cuts.largest, optimizer_steps=1)
+            return self._execute(run, Pieces(self.reference(), self.cycles())).steps
 
-        return self._once("begun with each", make)
+        return self._once(("begun with", micro_step), make)
 
     def pieces_recording(self, interventions: Interventions = ()) -> Recording:
         """Return the run that took the pieces."""

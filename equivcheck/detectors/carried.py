@@ -6,38 +6,35 @@ it back. A run that begins with a micro-batch has it as the cycle has it at its 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from equivcheck.attribution import predict, solve
-from equivcheck.fit import BEYOND_ROUNDING, Attribution, flat
+from equivcheck.fit import BEYOND_ROUNDING, flat
 from equivcheck.view import Suspicion, View, within
 
 
 def suspect(view: View) -> list[Suspicion]:
     """Return the suspicion, proved, where micro-batches as the first of all make the full batch, and others do not."""
-    first = next((each for each in view.divergent if each.matched == 0), None)
-    if first is None or view.chosen:
+    if view.chosen or not any(each.matched == 0 for each in view.divergent):
         return []
-    pieces = begun_with(view, first)
-    if pieces is None or not depends_on_others(first, pieces):
-        return []
-    right = solve(pieces, first.reference)
-    if not within(right):
+    carried = Carried.of(view)
+    if carried is None or carried.right is None:
         return []
     # With the weights that make the full batch of them, and in the accumulated run the micro-batches as they are there.
-    made = predict(first.pieces, right.solution)
-    if _apart(made, first.candidate) > BEYOND_ROUNDING:
+    made = predict(carried.behind, carried.right)
+    if _apart(made, carried.accumulated) > BEYOND_ROUNDING:
         return []
-    later = next(
-        k for k, changed in enumerate(_changes(first, pieces)) if changed > BEYOND_ROUNDING
-    )
+    changes = [_apart(a, b) for a, b in zip(carried.behind, carried.first, strict=True)]
+    step = next(k for k, each in enumerate(changes) if each > BEYOND_ROUNDING)
     found = Suspicion(
         "EQ309",
         evidence={
-            "micro_step": later,
-            "relative": _apart(first.pieces[later], pieces[later]),
+            "micro_step": step,
+            "relative": changes[step],
             "begun_with_each": "their sum is the full batch's gradient",
-            "because": f"micro_step {later} gives another gradient behind the micro-batches before it than a run that "
+            "because": f"micro_step {step} gives another gradient behind the micro-batches before it than a run that "
             "begins with it: the loop carries something on that they move",
             "fix": "move it on once per optimizer step, from what the whole cycle gave",
         },
@@ -48,25 +45,48 @@ def suspect(view: View) -> list[Suspicion]:
     return [found]
 
 
-def begun_with(view: View, first: Attribution) -> torch.Tensor | None:
-    """Return [K, n] the gradients of the first cycle's micro-batches, each in a run that begins with it."""
-    key = view.candidate.steps[first.step].optimizer
-    found = []
-    for steps in view.experiment.begun_with_each():
-        own = [step for step in steps if step.optimizer == key]
-        if not own:
+@dataclass(frozen=True)
+class Carried:
+    """Micro-batches of the first cycle that depend on those before them.
+
+    Attributes:
+        behind: [K, n] what each gives alone, one behind the other in one run.
+        first: [K, n] what each gives in a run that begins with it.
+        accumulated: [n] the gradient of the accumulated run.
+        right: The weights that make the full batch of `first`; None if none do.
+    """
+
+    behind: torch.Tensor
+    first: torch.Tensor
+    accumulated: torch.Tensor
+    right: list[float] | None
+
+    @classmethod
+    def of(cls, view: View) -> Carried | None:
+        """Return what the loop carries on, or None where micro-batches do not depend on those before them.
+
+        Raises:
+            EquivcheckError: Micro-batches cannot be run alone.
+        """
+        found = view.experiment.attributions(view.chosen)
+        alone = next((each for each in found if each.matched == 0), None)
+        if alone is None:
             return None
-        found.append(flat(own[0], first.names))
-    return torch.stack(found) if len(found) == first.pieces.shape[0] else None
-
-
-def depends_on_others(first: Attribution, pieces: torch.Tensor) -> bool:
-    """Return whether any micro-batch gives another gradient behind others than as the first of a run."""
-    return max(_changes(first, pieces)) > BEYOND_ROUNDING
-
-
-def _changes(first: Attribution, pieces: torch.Tensor) -> list[float]:
-    return [_apart(a, b) for a, b in zip(first.pieces, pieces, strict=True)]
+        optimizer = view.candidate.steps[alone.step].optimizer
+        rows: list[torch.Tensor] = []
+        for k in reversed(range(alone.pieces.shape[0])):
+            steps = view.experiment.begun_with(k)
+            own = next((step for step in steps if step.optimizer == optimizer), None)
+            if own is None:
+                return None
+            rows.insert(0, flat(own, alone.names))
+            # The last one has the most behind it.
+            if len(rows) == 1 and _apart(alone.pieces[k], rows[0]) <= BEYOND_ROUNDING:
+                return None
+        first = torch.stack(rows)
+        weights = solve(first, alone.reference)
+        right = weights.solution if within(weights) else None
+        return cls(alone.pieces, first, alone.candidate, right)
 
 
 def _apart(a: torch.Tensor, b: torch.Tensor) -> float:

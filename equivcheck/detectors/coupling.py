@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from equivcheck.attribution import predict, solve
+from equivcheck.attribution import predict
 from equivcheck.detectors.addends import coupled_addends, spanned
-from equivcheck.detectors.carried import begun_with, depends_on_others
+from equivcheck.detectors.carried import Carried
 from equivcheck.detectors.clipped import clipped_nowhere
 from equivcheck.errors import EquivcheckError
 from equivcheck.fit import BEYOND_ROUNDING, Attribution
@@ -112,14 +112,11 @@ def _clipped(view: View) -> bool:
 
 def _carried(view: View) -> tuple[bool, bool]:
     """Return whether micro-batches depend on those before them, and whether the loss then couples none of them."""
-    first = next((each for each in view.attributions if each.matched == 0), None)
     try:
-        pieces = None if first is None else begun_with(view, first)
+        found = Carried.of(view)
     except EquivcheckError:
-        return False, False
-    if first is None or pieces is None or not depends_on_others(first, pieces):
-        return False, False
-    return True, within(solve(pieces, first.reference))
+        found = None
+    return found is not None, found is not None and found.right is not None
 
 
 def _freezable(view: View, freeze: Freeze) -> bool:
