@@ -7,7 +7,6 @@ takes a second or two, and a test runner imports its plugins at every start.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -43,7 +42,9 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        return importlib.metadata.version("equivcheck")
+        from importlib.metadata import version  # noqa: PLC0415 - takes longer than all else that a command needs
+
+        return version("equivcheck")
     if name not in _HOMES:
         raise AttributeError(f"module 'equivcheck' has no attribute {name!r}")
     return getattr(importlib.import_module(f"equivcheck.{_HOMES[name]}"), name)

@@ -212,9 +212,17 @@ class Recorder:
 
     def gradient_holders(self) -> list[torch.Tensor]:
         """Return the model's parameters and those that only an optimizer knows; of a rank, what its optimizers hold."""
+        return list(self.each_holder())
+
+    def each_holder(self) -> Iterator[torch.Tensor]:
+        """Yield them one by one: to walk a whole model for the first few costs more than to look at those."""
         if self.holdings is not None and (held := self.holdings.held()):
-            return list({id(part.holder): part.holder for part in held}.values())
-        return [p for p in self.model.parameters() if p.requires_grad] + self._foreign
+            yield from {id(part.holder): part.holder for part in held}.values()
+            return
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                yield parameter
+        yield from self._foreign
 
     def leaves(self) -> dict[str, torch.Tensor]:
         """Return the parameters whose gradients arrive whole in this process, whoever steps them."""

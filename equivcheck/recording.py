@@ -7,7 +7,7 @@ cycle or at its end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,7 +116,7 @@ class Step:
     skipped: bool = False
     handed_over: bool = False
     finite: bool = True
-    sample: dict[str, torch.Tensor | None] = field(default_factory=dict)
+    sample: Mapping[str, torch.Tensor | None] = field(default_factory=dict)
     gradients: dict[str, Sums] = field(default_factory=dict)
     applied: dict[str, Sums] = field(default_factory=dict)
     parameters: dict[str, Sums] = field(default_factory=dict)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
 import numbers
@@ -133,11 +132,13 @@ def environment() -> dict[str, Any]:
 
     Read from package metadata, so that it costs nothing and works without torch.
     """
+    from importlib import metadata  # noqa: PLC0415 - takes longer than all else that a command needs
+
     facts: dict[str, Any] = {}
     for name in ("equivcheck", "torch", "numpy"):
         try:
-            facts[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
+            facts[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
             facts[name] = None
     facts["python"] = platform.python_version()
     facts["platform"] = f"{platform.system()} {platform.machine()}"

@@ -16,6 +16,7 @@ import torch
 from equivcheck.differences import Sums
 from equivcheck.interventions import Intervention
 from equivcheck.recording import Backward, Event, Kept, Place, Reduction, Step
+from equivcheck.sampled import Sampled
 
 __all__ = ["Unencodable", "decode", "encode"]
 
@@ -36,6 +37,7 @@ class _Encoder:
         self._known = {id(each): index for index, each in enumerate(known)}
         self._names: dict[int, str] = {}
         self._alive: list[torch.Tensor] = []
+        self._layouts: dict[tuple[tuple[str, int | None], ...], int] = {}
 
     def encode(self, value: Any, path: str) -> Any:
         if value is None or isinstance(value, (bool, int, float, str)):
@@ -51,6 +53,8 @@ class _Encoder:
                 "$": kind,
                 "v": [self.encode(each, f"{path}.{i}") for i, each in enumerate(items)],
             }
+        if isinstance(value, Sampled):
+            return self._sampled(value, path)
         if isinstance(value, Mapping):
             return self._mapping(value, path)
         if isinstance(value, torch.dtype):
@@ -74,6 +78,14 @@ class _Encoder:
             for i, (key, each) in enumerate(value.items())
         ]
         return {"$": "map", "v": pairs}
+
+    def _sampled(self, value: Sampled, path: str) -> Any:
+        """Name a layout by its number, and spell it out where it comes first."""
+        layout = tuple(value.layout)
+        new = layout not in self._layouts
+        number = self._layouts.setdefault(layout, len(self._layouts))
+        written = [number, self._tensor(value.numbers, path)]
+        return {"$": "sampled", "v": [*written, *([list(map(list, layout))] if new else [])]}
 
     def _tensor(self, value: torch.Tensor, path: str) -> Any:
         if value.dtype in {torch.float64, torch.int64} and value.numel() <= _INLINE:
@@ -116,6 +128,7 @@ def decode(
     Raises:
         KeyError, TypeError, ValueError, IndexError: It is no such value.
     """
+    layouts: dict[int, list[tuple[str, int | None]]] = {}
 
     def walk(value: Any) -> Any:
         if isinstance(value, list):
@@ -133,6 +146,11 @@ def decode(
             )
         if kind == "tensor":
             return tensors[inner]
+        if kind == "sampled":
+            number, numbers, *spelled = inner
+            for each in spelled:
+                layouts[number] = [(name, length) for name, length in each]
+            return Sampled(layouts[number], walk(numbers))
         if kind in {"floats", "ints"}:
             dtype = torch.float64 if kind == "floats" else torch.int64
             return torch.tensor(inner, dtype=dtype).view(value["shape"])

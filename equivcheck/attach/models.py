@@ -7,14 +7,22 @@ however it is trained.
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 from torch.optim import Optimizer
 
-__all__ = ["Parts", "owner", "unwrapped"]
+from equivcheck.hooks.base import subclasses
+
+__all__ = ["Built", "Parts", "owner", "unwrapped"]
 
 # Where wrappers keep what they wrap.
 _INNER = ("module", "_orig_mod", "_forward_module", "_original_module")
@@ -38,7 +46,37 @@ def unwrapped(module: nn.Module) -> nn.Module:
         module = inner
 
 
-def owner(called: nn.Module | None, optimizers: list[Optimizer]) -> nn.Module | None:
+class Built:
+    """Remembers the modules that a process builds: to search all its objects takes longer than a backward or two."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, weakref.ref[nn.Module]] = {}
+
+    def install(self, stack: ExitStack) -> None:
+        """See every module that is given a parameter, or a child, until the stack is closed."""
+
+        def with_child(module: nn.Module, _name: str, child: nn.Module | None) -> None:
+            self._see(module)
+            if child is not None:
+                self._see(child)
+
+        def with_parameter(module: nn.Module, *_: Any) -> None:
+            self._see(module)
+
+        stack.callback(register_module_module_registration_hook(with_child).remove)
+        stack.callback(register_module_parameter_registration_hook(with_parameter).remove)
+
+    def _see(self, module: nn.Module) -> None:
+        self._known[id(module)] = weakref.ref(module)
+
+    def modules(self) -> list[nn.Module]:
+        """Return those that are alive."""
+        return [each for ref in self._known.values() if (each := ref()) is not None]
+
+
+def owner(
+    called: nn.Module | None, optimizers: list[Optimizer], built: Built | None = None
+) -> nn.Module | None:
     """Return the module that holds what the optimizers train: with the fewest parameters, and the outermost of those.
 
     It is looked for among all modules, so that it is the same one whichever is called first, and whether that is before
@@ -47,20 +85,29 @@ def owner(called: nn.Module | None, optimizers: list[Optimizer]) -> nn.Module | 
     Args:
         called: The module that was called outermost; None if none has been.
         optimizers: Those alive; none if the script has not made any yet.
+        built: The modules that were seen as they were built; copies and what was unpickled may not be among them.
     """
     wanted = {id(p) for each in optimizers for group in each.param_groups for p in group["params"]}
     if not wanted:
         return None if called is None else unwrapped(called)
-    holding = []
-    for each in gc.get_objects():
+    found = _least(wanted, built.modules() if built is not None else [])
+    if found is None:
         # isinstance would wake lazy and deprecated objects.
-        if issubclass(type(each), nn.Module):
-            held = {id(p) for p in each.parameters()}
-            if wanted <= held:
-                holding.append((len(held), -sum(1 for _ in each.modules()), each))
-    if holding:
-        return unwrapped(min(holding, key=lambda item: item[:2])[2])
-    return None if called is None else unwrapped(called)
+        kinds = set(subclasses(nn.Module))
+        found = _least(wanted, [each for each in gc.get_objects() if type(each) in kinds])
+    if found is None:
+        found = called
+    return None if found is None else unwrapped(found)
+
+
+def _least(wanted: set[int], modules: list[nn.Module]) -> nn.Module | None:
+    """Return the module with the fewest parameters that holds all that are wanted, and the most modules."""
+    holding = []
+    for module in modules:
+        held = {id(p) for p in module.parameters()}
+        if wanted <= held:
+            holding.append((len(held), -sum(1 for _ in module.modules()), module))
+    return min(holding, key=lambda item: item[:2])[2] if holding else None
 
 
 class Parts(nn.Module):

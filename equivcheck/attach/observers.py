@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,8 +12,10 @@ import torch
 
 from equivcheck.attach.store import step_name, write_kept
 from equivcheck.comparers import Comparer, Perturbed
-from equivcheck.observe import Gradients, Keeper, Sampler
+from equivcheck.differences import dense
+from equivcheck.observe import Glimpse, Gradients, Keeper, Sampler
 from equivcheck.recording import Recording, Step
+from equivcheck.sampled import Sampled, Tray, packed
 from equivcheck.states import set_state
 
 if TYPE_CHECKING:
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
 
     from equivcheck.recorder import Recorder
 
-Contributions = list[dict[str, torch.Tensor]]
+Contributions = list[Mapping[str, torch.Tensor]]
 
 
 class Writer(Keeper):
@@ -135,23 +138,66 @@ class Watcher(Sampler):
 
     Args:
         contributions: Filled with one entry per root backward.
-        after: Filled with one entry per optimizer step: parameters, buffers and optimizer state after it.
+        after: Filled with one entry per optimizer step: the parameters after it.
     """
 
-    norm_dtype = None  # It is shown, and nothing is judged by it.
-
-    def __init__(self, contributions: Contributions, after: list[dict[str, torch.Tensor]]) -> None:
+    def __init__(self, contributions: Contributions, after: list[Sampled]) -> None:
         super().__init__()
         self._taken = contributions
         self._after = after
+        self._tray = Tray()
+        self._looked: dict[tuple[str, str], torch.Tensor] = {}
 
     def gradients(
-        self, recorder: Recorder, step: Step, gradients: Gradients, _applied: Gradients
+        self,
+        recorder: Recorder,
+        step: Step,
+        gradients: Mapping[str, torch.Tensor | Glimpse | None],
+        _applied: Gradients,
     ) -> None:
-        self.sample(recorder, step, gradients)
+        self.choose(recorder)
+        whole = {name: g for name, g in gradients.items() if isinstance(g, torch.Tensor)}
+        norms = dict(zip(whole, _norms(list(whole.values())), strict=True))
+        taken: dict[str, torch.Tensor | None] = {}
+        for name, gradient in gradients.items():
+            if isinstance(gradient, Glimpse):
+                taken[name], norms[name] = gradient.values, gradient.norm
+            else:
+                taken[name] = None if gradient is None else self._look("step", name, gradient)
+        step.sample = packed(taken, self._tray)
+        step.norm = math.hypot(*map(float, norms.values()))
+        step.finite = math.isfinite(step.norm)
+
+    def snapshots(
+        self, recorder: Recorder, parameters: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor | Glimpse]:
+        self.choose(recorder)
+        found = [p.grad.detach() for p in parameters if p.grad is not None]
+        names = [recorder.names.get(id(p)) for p in parameters]
+        return [
+            # Which coordinates count is not known before a parameter has a name.
+            gradient.clone() if name is None else Glimpse(self._look("clip", name, gradient), norm)
+            for name, gradient, norm in zip(names, found, _norms(found), strict=True)
+        ]
 
     def after(self, recorder: Recorder, _step: Step, _optimizer: Optimizer) -> None:
-        self._after.append({name: self.take(name, p) for name, p in recorder.parameters().items()})
+        found = {name: self._look("after", name, p) for name, p in recorder.parameters().items()}
+        self._after.append(packed(found, self._tray))
+
+    def arrival(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
+        return self._look("arrival", name, gradient)
+
+    def _look(self, occasion: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the sampled coordinates of one parameter's tensor until the next look on the same occasion."""
+        chosen = self._chosen.get(name)
+        flat = dense(tensor.detach()).flatten()
+        count = flat.numel() if chosen is None else len(chosen)
+        found = self._looked.get((occasion, name))
+        if found is None or found.dtype != flat.dtype or len(found) != count:
+            found = self._looked[occasion, name] = self._tray.empty(count, flat.dtype)
+        if chosen is None or flat.device.type != "cpu":
+            return found.copy_(flat if chosen is None else flat[chosen])
+        return torch.index_select(flat, 0, chosen, out=found)
 
     @contextmanager
     def contributions(self, recorder: Recorder) -> Iterator[None]:
@@ -159,4 +205,29 @@ class Watcher(Sampler):
             with self.arriving(recorder):
                 yield
         finally:
-            self._taken.append(self._arrived.pop())
+            self._taken.append(packed(self._arrived.pop(), self._tray))
+
+
+def _norms(gradients: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the L2 norm of every gradient, a tensor without dimensions; not finite only where the gradient is not.
+
+    They are shown, and nothing is judged by them but whether all is finite: the gradients' own dtype will do, as long
+    as the squares stay in its range.
+    """
+    alike = len({(type(g), g.dtype, g.device) for g in gradients}) == 1
+    if alike and type(gradients[0]) is torch.Tensor and gradients[0].dtype in _WIDE:
+        found = list(torch._foreach_norm(gradients))  # noqa: SLF001 - what torch's own clip calls
+    else:
+        found = [_norm(g) for g in gradients]
+    return [
+        each if bool(torch.isfinite(each)) else _norm(gradient)
+        for each, gradient in zip(found, gradients, strict=True)
+    ]
+
+
+def _norm(gradient: torch.Tensor) -> torch.Tensor:
+    found: torch.Tensor = torch.linalg.vector_norm(dense(gradient), dtype=torch.float64)
+    return found
+
+
+_WIDE = {torch.float32, torch.float64}

@@ -38,7 +38,7 @@ from equivcheck.recording import Recording
 from equivcheck.result import environment
 
 # Time between two times of writing, in units of what the last one took.
-WRITING = 50.0
+WRITING = 1000.0
 # Left in a run's folder by every process that was reached, whether it trains or not.
 ATTACHED = "attached"
 _OURS = str(Path(__file__).parents[1]) + os.sep
@@ -154,7 +154,6 @@ class Attachment:
         if kind == "write":
             return Writer(self._folder)
         if kind == "watch":
-            self.recorder.clips.pool = {}  # Only samples of them are kept.
             return Watcher(self.facts.contributions, self.facts.after)
         source = Path(self.spec.reference) / f"rank-{rank}"
         if not source.exists():
@@ -225,7 +224,7 @@ class Attachment:
     def _stepped(self, *_: Any) -> None:
         if self._is_done or self.recorder.is_paused:
             return
-        # Everything is written anew each time: as seldom as keeps the cost to a fiftieth, and in any case at the end.
+        # Everything is written anew each time: as seldom as keeps the cost to a thousandth, and at the end.
         began = time.perf_counter()
         if began - self._saved >= WRITING * self._cost:
             self._save()

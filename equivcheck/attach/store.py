@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from equivcheck.errors import UsageError
 from equivcheck.interventions import Intervention
 from equivcheck.recording import Kept, Recording
 from equivcheck.result import write_text
+from equivcheck.sampled import Sampled
 
 __all__ = ["SCHEMA", "Facts", "load", "read_kept", "save", "write_kept"]
 
@@ -70,8 +71,8 @@ class Facts:
     shapes: dict[str, list[int]] = field(default_factory=dict)
     counts: list[dict[str, int]] = field(default_factory=list)
     reduction: str = ""
-    contributions: list[dict[str, torch.Tensor]] = field(default_factory=list)
-    after: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    contributions: list[Mapping[str, torch.Tensor]] = field(default_factory=list)
+    after: list[Sampled] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)
     command: list[str] = field(default_factory=list)
     launched: str = ""

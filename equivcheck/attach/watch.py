@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from equivcheck.attach.digests import Digest, Rule, row_digests
-from equivcheck.attach.models import Parts, owner, unwrapped
+from equivcheck.attach.models import Built, Parts, owner, unwrapped
 from equivcheck.attach.seeds import drawing_otherwise
 from equivcheck.bridges import open_to_float64
 from equivcheck.casting import promote_module
@@ -113,6 +113,7 @@ class ProcessRecorder(Recorder):
         self.on_called = on_called
         self.seed_offset = seed_offset
         self.is_adopted = False
+        self._built = Built()
         self._made: list[weakref.ref[Optimizer]] = []
         self._inside = False
         self._extra = 0
@@ -123,6 +124,7 @@ class ProcessRecorder(Recorder):
         try:
             for hooks in self._hooks:
                 hooks.install(self._stack)
+            self._built.install(self._stack)
             self._watch_calls()
         except BaseException:
             self._stack.close()
@@ -223,7 +225,7 @@ class ProcessRecorder(Recorder):
         """Take the model that is trained as the one under test."""
         optimizers = [each for ref in self._made if (each := ref()) is not None]
         self.is_adopted = True
-        model = owner(called, optimizers)
+        model = owner(called, optimizers, self._built)
         if model is None:
             self.observer.start(self)
             return

@@ -7,6 +7,8 @@ another order: there the same places are left out, and others stand in them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from equivcheck.attribution import predict, solve
@@ -78,7 +80,7 @@ def _lost(view: View) -> list[Suspicion]:
             alone = _losses_alone(view, once, each.matched)
             losses[backwards] = sum(meant[k] * alone.get(k, 0.0) for k in lost)
         if not evidence:
-            evidence = {"lost_micro_steps": lost, "weights": each.w.values}
+            evidence = {"lost_micro_steps": _told(each, lost), "weights": each.w.values}
             step = each.step
     if not evidence:
         return []
@@ -165,6 +167,14 @@ def _losses_alone(view: View, once: EvaluateOnce, matched: int) -> dict[int, flo
         if place.cycle == cycle:
             found[place.micro_step] = found.get(place.micro_step, 0.0) + backward.loss
     return found
+
+
+def _told(attribution: Attribution, lost: Sequence[int]) -> list[int | str]:
+    """Return where pieces stand: micro-steps, with several ranks each with its rank."""
+    if attribution.ranks == 1:
+        return list(lost)
+    places = (divmod(each, attribution.micro_steps) for each in lost)
+    return [f"{micro_step} of rank {rank}" for rank, micro_step in places]
 
 
 def _short_sweeps(view: View) -> list[Suspicion]:

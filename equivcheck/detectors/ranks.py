@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -27,7 +28,8 @@ from equivcheck.traffic import reductions
 from equivcheck.verdict import Finding, overall
 from equivcheck.view import Part, Suspicion, View, some_differing
 
-Gradients = dict[str, "torch.Tensor | None"]
+Gradients = Mapping[str, "torch.Tensor | None"]
+_NUMBERS = ("spread_between_ranks", "weights_of_each_rank")
 
 
 def suspect(view: View) -> list[Suspicion]:
@@ -56,7 +58,8 @@ def _unused(view: View) -> list[Suspicion]:
         partly = _on_some_ranks(steps_of(view.candidate, each.step))
         if partly:
             variants.append((Synchronise(),))
-        evidence = {**each.evidence, "on_some_ranks_only": partly[:5]}
+        evidence = {key: value for key, value in each.evidence.items() if key in _NUMBERS}
+        evidence["on_some_ranks_only"] = partly[:5]
         found.append(Suspicion("EQ508", variants, evidence, each.step, 16))
     return found
 
@@ -261,11 +264,49 @@ def _apart_at_the_step(view: View) -> list[Suspicion]:
         spread = gradient_spread(steps) if len(steps) > 1 else 0.0
         if spread > limit and not _reduced_after_a_clip(steps, limit):
             evidence: dict[str, object] = {"spread_between_ranks": spread}
+            evidence |= _some_parameters(steps, limit) or _tails_only(view, limit)
             weights = _weights_of_ranks(view, index)
             if weights:
                 evidence["weights_of_each_rank"] = weights
             return [Suspicion("EQ502", [(Synchronise(),)], evidence, index, 18)]
     return []
+
+
+def _some_parameters(steps: Sequence[Step], limit: float) -> dict[str, object]:
+    """Tell which gradients differ between ranks, where others are the same on all; nothing where all differ."""
+    held = [name for name in steps[0].sample if all(name in each.sample for each in steps)]
+    apart = [
+        name
+        for name in held
+        if gradient_spread([replace(s, sample={name: s.sample[name]}) for s in steps]) > limit
+    ]
+    if len(apart) == len(held):
+        return {}
+    return {
+        "not_reduced": apart[:5],
+        "parameters": f"{len(apart)} of {len(held)}",
+        "because": "the reduction leaves these parameters out, and the others are the same on all ranks",
+        "fix": "reduce the gradients of all parameters that the optimizer steps",
+    }
+
+
+def _tails_only(view: View, limit: float) -> dict[str, object]:
+    """Tell that ranks differ after incomplete cycles only; nothing where a complete one differs, or there is none."""
+    apart, full = [], 0
+    for step in view.candidate.steps:
+        complete = step.backwards - step.first_backward >= view.steps
+        full += complete
+        if gradient_spread(steps_of(view.candidate, step.index)) > limit:
+            apart.append(complete)
+    if any(apart) or not full:
+        return {}
+    return {
+        "cycles": "incomplete ones only",
+        "because": "the optimizer steps at the end of the loader too, but the last micro-batch of that "
+        "incomplete cycle runs without a reduction",
+        "fix": "leave no_sync() where the step is taken: (step + 1) % accumulation_steps == 0 or "
+        "step + 1 == len(loader)",
+    }
 
 
 def _unsynchronised_parts(view: View) -> list[Suspicion]:

@@ -13,10 +13,12 @@ from torch import nn
 from torch.nn.utils import clip_grad
 from torch.optim import Optimizer
 
+from equivcheck.differences import dense
 from equivcheck.hooks import deepspeed
 from equivcheck.hooks.base import Hooks, each_of, number, quiet, replace, replace_inside
 
 if TYPE_CHECKING:
+    from equivcheck.observe import Glimpse
     from equivcheck.recorder import Recorder
 
 
@@ -24,18 +26,17 @@ class Clips(Hooks):
     """Watches clips and zero_grad.
 
     Attributes:
-        snapshots: By id of a parameter, its gradient before the last clip and the factor that unscales it.
+        snapshots: By id of a parameter, its gradient before the last clip, or what the observer keeps of it, and the
+            factor that unscales it.
         unscale_first: A clip is to see gradients without the loss scale.
         hand_scale: The loss scale that the loop itself gives, where no scaler does.
-        pool: Memory for snapshots that is used again, by id of a parameter; None where an observer keeps them.
     """
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__(recorder)
-        self.snapshots: dict[int, tuple[torch.Tensor, float]] = {}
+        self.snapshots: dict[int, tuple[torch.Tensor | Glimpse, float]] = {}
         self.unscale_first = False
         self.hand_scale = 1.0
-        self.pool: dict[int, torch.Tensor] | None = None
         self._knows_frameworks = False
 
     def install(self, stack: ExitStack) -> None:
@@ -78,22 +79,21 @@ class Clips(Hooks):
                     gradient, factor = self.snapshots[id(parameter)]
                     self.snapshots[id(parameter)] = (gradient, factor / scale)
 
-    def _snapshot(self, parameters: Any, share: float = 1.0) -> None:
-        for parameter in each_of(parameters):
-            if parameter.grad is not None:
-                with quiet():
-                    self.snapshots[id(parameter)] = (self._copy(parameter), share)
+    def before(self, parameter: torch.Tensor) -> torch.Tensor | Glimpse | None:
+        """Return what was kept of a gradient before the last clip, unscaled; None if none was."""
+        if id(parameter) not in self.snapshots:
+            return None
+        kept, share = self.snapshots[id(parameter)]
+        if isinstance(kept, torch.Tensor):
+            kept = dense(kept)
+        return kept if share == 1.0 else kept * share
 
-    def _copy(self, parameter: torch.Tensor) -> torch.Tensor:
-        """Return a copy of a gradient; fresh memory costs several times what copying does."""
-        assert parameter.grad is not None
-        gradient = parameter.grad.detach()
-        if self.pool is None or type(gradient) is not torch.Tensor or gradient.is_sparse:
-            return gradient.clone()
-        known = self.pool.get(id(parameter))
-        if known is None or known.shape != gradient.shape or known.dtype != gradient.dtype:
-            known = self.pool[id(parameter)] = torch.empty_like(gradient)
-        return known.copy_(gradient)
+    def _snapshot(self, parameters: Any, share: float = 1.0) -> None:
+        with_gradients = [p for p in each_of(parameters) if p.grad is not None]
+        with quiet():
+            kept = self.recorder.observer.snapshots(self.recorder, with_gradients)
+        for parameter, each in zip(with_gradients, kept, strict=True):
+            self.snapshots[id(parameter)] = (each, share)
 
     def _corrected(self, parameters: Any, total_norm: Any) -> Any:
         """Let interventions put gradients right, and return their norm, of the order that the given one is of."""

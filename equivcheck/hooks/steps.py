@@ -175,19 +175,18 @@ class Steps(Hooks):
             scale = getattr(optimizer, "grad_scale", None)
             factor = 1.0 if scale is None else 1.0 / number(scale)
             applied: dict[str, torch.Tensor | None] = {}
-            gradients: dict[str, torch.Tensor | None] = {}
+            gradients: dict[str, Any] = {}
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     now = None if parameter.grad is None else dense(parameter.grad.detach())
-                    before = now
+                    before: Any = now
                     if now is not None:
                         if now.shape != parameter.shape and self.recorder.holdings is not None:
                             raise self._unreduced(step, parameter, now)
                         self.recorder.trained.add(parameter.dtype)
-                        if id(parameter) in self.recorder.clips.snapshots:
-                            before, share = self.recorder.clips.snapshots[id(parameter)]
-                            step.clipped = True
-                            before = dense(before) * share if share != 1.0 else dense(before)
+                        kept = self.recorder.clips.before(parameter)
+                        if kept is not None:
+                            before, step.clipped = kept, True
                     for part in self.recorder.parts_of(parameter, optimizer):
                         taken = None if now is None else part.local(now)
                         if taken is not None and factor != 1.0:

@@ -307,6 +307,9 @@ class TakeFrom(Intervention):
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
                 before = snapshots.pop(id(parameter), (torch.zeros_like(parameter.grad), 0.0))[0]
+                assert isinstance(
+                    before, torch.Tensor
+                )  # where something is put right, copies are whole
                 dist.broadcast(parameter.grad, self._source)
                 if share:
                     dist.broadcast(before, self._source)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from equivcheck import precision, traffic
 from equivcheck import view as looks
 from equivcheck.attribution import solve
 from equivcheck.detectors import addends, coupling, ranks, schedule, taken, weights
 from equivcheck.differences import Sums
 from equivcheck.errors import UsageError
-from equivcheck.fit import Attribution
-from equivcheck.recording import Backward, Event, Place, Recording, Step
+from equivcheck.fit import Attribution, attribute, sampled
+from equivcheck.recording import Backward, Collective, Event, Place, Recording, Step
 from equivcheck.verdict import Finding
 
 NAN = math.nan
@@ -165,6 +167,22 @@ def test_a_clip_that_some_make_before_the_reduction_is_told_by_its_shares():
 
     assert (found.code, found.evidence["ranks_that_clip"]) == ("EQ506", [1])
     assert found.evidence["share_of_each_rank"] == pytest.approx([1.0, 0.5])
+
+
+def test_a_step_of_its_own_is_passed_over_where_some_ranks_clip():
+    """The full batch has none like it, to say what a clip would have been."""
+    other = vector(-4.0, 3.0)
+    mean = (G + 0.5 * other) / 2
+    mine = recording(step(sample=mean, left=G, matched=None), step(1, sample=mean, left=G))
+    theirs = recording(
+        step(sample=mean, left=other, matched=None, clipped=True),
+        step(1, sample=mean, left=other, clipped=True),
+    )
+    seen = Seen(mine, theirs)
+    seen.reference.kept = [SimpleNamespace(gradients={"w": G}, applied={"w": 0.5 * G})]
+    (found,) = taken.suspect(seen)
+
+    assert found.code == "EQ506"
 
 
 @pytest.mark.parametrize(
@@ -491,6 +509,62 @@ def test_an_addend_that_the_full_batch_lacks_is_not_called_coupled():
     )
 
     assert not addends.coupled_addends(view, lambda *_: [[0.5, 0.5]])
+
+
+# ---- what ranks send ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("strategy", "fix"), [("ddp", traffic.BY_HAND), ("fsdp", traffic.SHARDED), ("pipeline", None)]
+)
+def test_a_reduction_too_many_is_told_though_it_cannot_be_left_out(strategy, fix):
+    """A loop may not survive the call that would prove it; stages of a pipeline have to send each time."""
+    sent = [Collective("all_reduce", 8, "default", at) for at in (11, 21)]
+    own = step()
+    own.backwards, own.at = 2, 30
+    mine = Recording("native_candidate", steps=[own], collectives=sent)
+    mine.backwards = [Backward(i, i + 1, 1.0, 1.0, "MeanBackward0") for i in range(2)]
+    mine.backwards = [replace(each, at=10 * (i + 1)) for i, each in enumerate(mine.backwards)]
+    whole = Recording("native_candidate", ranks=[mine])
+    experiment = SimpleNamespace(
+        case=SimpleNamespace(strategy=strategy, accumulation_steps=2),
+        native=lambda _: whole,
+        judgement=lambda *_, **__: refuse(),
+    )
+    found = traffic.redundant(experiment)
+
+    assert (found and found["fix"]) == fix
+    assert found is None or (found["count"], found["minimum_count"]) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("asked", "own", "roundoff"),
+    [
+        ("bfloat16", "float32", 2.0**-8),
+        ("bfloat16", "bfloat16", 0.0),
+        ("float32", "bfloat16", 0.0),
+        ("", "float32", 0.0),
+    ],
+)
+def test_a_dtype_that_only_ranks_compute_in_has_its_own_noise(asked, own, roundoff):
+    """What one process computes with has no wrapper, whose policy may be coarser."""
+    seen = Seen(*(Recording("candidate", asked=asked) for _ in range(2)))
+    seen.experiment.crew = object()
+    seen.experiment.candidate = lambda: seen.candidate
+    seen.experiment.reference = lambda: Recording("reference", dtype=own)
+
+    assert precision._of_ranks(seen.experiment) == roundoff
+
+
+def test_without_the_parameters_that_a_run_starts_from_they_are_no_piece():
+    """A gradient that no sum of pieces makes may be made by them too, where they are known."""
+    pieces = [step(sample=PIECES[k]) for k in (0, 1)]
+    target = step(sample=PIECES[2])
+    known = attribute(step(sample=PIECES[2]), target, pieces, {"w": PIECES[2]})
+    unknown = attribute(step(sample=PIECES[2]), target, pieces, sampled(None))
+
+    assert known.weights_piece is not None
+    assert unknown.weights_piece is None
 
 
 # ---- schedules ----------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from equivcheck.differences import Sums
 from equivcheck.freeze import Freeze
 from equivcheck.interventions import Before, Defer, Restitute, Reweight
 from equivcheck.recording import Event, Place, Step
+from equivcheck.sampled import Tray, packed
 
 
 def there_and_back(value, known=()):
@@ -50,6 +51,32 @@ def test_a_tensor_comes_back_exactly(count):
     value = torch.randn(count, generator=torch.Generator().manual_seed(count)).double() / 3
 
     assert torch.equal(there_and_back({"x": value})[0]["x"], value)
+
+
+def test_vectors_of_many_names_come_back_and_name_their_layout_once():
+    """What is packed is one tensor in its own dtype, and reads as float64 vectors by name."""
+    tray = Tray()
+    first = packed(
+        {"a": torch.randn(20), "none": None, "b": torch.ones(0), "c": torch.randn(3)}, tray
+    )
+    second = packed(
+        {"a": torch.randn(20), "none": None, "b": torch.ones(0), "c": torch.randn(3)}, tray
+    )
+    other = packed({"a": torch.randn(30, dtype=torch.bfloat16), "c": torch.randn(3).double()}, tray)
+    found, tensors = there_and_back([first, second, other])
+
+    assert [each.dtype for each in tensors.values()] == [torch.float32] * 2 + [torch.float64]
+    for was, now in zip([first, second, other], found, strict=True):
+        assert [*was] == [*now]
+        assert len(was) == len(now)
+        assert all(
+            was[name] is None is now[name] or torch.equal(was[name], now[name]) for name in was
+        )
+        assert all(now[name] is None or now[name].dtype == torch.float64 for name in now)
+    assert found[0]["none"] is None
+    with pytest.raises(KeyError):
+        found[0]["d"]
+    assert json.dumps(encode([first, second], {})).count("none") == 1
 
 
 def test_one_tensor_in_two_places_is_written_once_and_stays_one():

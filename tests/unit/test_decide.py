@@ -218,6 +218,20 @@ def test_rows_that_change_with_their_place_decide_nothing(decide, loss, headline
     assert case["headline"].startswith(headline)
 
 
+def test_random_draws_that_cannot_be_keyed_leave_the_case_as_it_is(decide):
+    """This loop compares them with those of a generator of its own, and so refuses all others."""
+    looks = (
+        "own = torch.Generator()\n        own.set_state(torch.get_rng_state())\n"
+        "        noise = torch.rand(len(y))\n"
+        "        assert torch.equal(noise, torch.rand(len(y), generator=own))\n"
+        "        loss = (F.cross_entropy(model(x), y, reduction='none') * noise).mean()"
+    )
+    case = decide((LOSS, looks))
+
+    assert told(case) == "inconclusive EQ602 proved"
+    assert not any("the same for each sample" in note for note in case["notes"])
+
+
 def test_a_loop_that_insists_on_its_seed_is_decided_all_the_same(decide):
     insists = "    assert torch.initial_seed() == 1\n    optimizer ="
     case = decide(UNDIVIDED, ("    optimizer =", insists))
@@ -389,3 +403,73 @@ def test_an_object_that_differs_from_itself_decides_nothing(what, differs):
     assert case["verdict"] == "inconclusive"
     assert case["headline"].startswith("state-survives: the accumulated run differs from itself")
     assert case["headline"].endswith(differs)
+
+
+OVERFLOWS = """
+import torch
+
+def build():
+    return torch.nn.Linear(1, 1, bias=False)
+
+def batches():
+    signs = torch.tensor([1.0] * 4 + [-0.99] * 4)
+    return [(torch.full((8, 1), 100.0), signs) for _ in range(3)]
+
+def train(model, loader, accumulation_steps):
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**11)
+    for index, (x, signs) in enumerate(loader):
+        with torch.autocast("cpu", dtype=torch.float16):
+            out = model(x)[:, 0]
+        loss = (out.float() * signs).mean() / accumulation_steps
+        scaler.scale(loss).backward()
+        if (index + 1) % accumulation_steps == 0:
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+"""
+
+
+def overflowing(tmp_path, *replaced):
+    """Return the case of a loop whose micro-batches have gradients that cancel in the full batch, beyond float16."""
+    source = OVERFLOWS
+    for line, other in replaced:
+        assert line in source
+        source = source.replace(line, other)
+    path = tmp_path / "subject.py"
+    path.write_text(source, encoding="utf-8")
+    return run_case(load_subject(str(path)), Case(str(path), 2))
+
+
+def test_a_step_that_only_the_accumulated_run_leaves_out_is_told(tmp_path):
+    """In float64, which does not overflow, nothing differs."""
+    case = overflowing(tmp_path)
+
+    assert told(case) == "divergent EQ404 proved"
+    assert case["headline"] == "EQ404 skipped-step"
+    assert case["causes"][0]["evidence"]["role"] == "native_candidate"
+
+
+BY_HAND = (
+    ("scaler.scale(loss)", "(loss * 2.0**11)"),
+    ("scaler.step(optimizer)", "optimizer.step()"),
+    ("            scaler.update()\n", ""),
+)
+
+
+def test_a_gradient_that_is_nan_as_written_agrees_with_nothing(tmp_path):
+    """One micro-batch gives inf, the other -inf: their sum is no number, in a loop that float64 finds right."""
+    case = overflowing(tmp_path, *BY_HAND)
+
+    assert (case["judged"], told(case)) == ("native", "invalid")
+    assert case["headline"].endswith("when accumulated")
+
+
+def test_a_fault_is_named_beside_gradients_that_overflow_as_written(tmp_path):
+    """Of what is no number no error is told, kind of module by kind of module."""
+    case = overflowing(tmp_path, (" / accumulation_steps", ""), *BY_HAND)
+
+    assert told(case) == "divergent EQ101 proved"
+    (row,) = case["precision_by_module"]
+    assert row["full_batch"] is not None
+    assert row["accumulated"] is None

@@ -259,6 +259,7 @@ TOLD = {
     "an average by a rate that no count gives": (
         "EQ309 suspected",
         NO_LOG,
+        ("[8, 8]", "[8, 8, 8]"),
         *averaged("0.1 * accumulation_steps"),
     ),
     "an average by a rate of one step": (

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2] / "equivcheck"
 
 LAYERS = (
     {"errors", "case", "causes", "result", "rows", "shape", "_bundled"},
-    {"split", "differences", "attribution", "noise", "counting", "tensorfile"},
+    {"split", "differences", "attribution", "noise", "counting", "sampled", "tensorfile"},
     {
         *(
             "subject",

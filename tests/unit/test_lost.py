@@ -6,6 +6,7 @@ import pytest
 
 from equivcheck.case import Case
 from equivcheck.decide import run_case
+from equivcheck.detectors.lost import _makes
 from equivcheck.subject import load_subject
 
 SUBJECT = """
@@ -103,3 +104,7 @@ def test_it_is_proved_what_a_step_never_got(tmp_path, name):
 
     assert case["verdict"] == verdict
     assert " ".join(causes) == expected
+
+
+def test_a_sweep_that_adds_nothing_makes_nothing():
+    assert not _makes(None, {}, {}, {})

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import stat
+from importlib import metadata
 
 import pytest
 from hypothesis import given
@@ -231,9 +232,9 @@ def test_a_version_that_is_not_installed_is_null(monkeypatch):
     """The reports are rendered without torch."""
 
     def version(name):
-        raise result.importlib.metadata.PackageNotFoundError(name)
+        raise metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(result.importlib.metadata, "version", version)
+    monkeypatch.setattr(metadata, "version", version)
 
     assert result.environment()["torch"] is None
 

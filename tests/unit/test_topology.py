@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from equivcheck import topology
-from equivcheck.attribution import predict
+from equivcheck.attribution import predict, solve
+from equivcheck.detectors import ranks, weights
 from equivcheck.differences import Sums
 from equivcheck.errors import UsageError
+from equivcheck.fit import Attribution
+from equivcheck.recording import Recording, Step
 
 WIDTH, K, RANKS = 16, 2, 2
 PIECES = torch.randn(
@@ -33,7 +36,17 @@ class Seen:
     def __init__(self, factor, elsewhere=None, *, rows=24, chosen=(), other_steps=True):
         self.steps, self.chosen, self.names = K, chosen, None
         total = predict(PIECES, RIGHT)
-        self.divergent = [SimpleNamespace(pieces=PIECES, candidate=factor * total, matched=0)]
+        made = factor * total
+        fits = solve(PIECES, total), solve(PIECES, made)
+        self.divergent = [
+            Attribution(0, 0, PIECES, total, made, *fits, [("w", WIDTH)], ranks=RANKS)
+        ]
+        self.attributions = self.every = self.divergent
+        off = {"w": Sums(1.0, factor - 1.0, (factor - 1.0) ** 2, 1)}
+        made_step = Step(0, "SGD", frozenset(), 0, 0, [0.1], matched=0, gradients=off)
+        self.candidate = Recording("candidate", steps=[made_step])
+        self.places = []
+        self.reference = self.candidate
         self.asked = []
         self._elsewhere = elsewhere
         self.experiment = SimpleNamespace(
@@ -51,6 +64,30 @@ class Seen:
             raise UsageError("the loop asserts accumulation_steps == 2")
         off = Sums(1.0, self._elsewhere - 1.0, (self._elsewhere - 1.0) ** 2, 1)
         return SimpleNamespace(steps=[SimpleNamespace(matched=0, gradients={"w": off})])
+
+    def cycle_of(self, matched):
+        return matched
+
+    def ordinal(self, _):
+        return 0
+
+    def restored(self, _):
+        return []
+
+    def known(self, _):
+        return True
+
+    def told_apart(self, _):
+        return True
+
+    def full_size(self, _):
+        return True
+
+    def counts(self):
+        return {}
+
+    def spans(self, *_, **__):
+        return True
 
     def right(self, _):
         return RIGHT
@@ -103,3 +140,17 @@ def test_a_factor_that_neither_gives_is_none():
 @pytest.mark.parametrize("rows", [24, 4], ids=["refused", "too few rows"])
 def test_what_equal_parts_are_of_is_open_without_another_k(rows):
     assert topology.equal_parts_of(Seen(2.0, rows=rows)) is None
+
+
+@pytest.mark.parametrize(
+    ("off_by", "of_k", "of_ranks"),
+    [(2.0, "EQ101", "EQ504"), (0.5, "EQ102", "EQ504")],
+)
+def test_what_one_k_cannot_tell_is_suspected_of_both(off_by, of_k, of_ranks):
+    """A command line has but one K: neither of the two is proved, and nothing is put right for either."""
+    view = Seen(off_by, other_steps=False)
+    found = [*weights._in_all(view), *ranks._scale_of(view)]
+
+    assert [each.code for each in found] == [of_k, of_ranks]
+    assert all(not each.variants for each in found)
+    assert {each.evidence["factor"] for each in found} == {f"{off_by:g}"}

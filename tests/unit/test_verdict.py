@@ -303,6 +303,7 @@ def of_ranks(*ranks, logged=None):
         ((rank([0.7], [0], 0.5), rank(None, [1], 1.5)), [0.7]),
         ((rank([0.7], [0]), rank([0.5, 1.5], [1])), [0.7]),
         ((rank(None, [0]), rank(None, [1])), None),
+        ((rank([0.25], [0]), recording(logged=[1.25])), [0.75]),
     ],
     ids=[
         "the whole loss",
@@ -312,6 +313,7 @@ def of_ranks(*ranks, logged=None):
         "rank 0 alone, something else",
         "not as often on all",
         "nothing",
+        "a rank that never stepped",
     ],
 )
 def test_ranks_log_the_whole_loss_or_that_of_their_share(ranks, whole):
