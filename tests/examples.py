@@ -26,6 +26,7 @@ BEST = {
     "EQ104": "eq104_one_token_too_many",
     "EQ301": "eq301_zero_grad_in_cycle",
     "EQ307": "eq307_scheduler_per_micro_batch",
+    "EQ309": "eq309_averaged_model",
     "EQ501": "eq501_token_mean_per_rank",
     "EQ502": "eq502_no_sync_to_the_end",
     "EQ503": "eq503_forward_outside_no_sync",
