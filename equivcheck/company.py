@@ -29,7 +29,7 @@ def attributions_in_company(
     """Return the weights of every matched step whose backwards added something for every micro-batch."""
     reference = experiment.reference(interventions)
     recording = experiment.contributed(interventions)
-    places = experiment.schedule()
+    places = experiment.schedule(interventions)
     found = []
     for step in recording.steps:
         if step.matched is None or step.backwards > len(places):

@@ -105,12 +105,8 @@ class Search:
             if each.proved and each.explains and each.code not in node.codes
         ]
         judgement = self._judge(node)
-        if (
-            judgement is not None
-            and self._resolved(judgement, specials)
-            and self._minimal(node, specials)
-        ):
-            return node, self._needed(node, judgement, specials)
+        if judgement is not None and self._resolved(judgement, specials):
+            return self._least(node, specials)
         for suspicion in suspicions:
             if suspicion.code in node.codes:
                 continue
@@ -120,8 +116,8 @@ class Search:
                 if judgement is None:
                     continue
                 later = self._specials(trial, judgement)
-                if self._resolved(judgement, later) and self._minimal(trial, later):
-                    return trial, self._needed(trial, judgement, later)
+                if self._resolved(judgement, later):
+                    return self._least(trial, later)
                 following.append((_size(judgement), trial))
         return None
 
@@ -209,13 +205,17 @@ class Search:
             own = [each for each in own if each.kind != "logged"]
         return _largest(own or judgement.findings)
 
-    def _minimal(self, node: Node, specials: Sequence[Suspicion]) -> bool:
-        """Return whether leaving out any one part leaves a divergence."""
-        if len(node.parts) == 1:
-            return True
-        return not any(
-            self._resolved(self._judge(node.without(i)), specials) for i in range(len(node.parts))
-        )
+    def _least(self, node: Node, specials: list[Suspicion]) -> tuple[Node, list[Suspicion]]:
+        """Return what is left of a node that puts all right when nothing more can be left out, and what else is needed.
+
+        A part may have served to see another one only: old gradients that both runs hold hide what weights are wrong.
+        """
+        judgement = self._judge(node)
+        assert judgement is not None
+        for index in range(len(node.parts) if len(node.parts) > 1 else 0):
+            if self._resolved(self._judge(node.without(index)), specials):
+                return self._least(node.without(index), specials)
+        return node, self._needed(node, judgement, specials)
 
     def _report(self, node: Node, specials: list[Suspicion]) -> None:
         ordered: list[tuple[float, str, dict[str, Any]]] = []

@@ -238,6 +238,10 @@ class Experiment(ABC):
         """Return the run of one full batch, from the state that its step starts from: without what the loop keeps."""
         raise _cannot(f"with full batch {index} alone")
 
+    def begun_with(self, micro_step: int) -> list[Step]:
+        """Return the first steps, of every optimizer, of a run that is given one micro-batch of the first cycle."""
+        raise _cannot(f"that begins with micro-batch {micro_step}")
+
     # ---- what the kinds answer in their own way ------------------------------------------------
 
     def again(
@@ -296,9 +300,14 @@ class Experiment(ABC):
         """Return the cycle of a reference step: two optimizers may share the samples of one. -1 if it has none."""
         return min((cycles[key] for key in step.samples if key in cycles), default=-1)
 
-    def schedule(self) -> list[Place]:
-        """Return the place of every backward of the candidate as written."""
-        return self.candidate().places(self.cycles())
+    def schedule(self, interventions: Interventions = ()) -> list[Place]:
+        """Return the place of every backward of the candidate as written: without the tail, if that is left out."""
+        cut = without_tail(interventions)
+        return self.candidate(cut).places(self.cycles(cut))
+
+    def schedule_for(self, interventions: Interventions) -> list[Place]:
+        """Return the places that a run with these things put right is told: none where only its data are others."""
+        return [] if without_tail(interventions) == interventions else self.schedule(interventions)
 
     def noise(self) -> Noise:
         """Return what the controls so far measured."""
@@ -350,6 +359,11 @@ class Experiment(ABC):
     def fit(self) -> float | None:
         """Return how far the control is off, or None if it can be relied on."""
         return unfit(self.control(), self.reference(), self.terms(), self.noise().roundoff)
+
+
+def without_tail(interventions: Interventions) -> Interventions:
+    """Return those interventions that leave out the last full batch: there are then fewer cycles."""
+    return tuple(each for each in interventions if each.shorter)
 
 
 def _cannot(what: str) -> UsageError:

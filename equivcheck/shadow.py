@@ -1,8 +1,8 @@
 """Find the copies of the weights that a loop keeps beside its model.
 
-An average, a teacher, a master copy live in the loop's own variables, so they are looked for there:
-modules, and dictionaries or lists of tensors, in the locals of the user's running frames and in
-their objects. A find counts as shadow weights only if its tensors have the shapes of parameters and
+An average, a teacher, a master copy live in the loop's own variables, so they are looked for there: modules, and
+dictionaries or lists of tensors or arrays, in the locals of the user's running frames and in their objects, a model
+that they are hung on included. A find counts as shadow weights only if its tensors have the shapes of parameters and
 point in their direction; a buffer of gradients does not. Those that live inside the model are parameters that no
 optimizer holds, have no gradient, and move all the same.
 """
@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -30,6 +31,8 @@ LIKE_WEIGHTS = 0.7
 DEPTH = 3
 # Coordinates of each parameter that tell whether it moved: a large frozen model is not copied to find out.
 PROBE = 32
+# What torch itself keeps in the attributes of a module.
+_REGISTERED = frozenset(vars(nn.Module()))
 
 
 def shadow_weights(recorder: Recorder, *, ended: bool = False) -> dict[str, torch.Tensor]:
@@ -52,12 +55,24 @@ def shadow_weights(recorder: Recorder, *, ended: bool = False) -> dict[str, torc
                 else:
                     holders.pop(name, None)
     found: dict[str, torch.Tensor] = {}
-    for name, value in holders.items():
-        tensors = dict(_tensors(value, recorder))
-        if tensors and _like_weights(tensors, recorder):
-            found.update({f"{name}.{key}": tensor.detach() for key, tensor in tensors.items()})
+    for name, tensors in _copies(recorder):
+        found.update({f"{name}.{key}": tensor.detach() for key, tensor in tensors.items()})
     found.update({name: p.detach() for name, p in untrained(recorder) if _moved(recorder, name, p)})
     return found
+
+
+def shadow_holders(recorder: Recorder) -> dict[str, Any]:
+    """Return the modules, dictionaries and lists that hold shadow weights now, by name."""
+    shadow_weights(recorder)
+    return {name: recorder.shadow_holders[name] for name, _ in _copies(recorder)}
+
+
+def _copies(recorder: Recorder) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """Yield the tensors of every holder that holds copies of the weights, and not a batch, say."""
+    for name, value in recorder.shadow_holders.items():
+        tensors = dict(_tensors(value, recorder))
+        if tensors and _like_weights(tensors, recorder):
+            yield name, tensors
 
 
 def probes(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -134,26 +149,28 @@ def _reach(name: str, value: Any, owner: Any, depth: int) -> Iterator[tuple[str,
     """Yield a value and what its attributes hold, each with the object that it is an attribute of."""
     yield name, value, owner
     if depth == 0 or isinstance(
-        value, (nn.Module, torch.Tensor, Mapping, list, tuple, str, int, float, type(None))
+        value, (torch.Tensor, Mapping, list, tuple, str, int, float, type(None))
     ):
         return
     module = getattr(type(value), "__module__", "")
-    if module.split(".")[0] in {"torch", "builtins", "numpy", "collections"}:
+    is_module = isinstance(value, nn.Module)
+    if not is_module and module.split(".")[0] in {"torch", "builtins", "numpy", "collections"}:
         return
     for key, inner in list(getattr(value, "__dict__", {}).items()):
-        yield from _reach(f"{name}.{key}", inner, value, depth - 1)
+        # What is registered with a module is its own, and seen as such.
+        if not (is_module and key in _REGISTERED):
+            yield from _reach(f"{name}.{key}", inner, value, depth - 1)
 
 
 def _is_holder(value: Any, recorder: Recorder) -> bool:
     if isinstance(value, nn.Module):
         own = {id(p) for p in value.parameters()}
         return bool(own) and not own & set(recorder.names)
-    if isinstance(value, Mapping):
+    if isinstance(value, (Mapping, list, tuple)):
+        held = value.values() if isinstance(value, Mapping) else value
         return 0 < len(value) < 10_000 and all(
-            isinstance(each, torch.Tensor) for each in value.values()
+            isinstance(each, (torch.Tensor, np.ndarray)) for each in held
         )
-    if isinstance(value, (list, tuple)):
-        return 0 < len(value) < 10_000 and all(isinstance(each, torch.Tensor) for each in value)
     return False
 
 
@@ -165,25 +182,43 @@ def _tensors(value: Any, recorder: Recorder) -> Iterator[tuple[str, torch.Tensor
         pairs = value.items()
     else:
         pairs = enumerate(value)
-    for key, tensor in pairs:
+    names = set(recorder.names.values())
+    for key, each in pairs:
+        tensor = as_tensor(each)
         if (
-            isinstance(tensor, torch.Tensor)
+            tensor is not None
             and tensor.is_floating_point()
             and id(tensor) not in recorder.names
-            # A module's parameters are copies even where a loop moves them without `no_grad`; what a list holds may be
-            # outputs.
-            and (is_module or tensor.grad_fn is None)
+            # A module's parameters are copies even where a loop moves them without `no_grad`, and so is what has their
+            # names; what a list holds may be outputs.
+            and (is_module or tensor.grad_fn is None or key in names)
         ):
             yield str(key), tensor
 
 
+def as_tensor(value: Any) -> torch.Tensor | None:
+    """Return a tensor as it is, or one that shares the memory of an array; None for anything else.
+
+    No array is promoted: one of float32 rounds as no run in float64 does, and is left aside.
+    """
+    if isinstance(value, np.ndarray) and value.dtype == np.float64 and value.flags.writeable:
+        return torch.from_numpy(value)
+    return value if isinstance(value, torch.Tensor) else None
+
+
 def _like_weights(tensors: dict[str, torch.Tensor], recorder: Recorder) -> bool:
     """Return whether tensors match parameters in shape, by name or in order, and point in their direction."""
-    parameters = dict(recorder.model.named_parameters())
+    # A copy of one part of the model has that part's names without its own.
+    wholes = (recorder.model, *recorder.model.children())
+    return any(_alike(tensors, list(w.named_parameters())) > LIKE_WEIGHTS for w in wholes)
+
+
+def _alike(tensors: dict[str, torch.Tensor], pool: list[tuple[str, nn.Parameter]]) -> float:
+    """Return the cosine between tensors and the parameters that they match, in shape, by name or in order."""
+    parameters = dict(pool)
     dot = length = other = 0.0
-    pool = list(parameters.items())
     for key, tensor in tensors.items():
-        match = parameters.get(key) if key in parameters else None
+        match = parameters.get(key)
         if match is None:
             match = next((p for name, p in pool if key.endswith(f".{name}")), None)
         if match is None and key.isdigit() and int(key) < len(pool):
@@ -201,4 +236,4 @@ def _like_weights(tensors: dict[str, torch.Tensor], recorder: Recorder) -> bool:
         dot += float(a @ b)
         length += float(a @ a)
         other += float(b @ b)
-    return length > 0 and other > 0 and dot / (length * other) ** 0.5 > LIKE_WEIGHTS
+    return dot / (length * other) ** 0.5 if length > 0 and other > 0 else 0.0

@@ -22,7 +22,7 @@ from equivcheck.counting import is_weight, masks
 from equivcheck.cuts import Cuts
 from equivcheck.errors import UsageError
 from equivcheck.execute import Run, execute, seed_all
-from equivcheck.experiment import Experiment, Interventions
+from equivcheck.experiment import Experiment, Interventions, without_tail
 from equivcheck.feed import Data, Key, read_batches
 from equivcheck.fit import Attribution, attribute, sampled
 from equivcheck.interventions import Copies
@@ -283,7 +283,7 @@ class SubjectExperiment(Experiment):
         reference = self.reference(interventions)
 
         def make() -> Recording:
-            schedule = self.schedule() if interventions else []
+            schedule = self.schedule_for(interventions)
             data = self.data_for(interventions, promoted=True)
             return self._accumulated(
                 "candidate", Comparer(reference), data, interventions, schedule
@@ -323,7 +323,7 @@ class SubjectExperiment(Experiment):
         def make() -> Recording:
             self._refuse_ranks()
             comparer = Comparer(self.reference(interventions), contributions=True)
-            schedule = self.schedule() if interventions else []
+            schedule = self.schedule_for(interventions)
             data = self.data_for(interventions, promoted=True)
             return self._accumulated("candidate", comparer, data, interventions, schedule)
 
@@ -395,7 +395,7 @@ class SubjectExperiment(Experiment):
 
         def make() -> Recording:
             comparer = Comparer(self.reference(interventions), contributions=True, left=True)
-            schedule = self.schedule() if interventions else []
+            schedule = self.schedule_for(interventions)
             data = self.data_for(interventions, promoted=True)
             return self._accumulated("candidate", comparer, data, interventions, schedule)
 
@@ -482,6 +482,19 @@ class SubjectExperiment(Experiment):
             return self._execute(run, Pieces(self.reference(), self.cycles()))
 
         return self._once(("full_batch_alone", index), make)
+
+    def begun_with(self, micro_step: int) -> list[Step]:
+        """Return the first steps, of every optimizer, of a run that is given one micro-batch of the first cycle."""
+        if "dataset" in self.wants:
+            return super().begun_with(micro_step)
+
+        def make() -> list[Step]:
+            data = self.data_for((), promoted=True)
+            micro = [self._alone(data)[micro_step]]
+            run = Run("pieces", data, micro, 1, self.cuts.largest, optimizer_steps=1)
+            return self._execute(run, Pieces(self.reference(), self.cycles())).steps
+
+        return self._once(("begun with", micro_step), make)
 
     def pieces_recording(self, interventions: Interventions = ()) -> Recording:
         """Return the run that took the pieces."""
@@ -602,7 +615,8 @@ class SubjectExperiment(Experiment):
         """Return the accumulated run of all ranks together."""
         assert self.crew is not None
         lengths = [each.length for each in interventions if each.length is not None]
-        written = self.candidate().ranks if interventions else []
+        cut = without_tail(interventions)
+        written = self.candidate(cut).ranks if cut != interventions else []
         runs = []
         for rank in range(self.case.world_size):
             micro = self.cuts.of_rank(data, rank)
@@ -615,7 +629,7 @@ class SubjectExperiment(Experiment):
                 is_promoted=promoted,
                 length=lengths[0] if lengths else None,
                 interventions=list(interventions),
-                schedule=written[rank].places(self.cycles()) if written else [],
+                schedule=written[rank].places(self.cycles(cut)) if written else [],
                 rank=rank,
                 part=rank if self.case.shares > 1 else 0,
                 world_size=self.case.world_size,

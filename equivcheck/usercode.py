@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import functools
-import sys
 import sysconfig
 import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from equivcheck.errors import StepError, TargetError
@@ -183,9 +181,7 @@ def _is_ours(filename: str) -> bool:
 
 def _users_line() -> tuple[str, int] | None:
     """Return file and line of the innermost frame that is the user's."""
-    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - what traceback and warnings use themselves
-    while frame is not None:
+    for frame, line in traceback.walk_stack(None):
         if not is_library(frame.f_code.co_filename):
-            return frame.f_code.co_filename, frame.f_lineno
-        frame = frame.f_back
+            return frame.f_code.co_filename, line
     return None

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from equivcheck.attribution import predict
+from equivcheck.attribution import Weights, predict
 from equivcheck.company import attributions_in_company
 from equivcheck.errors import EquivcheckError
-from equivcheck.experiment import Experiment, Interventions
+from equivcheck.experiment import Experiment, Interventions, without_tail
 from equivcheck.fit import BEYOND_ROUNDING, Attribution
 from equivcheck.noise import SAFETY
 from equivcheck.recording import Event, Place, Recording, Step
@@ -81,12 +81,12 @@ class View:
     @cached_property
     def places(self) -> list[Place]:
         """Where every backward of the accumulated run stands."""
-        return self.experiment.schedule()
+        return self.experiment.schedule(self.chosen)
 
     @cached_property
     def cycles(self) -> dict[tuple[int, int], int]:
         """The reference step of every sample."""
-        return self.experiment.cycles()
+        return self.experiment.cycles(without_tail(self.chosen))
 
     @cached_property
     def attributions(self) -> list[Attribution]:
@@ -132,13 +132,13 @@ class View:
         A norm over the rows of all ranks is not what any of them computes by itself.
         """
         experiment = self.experiment
-        inside = any(within(each) for each in alone)
+        inside = any(within(each.w) for each in alone)
         if experiment.case.shares == 1 or experiment.together or inside:
             return []
         experiment.together = True
         try:
             found = experiment.attributions(self.chosen)
-            if len(found) >= max(len(alone), 1) and all(within(each) for each in found):
+            if len(found) >= max(len(alone), 1) and all(within(each.w) for each in found):
                 return found
         except EquivcheckError:
             pass
@@ -271,10 +271,9 @@ class View:
         return experiment.remembered[key]  # type: ignore[no-any-return]
 
 
-def within(attribution: Attribution) -> bool:
-    """Return whether an accumulated gradient lies in the span of the pieces, whatever became of rounding."""
-    residual = attribution.w.residual
-    return residual is not None and residual <= BEYOND_ROUNDING
+def within(fit: Weights) -> bool:
+    """Return whether a gradient lies in the span of the pieces, whatever became of rounding."""
+    return fit.residual is not None and fit.residual <= BEYOND_ROUNDING
 
 
 def _inside(

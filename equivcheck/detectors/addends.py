@@ -48,6 +48,22 @@ class Parts:
             return None
         return torch.stack([_flat(each, attribution) for each in found if each is not None])
 
+    def absent(self, attribution: Attribution, cycle: int, component: Component) -> list[int]:
+        """Return the micro-steps whose backward, in the accumulated run, has not the addend."""
+        steps = range(attribution.pieces.shape[0])
+        return [k for k in steps if component not in self.accumulated.get((cycle, k), {})]
+
+    def accumulated_total(
+        self, attribution: Attribution, cycle: int, component: Component
+    ) -> torch.Tensor:
+        """Return [n] the sum of an addend's gradients in the accumulated run, of the micro-steps that have it."""
+        found = torch.zeros_like(attribution.candidate)
+        for k in range(attribution.pieces.shape[0]):
+            gradient = self.accumulated.get((cycle, k), {}).get(component)
+            if gradient is not None:
+                found += _flat(gradient, attribution)
+        return found
+
     def target(
         self, attribution: Attribution, cycle: int, component: Component
     ) -> torch.Tensor | None:
@@ -334,6 +350,7 @@ def _wrong(view: View, component: Component, parts: Parts) -> _Wrong | bool | No
             ("EQ105" if is_tail else "EQ103", [1.0 / (view.steps * ranks)] * k),
             ("EQ105" if is_tail else "EQ102", [x * steps / view.steps for x in right]),
             ("EQ103", [1.0 / k] * k),
+            ("EQ102", [1.0 / (k * steps)] * k),  # a mean of means, divided once more
         ]
         for values in view.counts().values():
             counts = values[each.matched % len(values)]

@@ -7,9 +7,12 @@ from collections.abc import Sequence
 
 from equivcheck.attribution import predict
 from equivcheck.detectors.addends import coupled_addends, spanned
+from equivcheck.detectors.carried import Carried
+from equivcheck.detectors.clipped import clipped_nowhere
 from equivcheck.errors import EquivcheckError
 from equivcheck.fit import BEYOND_ROUNDING, Attribution
 from equivcheck.freeze import Fingerprint, Freeze, Statistics
+from equivcheck.interventions import Shrink
 from equivcheck.noise import SAFETY
 from equivcheck.recording import Backward
 from equivcheck.view import Suspicion, View, within
@@ -58,7 +61,10 @@ def _as_predicted(view: View) -> bool:
 
 def _coupled(view: View, freeze: Freeze, step: int) -> list[Suspicion]:
     place, first, moved = _first_coupled(view)
-    if place is None and (moved or _added_to(view)):
+    if place is None and (moved or _added_to(view) or _clipped(view)):
+        return []
+    carried, explained = _carried(view) if place is None else (False, False)
+    if explained:
         return []
     evidence: dict[str, object] = {"residual": max(a.v.residual or 0.0 for a in view.attributions)}
     if place is not None:
@@ -70,6 +76,10 @@ def _coupled(view: View, freeze: Freeze, step: int) -> list[Suspicion]:
         found[0].proved = all(
             _weighted_right(view, each) for each in view.attributions
         ) or coupled_addends(view, _shares)
+        if carried:
+            found[
+                0
+            ].proved = False  # Not rows alone: what micro-batches leave behind has a part in it.
         found[0].variants = []
         found[0].explains = frozenset({"gradients", "applied", "parameters", "state"})
         if place is not None:
@@ -92,6 +102,23 @@ def _added_to(view: View) -> bool:
     return any(event.detail["rest"] > EXACT for event, _ in view.inside("edited"))
 
 
+def _clipped(view: View) -> bool:
+    """Return whether gradients too small to be clipped are sums over the micro-batches: then no rows interact."""
+    if clipped_nowhere(view):
+        return False
+    small = View(view.experiment, (*view.chosen, Shrink()))
+    return all(small.spans(each, reference=True) for each in small.attributions)
+
+
+def _carried(view: View) -> tuple[bool, bool]:
+    """Return whether micro-batches depend on those before them, and whether the loss then couples none of them."""
+    try:
+        found = Carried.of(view)
+    except EquivcheckError:
+        found = None
+    return found is not None, found is not None and found.right is not None
+
+
 def _freezable(view: View, freeze: Freeze) -> bool:
     view.experiment.reference((freeze,))
     return freeze.used
@@ -106,7 +133,7 @@ def _weighted_right(view: View, attribution: Attribution) -> bool:
     the two by far less than a factor of K.
     """
     if not view.spans(attribution, reference=False) and not (
-        view.experiment.together and within(attribution)
+        view.experiment.together and within(attribution.w)
     ):
         return False
     k = attribution.pieces.shape[0]

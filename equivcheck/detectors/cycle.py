@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from typing import Final
 
+from equivcheck.detectors.clipped import clipped_nowhere
 from equivcheck.errors import EquivcheckError
 from equivcheck.interventions import Defer, Hold, Intervention, Postpone, Retime, Reweight, Shorten
 from equivcheck.recording import Event, Place, Recording
@@ -14,6 +16,7 @@ from equivcheck.view import Suspicion, View
 # A penalty's gradient points along the weights: |w| to a power below 2 has a cosine above this with normal weights
 # (the sign alone: sqrt(2 / pi) = 0.8), what has nothing to do with them about 0.
 ALONG_WEIGHTS: Final = 0.5
+_BY_HAND: Final = "gradients are clipped by hand behind every backward of a cycle"
 
 
 def suspect(view: View) -> list[Suspicion]:
@@ -111,7 +114,8 @@ def _scales_by_hand(view: View) -> list[Suspicion]:
         return []
     cycle = min(factors)
     evidence = {"loss_scales": by_cycle[cycle]}
-    return [Suspicion("EQ402", [(Reweight(factors),)], evidence, cycle, 35)]
+    # Before what a factor may be too: scales that double leave geometric weights.
+    return [Suspicion("EQ402", [(Reweight(factors),)], evidence, cycle, 24)]
 
 
 def _loss_scales(numbers: list[float]) -> bool:
@@ -144,13 +148,24 @@ def _edited(view: View) -> list[Suspicion]:
         if not _loss_scales([each.root_scalar for each in view.candidate.backwards]):
             carried.discard(backward.root_scalar)
         by_hand = any(abs(scale * each - 1.0) < 1e-6 for each in carried)
+        if not by_hand and _by_norm(view, calls):
+            evidence["because"] = _BY_HAND
+            return [Suspicion("EQ306", [(Hold(),)], evidence, place.cycle, 26)]
         return [Suspicion("EQ403" if by_hand else "EQ109", [(Hold(),)], evidence, place.cycle, 26)]
     if event.detail["shrunk"]:
-        evidence["because"] = "gradients are clipped by hand behind every backward of a cycle"
+        evidence["because"] = _BY_HAND
         return [Suspicion("EQ306", [(Hold(),)], evidence, place.cycle, 45)]
     if event.detail["along"] < ALONG_WEIGHTS:
         return []  # Noise, say: what was added is no penalty on the weights.
     return [Suspicion("EQ107", [(Hold(),)], evidence, place.cycle, 45)]
+
+
+def _by_norm(view: View, calls: Sequence[tuple[Event, Place]]) -> bool:
+    """Return whether gradients are made shorter by factors that depend on how long they are: those of a clip."""
+    factors = [float(event.detail["scale"]) for event, _ in calls]
+    if max(factors) > 1.0 + 1e-6 or max(factors) - min(factors) < 1e-6:
+        return False
+    return not clipped_nowhere(view)
 
 
 def _steps(view: View) -> list[Suspicion]:
@@ -185,9 +200,10 @@ def _steps(view: View) -> list[Suspicion]:
             found.append(Suspicion(code, [(Shorten(),)], left, missing[0].index, 18))
     if not inside and not (missing and not found):
         return found
-    every = len({event.backwards for event, _ in inside}) == sum(
-        not place.last for place in view.places
-    ) or _each_micro_batch(candidate)
+    # By micro-batch: a loop may differentiate several times in each.
+    stepped = {(place.cycle, place.micro_step) for _, place in inside}
+    early = {(p.cycle, p.micro_step) for p in view.places if p.micro_step < p.micro_steps - 1}
+    every = stepped >= early or _each_micro_batch(candidate)
     consumed_per_step = [len(set(step.samples)) for step in candidate.steps]
     evidence: dict[str, object] = {
         "optimizer_steps": len(candidate.steps),
@@ -247,7 +263,7 @@ def _every_at_another(view: View) -> bool:
         recording = view.experiment.at(other)
     except EquivcheckError:
         return True
-    return len(recording.steps) >= len(recording.backwards) or _each_micro_batch(recording)
+    return len(recording.steps) >= len(recording.fetched) or _each_micro_batch(recording)
 
 
 def _each_micro_batch(recording: Recording) -> bool:

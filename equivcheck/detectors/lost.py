@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import torch
 
-from equivcheck.attribution import predict
+from equivcheck.attribution import predict, solve
+from equivcheck.detectors.addends import addend_parts
 from equivcheck.detectors.cycle import zeroing as kinds_of_zeroing
 from equivcheck.detectors.state import Changes, at_step
 from equivcheck.fit import Attribution
@@ -26,7 +27,7 @@ _ENDS = frozenset({"step", "skipped", "zero_grad", "cleared", "parameters_change
 
 def suspect(view: View) -> list[Suspicion]:
     """Return EQ305 if micro-batches have no weight, or no backward in one of the sweeps over their cycle."""
-    return _lost(view) or _lost_of_some(view) or _short_sweeps(view)
+    return _lost(view) or _lost_of_some(view) or _short_sweeps(view) or _lost_terms(view)
 
 
 def _lost_of_some(view: View) -> list[Suspicion]:
@@ -214,6 +215,37 @@ def _short_sweeps(view: View) -> list[Suspicion]:
         "short_sweeps": len(after),
     }
     return [Suspicion("EQ305", [(Supplement(after),)], evidence, step, 18, is_seen=True)]
+
+
+def _lost_terms(view: View) -> list[Suspicion]:
+    """EQ305: a term of the loss has its backward in some micro-batches only; with the others it is the full batch's."""
+    parts = addend_parts(view) if view.divergent and not view.chosen else None
+    if parts is None:
+        return []
+    missing: Changes = {}
+    evidence: dict[str, object] = {}
+    step = 0
+    for each in view.divergent:
+        cycle = view.cycle_of(each.matched)
+        total = torch.zeros_like(each.reference)
+        for component in parts.components:
+            alone = parts.pieces(each, cycle, component, accumulated=False)
+            target = parts.target(each, cycle, component)
+            if alone is None or target is None:
+                return []
+            absent = parts.absent(each, cycle, component)
+            right = solve(alone, target).solution
+            lacking = predict(alone[absent], [right[k] for k in absent]) if absent else 0.0
+            found = parts.accumulated_total(each, cycle, component) + lacking
+            size = max(float(target.norm()), float(alone.norm()))
+            if float((found - target).norm()) > view.tolerance(each) * size:
+                return []
+            total += lacking
+            if absent and not evidence:
+                evidence = {"lost_micro_steps": absent, "of": f"backward {component[0]}"}
+                step = each.step
+        at_step(view, each, total, missing)
+    return [Suspicion("EQ305", [(Restitute(missing),)], evidence, step, 28)] if evidence else []
 
 
 def _in_another_place(view: View, short: _Sweep, k: int, cycle: int, index: int) -> Gradient:

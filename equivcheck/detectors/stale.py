@@ -15,9 +15,9 @@ def suspect(view: View) -> list[Suspicion]:
 
 
 def _left(view: View) -> list[Suspicion]:
-    """EQ302 in the accumulated run alone, or on some of its ranks: the full batch begins cycles without gradients."""
+    """EQ302 in the accumulated run alone, on some of its ranks, or in the full batch too, beside another fault."""
     finding = view.judgement.first("gradients", "applied")
-    if finding is None or any(each.kind == "leftover" for each in view.reference.timeline):
+    if finding is None:
         return []
     runs = view.candidate.ranks or [view.candidate]
     left = [sum(event.kind == "leftover" for event in each.timeline) for each in runs]
@@ -26,7 +26,10 @@ def _left(view: View) -> list[Suspicion]:
     evidence: dict[str, object] = {
         "cycles_begun_with_gradients": left if len(left) > 1 else left[0]
     }
-    return [Suspicion("EQ302", [(Fresh(),)], evidence, finding.matched, 31)]
+    fresh = Fresh()
+    # What old gradients look like in both runs tells of nothing else: without them the other fault is seen.
+    fresh.both = any(each.kind == "leftover" for each in view.reference.timeline)
+    return [Suspicion("EQ302", [(fresh,)], evidence, finding.matched, 31, shared=fresh.both)]
 
 
 def _kept(view: View) -> list[Suspicion]:

@@ -89,17 +89,15 @@ class Scaling(Hooks):
     def _step(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def step(scaler: GradScaler, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            if scaler.is_enabled() and not self.recorder.allowed("step"):
+                return None  # With the unscaling that belongs to it.
             self._depth += 1
             before = len(self.recording.steps)
             try:
                 result = original(scaler, optimizer, *args, **kwargs)
             finally:
                 self._depth -= 1
-            if (
-                scaler.is_enabled()
-                and len(self.recording.steps) == before
-                and self.recorder.allowed("step")
-            ):
+            if scaler.is_enabled() and len(self.recording.steps) == before:
                 self.recorder.note("skipped", scale=float(scaler.get_scale()))
                 self.recorder.steps.skipped(optimizer)
             return result

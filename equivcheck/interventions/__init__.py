@@ -8,7 +8,7 @@ K micro-batches per cycle; a *place* is a micro-step in a cycle.
 
 from __future__ import annotations
 
-from equivcheck.interventions.backwards import Addend, Addends, Reweight, ordinal_of
+from equivcheck.interventions.backwards import Addend, Addends, Reweight, Shrink, ordinal_of
 from equivcheck.interventions.base import Intervention
 from equivcheck.interventions.calls import Defer, Postpone, Ration, Retime, UnscaleFirst
 from equivcheck.interventions.copies import Begin, Copies
@@ -65,6 +65,7 @@ __all__ = [
     "Rewind",
     "ScaleParts",
     "Shorten",
+    "Shrink",
     "StillBuffers",
     "Supplement",
     "Synchronise",

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.optim import Optimizer
 
 from equivcheck.addends import addend_gradients, scale_addend
 from equivcheck.interventions.base import Intervention
@@ -53,6 +54,32 @@ class Reweight(Intervention):
         finally:
             for handle in handles:
                 handle.remove()
+
+
+class Shrink(Intervention):
+    """Let every gradient be too small to be clipped, by whatever clips it, and give it its size back at the step.
+
+    In both runs. All else that a loop does with a gradient keeps to its size: a share of it, an average, a norm that it
+    is divided by.
+
+    Attributes:
+        FACTOR: A power of two, so that nothing is rounded. Clips are set a few powers of ten from what gradients
+            have; what float64 rounds is far smaller.
+    """
+
+    name = "shrink"
+    both = True
+    FACTOR = 2.0**-20
+
+    def root_factor(self, _recorder: Recorder) -> float:
+        return self.FACTOR
+
+    def before_step(self, _recorder: Recorder, optimizer: Optimizer) -> None:
+        with torch.no_grad():
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        parameter.grad.mul_(1.0 / self.FACTOR)
 
 
 class Addend(Intervention):

@@ -94,7 +94,7 @@ def _share(
 
 
 class Begin(Intervention):
-    """Start every cycle from the parameters, and the loop's copies of them, that the full batch starts it from.
+    """Start every micro-batch from the parameters, and the loop's copies of them, that the full batch starts with.
 
     Args:
         reference: The full-batch run.
@@ -108,12 +108,16 @@ class Begin(Intervention):
     def before_fetch(self, recorder: Recorder) -> None:
         place = recorder.place()
         kept = self._reference.kept
-        if place is None or not place.last or not 0 <= place.cycle < len(kept) - 1:
+        if place is None:
             return
-        shadows = kept[place.cycle + 1].shadows
+        cycle = place.cycle + place.last
+        before = kept[cycle - 1] if cycle else self._reference.initial
+        if before is None or not 0 <= cycle < len(kept):
+            return
+        shadows = kept[cycle].shadows
         with recorder.paused(), torch.no_grad():
             parameters = recorder.parameters()
-            for name, tensor in (kept[place.cycle].after | kept[place.cycle].begins).items():
+            for name, tensor in (before.after | before.begins).items():
                 if name in parameters and parameters[name].shape == tensor.shape:
                     parameters[name].detach().copy_(tensor)
             for name, tensor in shadow_weights(recorder).items():

@@ -6,12 +6,13 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+import numpy as np
 import torch
 from torch.optim import Optimizer
 
 from equivcheck.interventions.base import Intervention
 from equivcheck.parts import is_distributed
-from equivcheck.shadow import shadow_weights, untrained
+from equivcheck.shadow import as_tensor, shadow_holders, untrained
 
 if TYPE_CHECKING:
     from equivcheck.recorder import Recorder
@@ -57,16 +58,33 @@ class Hold(Intervention):
 
 
 class Fresh(Intervention):
-    """Start every cycle without gradients: what earlier cycles left is dropped."""
+    """Start every cycle without gradients: what earlier cycles left is dropped.
+
+    In runs that are not cut into cycles (full batches, micro-batches each with a step of its own), what follows a step.
+    """
 
     name = "fresh"
+
+    def __init__(self) -> None:
+        self._stepped = False
+
+    @contextmanager
+    def installed(self, _recorder: Recorder) -> Iterator[None]:
+        self._stepped = False
+        yield
+
+    def before_step(self, _recorder: Recorder, _optimizer: Optimizer) -> None:
+        self._stepped = True
 
     @contextmanager
     def around_backward(self, recorder: Recorder, _outputs: Sequence[Any]) -> Iterator[None]:
         place = recorder.place()
-        first = recorder.backwards == 1 or (
-            place is not None and recorder.schedule[recorder.backwards - 2].cycle != place.cycle
-        )
+        if place is None:
+            first = recorder.backwards == 1 or self._stepped
+        else:
+            before = recorder.schedule[recorder.backwards - 2] if recorder.backwards > 1 else None
+            first = before is None or before.cycle != place.cycle
+        self._stepped = False
         if first:
             for parameter in recorder.gradient_holders():
                 parameter.grad = None
@@ -297,6 +315,12 @@ def _counts(entries: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in _numbers(entries).items() if "lr" not in key}
 
 
+def _copied(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    return value.copy() if isinstance(value, np.ndarray) else value
+
+
 class Rewind(Intervention):
     """Set state back to the cycle's start at each micro-batch: it then advances once per cycle.
 
@@ -311,6 +335,7 @@ class Rewind(Intervention):
         self._saved: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._buffers: dict[str, torch.Tensor] = {}
         self._entries: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._replaced: dict[str, dict[Any, Any]] = {}
         self._done = -1
 
     @contextmanager
@@ -322,7 +347,7 @@ class Rewind(Intervention):
             yield
         finally:
             handle.remove()
-            self._saved, self._entries, self._buffers = [], [], {}
+            self._saved, self._entries, self._buffers, self._replaced = [], [], {}, {}
 
     def before_fetch(self, recorder: Recorder) -> None:
         self._rewind(recorder)
@@ -339,14 +364,14 @@ class Rewind(Intervention):
                 for name, buffer in recorder.model.named_buffers():
                     if name in self._buffers and self._buffers[name].shape == buffer.shape:
                         buffer.detach().copy_(self._buffers[name])
+                # By name, too: a loop may have put a new dictionary in the place of the one that was saved.
+                for name, holder in shadow_holders(recorder).items() if self._replaced else ():
+                    if isinstance(holder, dict):
+                        saved = self._replaced.get(name, {})
+                        holder.update({k: _copied(v) for k, v in saved.items()})
                 for entries, values in self._entries:
                     # Fresh copies each time: the loop may change in place what is put back.
-                    entries.update(
-                        {
-                            k: v.clone() if isinstance(v, torch.Tensor) else v
-                            for k, v in values.items()
-                        }
-                    )
+                    entries.update({k: _copied(v) for k, v in values.items()})
             else:
                 self._save(recorder)
 
@@ -368,19 +393,20 @@ class Rewind(Intervention):
                 for group in [] if optimizer is None else optimizer.param_groups:
                     self._entries.append((group, _counts(group)))
         if "shadows" in self._what:
-            shadow_weights(recorder)
+            holders = shadow_holders(recorder)
             if "counts" in self._what:
                 owners = {id(each): each for each in recorder.shadow_owners.values()}
                 self._entries += [(vars(each), _numbers(vars(each))) for each in owners.values()]
-            for holder in recorder.shadow_holders.values():
-                tensors += self._holder(holder)
+            self._replaced = {}
+            for name, holder in holders.items():
+                tensors += self._holder(name, holder)
             tensors += [parameter.detach() for _, parameter in untrained(recorder)]
         self._saved = [(tensor, tensor.clone()) for tensor in tensors]
 
-    def _holder(self, holder: Any) -> list[torch.Tensor]:
+    def _holder(self, name: str, holder: Any) -> list[torch.Tensor]:
         if isinstance(holder, torch.nn.Module):
             return [each.detach() for each in (*holder.parameters(), *holder.buffers())]
         if isinstance(holder, dict):
-            self._entries.append((holder, {k: v.clone() for k, v in holder.items()}))
+            self._replaced[name] = {k: _copied(v) for k, v in holder.items()}
             return []
-        return [each for each in holder if isinstance(each, torch.Tensor)]
+        return [tensor for each in holder if (tensor := as_tensor(each)) is not None]

@@ -35,6 +35,7 @@ PUT_RIGHT = {
     "freeze": "the statistics of the full batch in both runs",
     "widen": "the gradients accumulated in float64",
     "rescale at the step": "the gradients multiplied at the step by what they lack",
+    "shrink": "every gradient too small to be clipped, in both runs",
     "synchronise": "one reduction over the ranks at the end of the cycle",
     "synchronise once": "one reduction over the ranks at the end of the cycle",
     "broadcast": "one rank's parameters and buffers given to all",

@@ -223,7 +223,7 @@ class ScriptExperiment(Experiment):
                 "compare",
                 against=reference,
                 interventions=interventions,
-                schedule=self.schedule() if interventions else (),
+                schedule=self.schedule_for(interventions),
             )
 
         found = self._once(("candidate", interventions), make)

@@ -55,7 +55,7 @@ class Lab:
     def contributed(self, _interventions):
         return self._contributed
 
-    def schedule(self):
+    def schedule(self, _interventions=()):
         return self._schedule
 
     def cycles(self, _interventions):

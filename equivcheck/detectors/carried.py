@@ -1,0 +1,93 @@
+"""What a loop carries from one micro-batch to the next in variables of its own: EQ309.
+
+A running mean of rewards, the centre of a teacher's outputs, a queue: no hook sees such a variable, and nothing can set
+it back. A run that begins with a micro-batch has it as the cycle has it at its beginning.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from equivcheck.attribution import predict, solve
+from equivcheck.fit import BEYOND_ROUNDING, flat
+from equivcheck.view import Suspicion, View, within
+
+
+def suspect(view: View) -> list[Suspicion]:
+    """Return the suspicion, proved, where micro-batches as the first of all make the full batch, and others do not."""
+    if view.chosen or not any(each.matched == 0 for each in view.divergent):
+        return []
+    carried = Carried.of(view)
+    if carried is None or carried.right is None:
+        return []
+    # With the weights that make the full batch of them, and in the accumulated run the micro-batches as they are there.
+    made = predict(carried.behind, carried.right)
+    if _apart(made, carried.accumulated) > BEYOND_ROUNDING:
+        return []
+    changes = [_apart(a, b) for a, b in zip(carried.behind, carried.first, strict=True)]
+    step = next(k for k, each in enumerate(changes) if each > BEYOND_ROUNDING)
+    found = Suspicion(
+        "EQ309",
+        evidence={
+            "micro_step": step,
+            "relative": changes[step],
+            "begun_with_each": "their sum is the full batch's gradient",
+            "because": f"micro_step {step} gives another gradient behind the micro-batches before it than a run that "
+            "begins with it: the loop carries something on that they move",
+            "fix": "move it on once per optimizer step, from what the whole cycle gave",
+        },
+        rank=33,
+        proved=True,
+    )
+    found.explains = frozenset({"gradients", "applied", "parameters", "state"})
+    return [found]
+
+
+@dataclass(frozen=True)
+class Carried:
+    """Micro-batches of the first cycle that depend on those before them.
+
+    Attributes:
+        behind: [K, n] what each gives alone, one behind the other in one run.
+        first: [K, n] what each gives in a run that begins with it.
+        accumulated: [n] the gradient of the accumulated run.
+        right: The weights that make the full batch of `first`; None if none do.
+    """
+
+    behind: torch.Tensor
+    first: torch.Tensor
+    accumulated: torch.Tensor
+    right: list[float] | None
+
+    @classmethod
+    def of(cls, view: View) -> Carried | None:
+        """Return what the loop carries on, or None where micro-batches do not depend on those before them.
+
+        Raises:
+            EquivcheckError: Micro-batches cannot be run alone.
+        """
+        found = view.experiment.attributions(view.chosen)
+        alone = next((each for each in found if each.matched == 0), None)
+        if alone is None:
+            return None
+        optimizer = view.candidate.steps[alone.step].optimizer
+        rows: list[torch.Tensor] = []
+        for k in reversed(range(alone.pieces.shape[0])):
+            steps = view.experiment.begun_with(k)
+            own = next((step for step in steps if step.optimizer == optimizer), None)
+            if own is None:
+                return None
+            rows.insert(0, flat(own, alone.names))
+            # The last one has the most behind it.
+            if len(rows) == 1 and _apart(alone.pieces[k], rows[0]) <= BEYOND_ROUNDING:
+                return None
+        first = torch.stack(rows)
+        weights = solve(first, alone.reference)
+        right = weights.solution if within(weights) else None
+        return cls(alone.pieces, first, alone.candidate, right)
+
+
+def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm()) / (float(b.norm()) or 1.0)
