@@ -191,7 +191,7 @@ class Statistics(Intervention):
 
 
 @dataclass(frozen=True)
-class _Seen:
+class Seen:
     """One call of a module, as one row saw it.
 
     Attributes:
@@ -206,7 +206,7 @@ class _Seen:
     given: torch.Tensor
     weights: torch.Tensor
 
-    def as_given(self, other: _Seen, limit: float) -> bool:
+    def as_given(self, other: Seen, limit: float) -> bool:
         """Return whether the other call was given the same for this row, and had the same parameters."""
         return all(
             a.shape != b.shape or _apart(a, b) <= limit
@@ -232,8 +232,8 @@ class Fingerprint(_PerCycle):
 
     def __init__(self, cycles: Mapping[Key, int]) -> None:
         super().__init__(cycles)
-        self._full: dict[tuple[str, int, Key, int], _Seen] = {}
-        self._alone: dict[tuple[str, int, Key, int], _Seen] = {}
+        self._full: dict[tuple[str, int, Key, int], Seen] = {}
+        self._alone: dict[tuple[str, int, Key, int], Seen] = {}
         self._calls: dict[str, int] = {}
         self._order = 0
 
@@ -279,7 +279,7 @@ class Fingerprint(_PerCycle):
             width = tensor.numel() // len(keys)
             for i, key in enumerate(keys):
                 entered = torch.cat([each[i] for each in given]) if given else torch.zeros(0)
-                kept[name, call, key, width] = _Seen(self._order, values[i], entered, weights)
+                kept[name, call, key, width] = Seen(self._order, values[i], entered, weights)
 
         return hook
 

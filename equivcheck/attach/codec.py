@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from equivcheck.differences import Sums
+from equivcheck.freeze import Seen
 from equivcheck.interventions import Intervention
 from equivcheck.recording import Backward, Event, Kept, Place, Reduction, Step
 from equivcheck.sampled import Sampled
@@ -21,7 +22,7 @@ from equivcheck.sampled import Sampled
 __all__ = ["Unencodable", "decode", "encode"]
 
 _CLASSES: dict[str, type] = {
-    each.__name__: each for each in (Backward, Event, Kept, Place, Reduction, Step, Sums)
+    each.__name__: each for each in (Backward, Event, Kept, Place, Reduction, Seen, Step, Sums)
 }
 # Tensors up to this many elements stand in the JSON: a file header has 100 bytes for each.
 _INLINE = 8

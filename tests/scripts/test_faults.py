@@ -49,7 +49,7 @@ def test_a_script_that_trains_for_longer_is_ended(decide, steps):
         pytest.param("clip-in-cycle", "EQ306", marks=slow),
         pytest.param("scheduler-in-cycle", "EQ307", marks=slow),
         pytest.param("horizon", "EQ308", marks=slow),
-        pytest.param("batch-norm", "EQ201", marks=slow),
+        ("batch-norm", "EQ201"),
     ],
 )
 def test_a_planted_fault_is_proved(decide, mistake, code):

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from equivcheck.attach.codec import Unencodable, decode, encode
-from equivcheck.attach.spec import Spec
+from equivcheck.attach.spec import Spec, adopt_states, states_of
 from equivcheck.differences import Sums
-from equivcheck.freeze import Freeze
+from equivcheck.freeze import Fingerprint, Freeze, Seen
 from equivcheck.interventions import Before, Defer, Restitute, Reweight
 from equivcheck.recording import Event, Place, Step
 from equivcheck.sampled import Tray, packed
@@ -77,6 +77,11 @@ def test_vectors_of_many_names_come_back_and_name_their_layout_once():
     with pytest.raises(KeyError):
         found[0]["d"]
     assert json.dumps(encode([first, second], {})).count("none") == 1
+    kept = float(first.numbers.sum())
+    nothing, empty = packed({"none": None}, tray), packed({"b": torch.ones(0)}, tray)
+    assert (dict(nothing), len(nothing), empty["b"].shape) == ({"none": None}, 1, (0,))
+    large = packed({"a": torch.ones(3), "b": torch.full((5_000_000,), 2.0)}, tray)
+    assert (float(large["b"].sum()), float(first.numbers.sum())) == (1e7, kept)  # in another block
 
 
 def test_one_tensor_in_two_places_is_written_once_and_stays_one():
@@ -125,6 +130,22 @@ def test_interventions_of_another_process_know_what_they_were_told(tmp_path):
     assert torch.equal(missing, torch.arange(30.0))
     assert list(frozen._learned) == [((frozen,), 0)]
     assert found.schedule == spec.schedule
+
+
+def test_what_rows_looked_like_in_another_process_is_known_here():
+    """Whether a module couples rows is seen by comparing two runs of a script, each a process of its own."""
+    alone, full = Fingerprint({}), Fingerprint({})
+    place = ("body.1", 0, (0, 3), 8)
+    row = Seen(7, torch.tensor([1.0, 2.0]), torch.arange(20.0).double(), torch.ones(2))
+    full._full[place] = row
+    tensors = {}
+    states = json.loads(json.dumps(states_of([full], tensors)))
+    adopt_states([alone], states, tensors)
+
+    found = alone._full[place]
+    assert found.order == row.order
+    for name in ("output", "given", "weights"):
+        assert torch.equal(getattr(found, name), getattr(row, name))
 
 
 def test_a_specification_names_no_other_class(tmp_path):
