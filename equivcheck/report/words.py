@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from equivcheck.result import case_exit_code, missing_causes
 COMPARED = ("gradients", "learning_rates", "losses", "parameters", "buffers")
 MOST_ITEMS = 8
 ZERO = 1e-13  # of the largest weight; a fit of float64 gradients gives a zero to 1e-16
+TRIALS_SHOWN = 3  # of those that did not put all right
 SHOWN_ELSEWHERE = ("because", "finite", "weights", "true_weights", "intervention", "shared")
 # What each intervention does, to be read after "with".
 PUT_RIGHT = {
@@ -299,15 +301,27 @@ def evidence(case: Mapping[str, Any], cause: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _best_trials(case: Mapping[str, Any], code: str) -> list[str]:
+    """Return what is left at best with each set of causes put right that holds a code, the `TRIALS_SHOWN` closest."""
+    best: dict[str, float] = {}
+    for trial in case.get("interventions") or ():
+        codes, left = trial.get("codes") or (), trial.get("relative")
+        if code in codes:
+            what, size = ", ".join(codes), math.inf if left is None else float(left)
+            best[what] = min(best.get(what, math.inf), size)
+    closest = sorted(best.items(), key=lambda each: each[1])[:TRIALS_SHOWN]
+    return [
+        f"put right ({what}): {number(None if math.isinf(size) else size)} is left"
+        for what, size in closest
+    ]
+
+
 def arguments(case: Mapping[str, Any], cause: Mapping[str, Any]) -> list[str]:
     """Return what speaks for a cause besides its proof and its numbers."""
     lines = []
     stated = cause.get("evidence") or {}
     if not isinstance(stated.get("intervention"), Mapping) and cause.get("status") != "proved":
-        for trial in case.get("interventions") or ():
-            if cause["code"] in (trial.get("codes") or ()):
-                left = number(trial.get("relative"))
-                lines.append(f"put right ({', '.join(trial['codes'])}): {left} is left")
+        lines += _best_trials(case, cause["code"])
     if stated.get("shared"):
         lines.append("the full batch has this fault too")
     return lines

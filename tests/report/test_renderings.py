@@ -522,3 +522,23 @@ def test_numbers_of_a_list_share_a_line():
 
     assert json.loads(told) == value
     assert '"a": [1, 2.5, null]' in told
+
+
+def test_of_trials_that_failed_the_closest_are_told_once_each():
+    """A search makes dozens; what came closest, by the causes put right, is what a reader can use."""
+    trials = [
+        (["EQ309"], 0.5),
+        (["EQ309"], 0.25),
+        (["EQ101", "EQ309"], 0.125),
+        (["EQ102", "EQ309"], None),
+        (["EQ103", "EQ309"], 2.0),
+        (["EQ101"], 0.0625),
+    ]
+    case = {"interventions": [{"codes": codes, "relative": left} for codes, left in trials]}
+    cause = {"code": "EQ309", "status": "suspected", "evidence": {}}
+
+    assert words.evidence(case, cause) == [
+        "put right (EQ101, EQ309): 1.2e-01 is left",
+        "put right (EQ309): 2.5e-01 is left",
+        "put right (EQ103, EQ309): 2.0e+00 is left",
+    ]
