@@ -81,7 +81,7 @@ def test_all_frames_are_the_users_where_no_file_of_ours_called_them():
 
 
 @pytest.mark.timeout(0)  # whose timer would be waiting
-@pytest.mark.parametrize("body", [endless, swallowing, stubborn])
+@pytest.mark.parametrize("body", [endless, swallowing])
 def test_a_deadline_is_kept_where_no_other_timer_runs(body):
     """And none is left running."""
 
@@ -131,6 +131,23 @@ def test_no_thread_is_left_behind():
     outcome(lambda: None, 20.0)
 
     assert before == threading.active_count()
+
+
+STUBBORN = f"""
+import contextlib, signal, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_deadline import outcome_here, stubborn
+def of_a_caller():
+    with contextlib.ExitStack() as stack:
+        stack.callback(stubborn)
+assert outcome_here(of_a_caller, 0.1, contextlib.__file__) == ["expired"]
+assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+"""
+
+
+def test_a_loop_that_always_swallows_is_ended_too():
+    """In a process of its own: CPython 3.11 goes on handling an exception that a trace function raised in a handler."""
+    subprocess.run([sys.executable, "-c", STUBBORN], check=True, timeout=120)
 
 
 TRACED = f"""
