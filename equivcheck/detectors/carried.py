@@ -31,12 +31,12 @@ def suspect(view: View) -> list[Suspicion]:
     found = Suspicion(
         "EQ309",
         evidence={
-            "micro_step": step,
+            "differing_micro_step": step,
             "relative": changes[step],
-            "begun_with_each": "their sum is the full batch's gradient",
-            "because": f"micro_step {step} gives another gradient behind the micro-batches before it than a run that "
-            "begins with it: the loop carries something on that they move",
-            "fix": "move it on once per optimizer step, from what the whole cycle gave",
+            "each_as_the_first": "they add up to the full batch's gradient",
+            "because": f"micro_step {step} gives another gradient after the micro-batches before it than as the first "
+            "of a run: the loop keeps a variable (a running mean, a coefficient) that every micro-batch moves on",
+            "fix": "move it on once per optimizer step, by what the whole cycle gave",
         },
         rank=33,
         proved=True,
