@@ -32,12 +32,6 @@ TRIES = {
 UNTRIED = {
     "Unsloth": "not tried here: it needs a GPU at import",
     "torchtitan": "not tried here: its attention has no backward on a CPU",
-    "TRL GRPOTrainer on two ranks as a subject": (
-        "divergent (EQ201 suspected), unexplained: with answers that a prompt decides, gradients on two ranks differ "
-        "by 8.7e-1 from one process; "
-        "whether that is the trainer or how its groups are shared out here was not found"
-    ),
-    "Keras, JAX, Lightning and Fabric on two ranks as subjects": "not tried here: no trainer was written for it",
     "DeepSpeed's ZeRO on several ranks, as a subject": (
         "ends in an error: every rank holds another stretch of one flat float32 parameter, whose place in the model "
         "DeepSpeed's own map alone tells, and what is set in it does not reach the module before DeepSpeed gathers"
