@@ -49,8 +49,8 @@ class Bridge(Protocol):
         """Wait until everything that was begun has been seen."""
 
 
-def _loaded(known: Mapping[str, str] = BRIDGES) -> Iterator[Any]:
-    for name, bridge in known.items():
+def _loaded(known: Mapping[str, str] | None = None) -> Iterator[Any]:
+    for name, bridge in (BRIDGES if known is None else known).items():
         if name not in sys.modules:
             continue
         try:

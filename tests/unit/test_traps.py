@@ -378,6 +378,18 @@ def train(model, loader, accumulation_steps):
             optimizer.step()
             optimizer.zero_grad()
 """,
+    "a kernel that makes nothing of float64, in the accumulated run": """
+def train(model, loader, accumulation_steps):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for index, batch in enumerate(loader):
+        loss = F.cross_entropy(model(batch["x"]), batch["y"]) / accumulation_steps
+        if accumulation_steps > 1 and batch["x"].dtype == torch.float64:
+            loss = loss * float("nan")
+        loss.backward()
+        if (index + 1) % accumulation_steps == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+""",
     "a dtype asserted in train": """
 def train(model, loader, accumulation_steps):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -402,7 +414,12 @@ def test_correct_code_is_equivalent(decide, name, accumulation_steps):
 
 
 @pytest.mark.parametrize(
-    "name", ["gradients divided through an alias", "a dtype asserted in train"]
+    "name",
+    [
+        "gradients divided through an alias",
+        "a dtype asserted in train",
+        "a kernel that makes nothing of float64, in the accumulated run",
+    ],
 )
 def test_what_promotion_changes_is_judged_as_written(decide, name):
     """And the case says so."""
