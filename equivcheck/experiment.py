@@ -188,6 +188,10 @@ class Experiment(ABC):
 
     # ---- what not every kind of experiment can run ---------------------------------------------
 
+    def reseeded_within(self) -> Recording:
+        """Return the full-batch run with other seeds from the first micro-batch on."""
+        raise _cannot("with other seeds in its steps alone")
+
     def other(self, accumulation_steps: int) -> Experiment:
         """Return the experiment at another K, which has the full batch in common."""
         raise _cannot(f"with K = {accumulation_steps}")
