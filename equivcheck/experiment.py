@@ -244,6 +244,11 @@ class Experiment(ABC):
 
     # ---- what the kinds answer in their own way ------------------------------------------------
 
+    @property
+    def has_native(self) -> bool:
+        """Whether runs in the arithmetic as written stand beside those in float64."""
+        return self.is_promoted
+
     def again(
         self,
         progress: Callable[[str], None] = lambda _: None,

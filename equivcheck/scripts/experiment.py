@@ -447,6 +447,10 @@ class ScriptExperiment(Experiment):
             step.matched is None for step in control.steps
         ):
             return {}  # The full batch does not take the same samples twice: no run is like another.
+        return self._parted()
+
+    def _parted(self) -> dict[str, Any]:
+        """Return where the accumulated run takes other samples than the full batch; empty if it never does."""
         firsts = self._firsts()
         found = first_difference(firsts, self.candidate(), self.cycles(), self.data.tail)
         return {**found, "recognised_by": self._recognised_by()} if found else {}
