@@ -132,8 +132,6 @@ class RecordedExperiment(ScriptExperiment):
             for each in (full, accumulated, *([control] if control else []))
         }
         self._cache["measured",] = True
-        if not accumulated.recording.steps:
-            return
         self.case = replace(
             case,
             accumulation_steps=self._accumulation_steps(accumulated.recording),

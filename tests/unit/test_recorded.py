@@ -20,7 +20,9 @@ DATA = torch.randn(
 )
 
 
-def record(folder, k=1, *, factor=1.0, noise=0.0, first=0, world_size=1, **facts):
+def record(
+    folder, k=1, *, factor=1.0, noise=0.0, first=0, steps=STEPS, seen=True, world_size=1, **facts
+):
     """Write what `equivcheck record` writes of gradient descent on the mean square of a product.
 
     Args:
@@ -29,6 +31,8 @@ def record(folder, k=1, *, factor=1.0, noise=0.0, first=0, world_size=1, **facts
         factor: That the loop multiplies its loss by.
         noise: Relative error of every gradient.
         first: Number of the first row that it uses.
+        steps: Optimizer steps; those beyond the data start it anew.
+        seen: Whether samples were, by what enters a module.
         world_size: Ranks that there were; the first alone is written.
         facts: What else is known of it; `sample` and `dropout` are of the recording.
     """
@@ -47,12 +51,14 @@ def record(folder, k=1, *, factor=1.0, noise=0.0, first=0, world_size=1, **facts
         }
     )
     known.after = []
-    for index in range(STEPS):
+    for index in range(steps):
         total = torch.zeros_like(weight)
-        for micro, rows in enumerate(DATA[index].chunk(k)):
+        for micro, rows in enumerate(DATA[index % STEPS].chunk(k)):
             begin = first + index * ROWS + micro * len(rows)
-            recording.fetched.append([(0, begin + i) for i in range(len(rows))])
-            known.digests += [(begin + i + 1, begin + i + 1) for i in range(len(rows))]
+            if seen:
+                recording.fetched.append([(0, begin + i) for i in range(len(rows))])
+                known.digests += [(begin + i + 1, begin + i + 1) for i in range(len(rows))]
+                known.counts.append({"rows": len(rows)})
             count = len(recording.backwards)
             recording.timeline += [
                 Event("fetch", count, count),
@@ -72,6 +78,8 @@ def record(folder, k=1, *, factor=1.0, noise=0.0, first=0, world_size=1, **facts
         step.sample = of_recording.get("sample") or {"w": total}
         recording.steps.append(step)
         known.after.append({"w": weight})
+    if known.ended == "exception":
+        known.after.pop()
     (folder / "rank-0").mkdir(parents=True)
     save(folder / "rank-0", recording, known)
     return str(folder)
@@ -187,13 +195,54 @@ def test_recordings_that_cannot_be_compared_are_refused(tmp_path, fields, messag
         compare_recordings(full, str(other))
 
 
+def laboratory(full, accumulated):
+    """Return the experiment of two recordings."""
+    recorded = [Recorded(Path(each)) for each in (full, accumulated)]
+    return RecordedExperiment(*recorded, None, Case("full | accumulated", 1))
+
+
+def test_micro_batches_that_the_full_batch_never_used_have_no_place(tmp_path):
+    """The accumulated run went on for longer: its last step has no weights, and counts nowhere."""
+    lab = laboratory(record(tmp_path / "full"), record(tmp_path / "longer", 2, steps=STEPS + 1))
+
+    assert [step.matched for step in lab.candidate().steps] == [0, 1, 2, None]
+    assert [each.step for each in lab.attributions()] == [0, 1, 2]
+    assert lab.counts(2) == {"rows": [[2, 2]] * STEPS}
+    assert lab.micro_batches(lab.data) == [[i, i + 1] for i in range(0, STEPS * ROWS, 2)]
+
+
+def test_without_samples_steps_are_matched_in_order_and_have_no_weights(tmp_path):
+    """A loop that calls no module, a function of parameters: backwards tell how many there are to a step."""
+    full = record(tmp_path / "full", seen=False)
+    right = record(tmp_path / "accumulated", 2, seen=False)
+    faulty = laboratory(full, record(tmp_path / "faulty", 2, seen=False, factor=2.0))
+
+    assert told(compare_recordings(full, right)) == ("equivalent", [])
+    assert faulty.case.accumulation_steps == 2
+    assert not faulty.judgement().same
+    assert faulty.attributions() == []
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_an_accumulated_run_without_optimizer_steps_is_not_equivalent(tmp_path, seen):
+    full = record(tmp_path / "full", seen=seen)
+    case = compare_recordings(full, record(tmp_path / "accumulated", 2, steps=0, seen=seen))
+
+    assert case["verdict"] == ("invalid" if seen else "divergent")
+
+
+def test_the_step_in_which_a_script_raised_has_no_parameters_to_compare(tmp_path):
+    """It was seen when it began; what the gradients were is known, and what became of them is not."""
+    full = record(tmp_path / "full")
+    lab = laboratory(full, record(tmp_path / "accumulated", 2, ended="exception"))
+
+    assert [sorted(step.gradients) for step in lab.candidate().steps] == [["w"]] * STEPS
+    assert [sorted(step.parameters) for step in lab.candidate().steps] == [["w"], ["w"], []]
+    assert lab.judgement().same
+
+
 def test_nothing_of_a_recording_can_be_run_again(tmp_path):
-    lab = RecordedExperiment(
-        Recorded(Path(record(tmp_path / "full"))),
-        Recorded(Path(record(tmp_path / "accumulated", 2))),
-        None,
-        Case("full | accumulated", 1),
-    )
+    lab = laboratory(record(tmp_path / "full"), record(tmp_path / "accumulated", 2))
     with pytest.raises(UsageError, match="cannot be run again: full_batch"):
         lab.reference_of_length(7)
     with pytest.raises(UsageError, match="cannot be run again: pieces"):
