@@ -281,7 +281,7 @@ def conclude(
     """Write verdict, causes and numbers of a case whose runs can be judged."""
     causes: list[dict[str, Any]] = []
     shared = shared_faults(experiment)
-    if experiment.is_promoted:
+    if experiment.has_native:
         shared += [each for each in skipped_steps(experiment) if each.shared or judgement.same]
     if judgement.same:
         diagnosis = Diagnosis()

@@ -231,7 +231,7 @@ def _first_coupled(view: View) -> tuple[str | None, float, bool]:
         print_ = Fingerprint(experiment.cycles())
         experiment.reference((print_,))
         try:
-            experiment.pieces((print_,))
+            experiment.pieces_recording((print_,))
         except EquivcheckError:
             # The loop refuses micro-batches alone: within the accumulated run they are as far from each other.
             experiment.candidate((print_,))
