@@ -21,6 +21,7 @@ from equivcheck.doubts import (
     different_samples,
     differs_from_itself,
     draws,
+    draws_within,
     inconclusive,
     not_finite_accumulated,
     stochastic,
@@ -250,9 +251,12 @@ def _decide(
     drawn = draws(experiment, judgement)
     diagnosis: Diagnosis | None = None
     if drawn is not None:
-        # What interventions bring back within noise is not the fault of random draws.
+        # What interventions bring back within noise is not the fault of random draws; nor what has another cause, where
+        # the loop draws only to set itself up.
         diagnosis = diagnose(experiment)
-        if not diagnosis.put_right:
+        if not diagnosis.put_right and not (
+            diagnosis.explained and not draws_within(experiment, judgement)
+        ):
             stochastic(experiment, entry, judgement, drawn)
             _keyed(experiment, entry, expect, progress)
             return
@@ -277,7 +281,7 @@ def conclude(
     """Write verdict, causes and numbers of a case whose runs can be judged."""
     causes: list[dict[str, Any]] = []
     shared = shared_faults(experiment)
-    if experiment.is_promoted:
+    if experiment.has_native:
         shared += [each for each in skipped_steps(experiment) if each.shared or judgement.same]
     if judgement.same:
         diagnosis = Diagnosis()

@@ -90,7 +90,7 @@ def ranks_of(experiment: Experiment, candidate: Recording) -> list[dict[str, Any
 
     `reductions` counts the all-reduces that follow each backward of the step.
     """
-    native = experiment.native("native_candidate") if experiment.is_promoted else candidate
+    native = experiment.native("native_candidate") if experiment.has_native else candidate
     limit = experiment.noise().floor()
     found = []
     for rank, each in enumerate(candidate.ranks):

@@ -12,7 +12,7 @@ import torch
 
 from equivcheck.describe import measure
 from equivcheck.diagnose import cause
-from equivcheck.errors import StepError
+from equivcheck.errors import EquivcheckError, StepError
 from equivcheck.experiment import Experiment, UnderTest
 from equivcheck.feed import Data
 from equivcheck.recording import Recording, Step
@@ -313,10 +313,31 @@ def draws(experiment: Experiment, judgement: Judgement) -> float | None:
     if len(experiment.reference().steps) > 1 and not experiment.reseeds_forwards:
         steps = [step for step in steps if step.matched]
     worst = max((overall(step.gradients).relative for step in steps), default=0.0)
-    allowed = max(
-        each.allowed for each in judgement.findings if each.kind in {"gradients", "applied"}
+    return worst if worst > _allowed(judgement) else None
+
+
+def _allowed(judgement: Judgement) -> float:
+    """Return what gradients may differ by in right code, of those that differ."""
+    return max(
+        (each.allowed for each in judgement.findings if each.kind in {"gradients", "applied"}),
+        default=0.0,
     )
-    return worst if worst > allowed else None
+
+
+def draws_within(experiment: Experiment, judgement: Judgement) -> bool:
+    """Return whether steps draw: what a loop draws before its first micro-batch is the same in both runs.
+
+    A queue of negatives, a fixed projection, a teacher's weights.
+    """
+    try:
+        reseeded = experiment.reseeded_within()
+    except EquivcheckError:
+        return True
+    return any(
+        overall(step.gradients).relative > _allowed(judgement)
+        for step in reseeded.steps
+        if step.matched is not None
+    )
 
 
 def stochastic(

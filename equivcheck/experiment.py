@@ -119,12 +119,6 @@ class Experiment(ABC):
         """Return the data of a run."""
 
     @abstractmethod
-    def slices(
-        self, data: Data, accumulation_steps: int | None = None
-    ) -> list[list[tuple[int, int]]]:
-        """Return, per full batch, the first and last row of every micro-batch: of rank 0, then of rank 1 ..."""
-
-    @abstractmethod
     def micro_batches(self, data: Data) -> list[list[int]]:
         """Return the samples of every micro-batch."""
 
@@ -167,16 +161,8 @@ class Experiment(ABC):
         """Return the accumulated run in float64."""
 
     @abstractmethod
-    def candidate_again(self) -> Recording:
-        """Return the accumulated run once more: state that survived from earlier runs makes it differ."""
-
-    @abstractmethod
     def native(self, role: str) -> Recording:
         """Return native_reference or native_candidate: as written, from the reference's states."""
-
-    @abstractmethod
-    def pieces(self, interventions: Interventions = ()) -> dict[tuple[str, frozenset[Key]], Step]:
-        """Return the gradient of every micro-batch alone, by optimizer and samples."""
 
     @abstractmethod
     def pieces_recording(self, interventions: Interventions = ()) -> Recording:
@@ -188,6 +174,10 @@ class Experiment(ABC):
 
     # ---- what not every kind of experiment can run ---------------------------------------------
 
+    def reseeded_within(self) -> Recording:
+        """Return the full-batch run with other seeds from the first micro-batch on."""
+        raise _cannot("with other seeds in its steps alone")
+
     def other(self, accumulation_steps: int) -> Experiment:
         """Return the experiment at another K, which has the full batch in common."""
         raise _cannot(f"with K = {accumulation_steps}")
@@ -195,6 +185,10 @@ class Experiment(ABC):
     def at(self, accumulation_steps: int) -> Recording:
         """Return the accumulated run with another K."""
         return self.other(accumulation_steps).candidate()
+
+    def candidate_again(self) -> Recording:
+        """Return the accumulated run once more: state that survived from earlier runs makes it differ."""
+        raise _cannot("once more")
 
     def contributed(self, interventions: Interventions = ()) -> Recording:
         """Return the accumulated run in float64 once more, with what each backward added."""
@@ -243,6 +237,11 @@ class Experiment(ABC):
         raise _cannot(f"that begins with micro-batch {micro_step}")
 
     # ---- what the kinds answer in their own way ------------------------------------------------
+
+    @property
+    def has_native(self) -> bool:
+        """Whether runs in the arithmetic as written stand beside those in float64."""
+        return self.is_promoted
 
     def again(
         self,

@@ -59,7 +59,7 @@ def write(experiment: Experiment, entry: dict[str, Any], judgement: Judgement) -
         entry["parameters_by_step"] = _written(matched, noise, wanted, judgement)
         entry["cells"] = _cells(matched, noise, wanted)
     entry["timelines"] = timelines(experiment, _first_bad(judgement), whole=differs)
-    if experiment.is_promoted:
+    if experiment.has_native:
         entry["precision_by_module"] = _precision(experiment)
     entry["limit"] = SAFETY
 

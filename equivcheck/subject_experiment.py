@@ -255,6 +255,15 @@ class SubjectExperiment(Experiment):
 
         return self._once(("control", which, seed_offset, permuted), make)
 
+    def reseeded_within(self) -> Recording:
+        """Return the full-batch run with other seeds from the first micro-batch on."""
+        return self._once(
+            ("reseeded within",),
+            lambda: self._full(
+                "control", Comparer(self.reference()), (), seed_offset=1, reseeds_within=True
+            ),
+        )
+
     def _permuted_orders(self, which: int) -> list[list[int]]:
         """Permute, for map-style access, only within the rows that one reference step consumed."""
         fetched = [key for keys in self.reference().fetched for key in keys]
@@ -600,6 +609,7 @@ class SubjectExperiment(Experiment):
         micro_batches: list[list[int]] | None = None,
         orders: list[list[int]] | None = None,
         seed_offset: int = 0,
+        reseeds_within: bool = False,
         schedule: list[Place] | None = None,
         length: int | None = None,
         optimizer_steps: int = 0,
@@ -615,6 +625,7 @@ class SubjectExperiment(Experiment):
             orders=orders,
             length=length,
             seed_offset=seed_offset,
+            reseeds_within=reseeds_within,
             optimizer_steps=optimizer_steps,
             interventions=list(interventions),
             schedule=schedule or [],

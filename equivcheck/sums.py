@@ -91,7 +91,7 @@ def _suspect(experiment: Experiment) -> bool:
     reference = experiment.reference()
     if any(step.handed_over for step in reference.steps[1:]):
         return True
-    if not experiment.is_promoted:
+    if not experiment.has_native:
         return False
     for step in experiment.native("native_candidate").steps[1:]:
         names = [(name, len(s)) for name, s in step.sample.items() if s is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -57,16 +58,18 @@ def _alone(view: View) -> list[list[float]] | None:
     except EquivcheckError:  # Without single micro-batches the log is not attributed.
         return None
     logged = recording.logged
-    micro = view.experiment.micro_batches(view.experiment.data)
+    data = view.experiment.data
+    micro = view.experiment.micro_batches(data)
     if logged is None or len(logged) % len(micro):
         return None
-    found: list[list[float]] = []
-    position = 0
-    for _ in range(len(logged) // len(micro)):
-        for slices in view.experiment.slices(view.experiment.data):
-            found.append(logged[position : position + len(slices)])
-            position += len(slices)
-    return found
+    # The micro-batches of a full batch are those behind which all its rows have been handed out.
+    handed_out = list(itertools.accumulate(map(len, micro)))
+    ends = [handed_out.index(rows) + 1 for rows in itertools.accumulate(data.rows)]
+    return [
+        logged[passed + begin : passed + end]
+        for passed in range(0, len(logged), len(micro))
+        for begin, end in itertools.pairwise([0, *ends])
+    ]
 
 
 def _close(a: list[float], b: list[float], limit: float) -> bool:

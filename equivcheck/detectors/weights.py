@@ -28,7 +28,7 @@ def suspect(view: View) -> list[Suspicion]:
     if not view.divergent:
         return []
     guess: list[Suspicion] = []
-    for look in (_in_all, _in_some, _in_groups):
+    for look in (_in_all, _in_some, _in_groups, _in_optimizers):
         found = look(view)
         if any(not each.is_guess for each in found):
             return found
@@ -43,6 +43,19 @@ def _in_groups(view: View) -> list[Suspicion]:
         return []
     tails = [each for each in view.divergent if not view.full_size(each)]
     return [*_in_all(Group(view, full)), *_in_all(Group(view, tails))]
+
+
+def _in_optimizers(view: View) -> list[Suspicion]:
+    """Return suspicions for the steps of each optimizer, where several are wrong in ways of their own."""
+    by_optimizer: dict[str, list[Attribution]] = {}
+    for each in view.divergent:
+        by_optimizer.setdefault(view.candidate.steps[each.step].optimizer, []).append(each)
+    if len(by_optimizer) < 2:
+        return []
+    found: list[Suspicion] = []
+    for steps in by_optimizer.values():
+        found += [each for each in _in_all(Group(view, steps)) if not each.is_guess]
+    return found
 
 
 def _whole(view: View) -> list[Suspicion]:

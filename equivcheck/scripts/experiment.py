@@ -26,7 +26,6 @@ from equivcheck.attach.digests import LISTED, lists_in
 from equivcheck.attach.spec import Spec
 from equivcheck.attach.store import Facts, with_kept
 from equivcheck.case import Case
-from equivcheck.errors import UsageError
 from equivcheck.experiment import ByPlace, Experiment, Interventions
 from equivcheck.feed import Data, Key
 from equivcheck.fit import Attribution
@@ -261,10 +260,6 @@ class ScriptExperiment(Experiment):
         )
         return int(is_time_first)
 
-    def candidate_again(self) -> Recording:
-        """Return the accumulated run once more."""
-        return self._run("candidate", self.script.accumulated, "compare", against=self.reference())
-
     def native(self, role: str) -> Recording:
         """Return native_reference or native_candidate: as written, from the reference's states."""
 
@@ -282,11 +277,6 @@ class ScriptExperiment(Experiment):
             )
 
         return self._once((role,), make)
-
-    def pieces(self, interventions: Interventions = ()) -> dict[Any, Step]:
-        """Run what takes the pieces; they are no steps of their own here."""
-        self.pieces_recording(interventions)
-        return {}
 
     def pieces_recording(self, interventions: Interventions = ()) -> Recording:
         """Return the accumulated run in which every micro-batch starts from its cycle's state."""
@@ -359,25 +349,6 @@ class ScriptExperiment(Experiment):
         shares = [count // own[cycle] for cycle, count in counts.items() if own[cycle]]
         return max(Counter(shares).most_common(1)[0][0], 1) if shares else 1
 
-    def slices(
-        self, data: Data, accumulation_steps: int | None = None
-    ) -> list[list[tuple[int, int]]]:
-        """Return, per full batch, the first and last row of every micro-batch.
-
-        Raises:
-            UsageError: Of another K than the command line's.
-        """
-        if accumulation_steps not in {None, self.case.accumulation_steps}:
-            raise UsageError(f"accumulation_steps {accumulation_steps} is not the command line's")
-        found, micro = [], self._micro_batches()
-        for cycle in list(self._cycle_samples())[: len(data.rows)]:
-            begin, spans = 0, []
-            for keys in micro.get(cycle, []):
-                spans.append((begin, begin + len(keys)))
-                begin += len(keys)
-            found.append(spans)
-        return found
-
     def micro_batches(self, data: Data) -> list[list[int]]:
         """Return the samples of every micro-batch."""
         micro = self._micro_batches()
@@ -387,10 +358,8 @@ class ScriptExperiment(Experiment):
             for keys in micro.get(cycle, [])
         ]
 
-    def counts(self, accumulation_steps: int | None) -> dict[str, list[list[float]]]:
+    def counts(self, _: int | None) -> dict[str, list[list[float]]]:
         """Return what each micro-batch holds of what may be counted, by label; for every step of the full batch."""
-        if accumulation_steps not in {None, self.case.accumulation_steps}:
-            return {}
         cycles, candidate = self.cycles(), self.candidate()
         counted: dict[int, list[dict[str, int]]] = {}
         ranks = candidate.ranks or [candidate]
@@ -447,6 +416,10 @@ class ScriptExperiment(Experiment):
             step.matched is None for step in control.steps
         ):
             return {}  # The full batch does not take the same samples twice: no run is like another.
+        return self._parted()
+
+    def _parted(self) -> dict[str, Any]:
+        """Return where the accumulated run takes other samples than the full batch; empty if it never does."""
         firsts = self._firsts()
         found = first_difference(firsts, self.candidate(), self.cycles(), self.data.tail)
         return {**found, "recognised_by": self._recognised_by()} if found else {}

@@ -25,10 +25,12 @@ from equivcheck.doubts import different_samples, too_coarse, usable
 from equivcheck.errors import UsageError
 from equivcheck.experiment import Experiment, Interventions
 from equivcheck.feed import Key
+from equivcheck.fit import Attribution
 from equivcheck.observe import compare
 from equivcheck.recording import Kept, Recording, Step
 from equivcheck.scripts.experiment import ScriptExperiment
 from equivcheck.scripts.merge import together
+from equivcheck.scripts.target import Command, Script
 from equivcheck.verdict import Judgement, Noise, judge, roundoff_of
 
 __all__ = ["RecordedExperiment", "compare_recordings"]
@@ -114,6 +116,8 @@ class RecordedExperiment(ScriptExperiment):
             promoted=full.facts[0].promoted and accumulated.facts[0].promoted,
         )
         self._first, self._second, self._third = full, accumulated, control
+        self.script = Script(_command(full), _command(accumulated))
+        self._axis = 0
         reference = full.recording
         for step in reference.steps:
             step.matched = step.index
@@ -128,8 +132,6 @@ class RecordedExperiment(ScriptExperiment):
             for each in (full, accumulated, *([control] if control else []))
         }
         self._cache["measured",] = True
-        if not accumulated.recording.steps:
-            return
         self.case = replace(
             case,
             accumulation_steps=self._accumulation_steps(accumulated.recording),
@@ -138,6 +140,11 @@ class RecordedExperiment(ScriptExperiment):
 
     def close(self) -> None:
         """Keep the recordings: they are not ours."""
+
+    @property
+    def has_native(self) -> bool:
+        """Whether runs as written stand beside those in float64: a command was recorded once."""
+        return False
 
     def _facts_of(self, recording: Recording | None) -> list[Facts]:
         return self._facts_by.get(id(recording), [])
@@ -151,6 +158,10 @@ class RecordedExperiment(ScriptExperiment):
     def control(self, _which: int = 0, *, seed_offset: int = 0, permuted: bool = True) -> Recording:  # noqa: ARG002
         """Return the control, empty if none was recorded."""
         return self._third.recording if self._third else Recording(role="control")
+
+    def other_samples(self) -> dict[str, Any] | None:
+        """Return how the samples differ: of two recordings, whatever a third one took, none is like the other then."""
+        return self._parted()
 
     def pieces_recording(self, interventions: Interventions = ()) -> Recording:
         """Return the accumulated run: what its backwards added was taken along."""
@@ -180,6 +191,18 @@ class RecordedExperiment(ScriptExperiment):
         first = min((each.step for each in whole.findings if each.step >= 0), default=-1)
         whole.findings = [each for each in whole.findings if each.step in {first, -1}]
         return whole
+
+    def compared(self) -> list[Step]:
+        """Return the steps that both runs start from the same parameters; the first that differs is the last."""
+        findings = self.judgement().findings
+        steps = self.candidate().steps
+        last = min((each.step for each in findings if each.step >= 0), default=len(steps))
+        return [step for step in steps if step.matched is not None and step.index <= last]
+
+    def attributions(self, interventions: Interventions = ()) -> list[Attribution]:
+        """Return the weights of every step that is compared."""
+        compared = {step.index for step in self.compared()}
+        return [each for each in super().attributions(interventions) if each.step in compared]
 
     def facts(self) -> dict[str, Any]:
         """Return what the recordings say of the case."""
@@ -280,8 +303,9 @@ def compare_recordings(
         entry["notes"].append(
             "without a control the noise is that of the precision; --control takes a second recording of the full batch"
         )
-    if first.recording.dropout or second.recording.dropout:
-        entry["notes"].append("dropout was on in a recording")
+    off = [name for name, each in ((full, first), (accumulated, second)) if each.recording.dropout]
+    if off:
+        entry["notes"].append(f"dropout was switched off in {' and '.join(off)}")
     entry["replay"] = _again(full, accumulated, control, expect)
     entry.update(experiment.facts())
     _decide(experiment, entry, tuple(expect), progress)
@@ -303,10 +327,14 @@ def _again(full: str, accumulated: str, control: str | None, expect: Sequence[st
 
 def _proof(first: Recorded, second: Recorded) -> str:
     """Return the command line that runs what was recorded, with things put right."""
-    commands = [
-        each.facts[0].launched or shlex.join(each.facts[0].command) for each in (first, second)
-    ]
-    return shlex.join(["equivcheck", "run", "--full", commands[0], "--accumulated", commands[1]])
+    full, accumulated = _command(first).text, _command(second).text
+    return shlex.join(["equivcheck", "run", "--full", full, "--accumulated", accumulated])
+
+
+def _command(recorded: Recorded) -> Command:
+    """Return the command line that was recorded."""
+    facts = recorded.facts[0]
+    return Command(facts.launched or shlex.join(facts.command), tuple(facts.command))
 
 
 def _decide(
@@ -324,9 +352,12 @@ def _decide(
     if judgement.same and not judgement.power < _BLIND:
         too_coarse(experiment, entry, judgement)
         return
+    compared = experiment.compared()
+    for step in candidate.steps:
+        if step.index not in {each.index for each in compared}:
+            step.gradients, step.applied, step.parameters = {}, {}, {}
     conclude(experiment, entry, judgement, None, expect, progress)
     entry["interventions"] = []  # none can be tried
-    compared = sum(step.matched is not None for step in candidate.steps)
-    if not judgement.same:
+    if len(compared) < len(candidate.steps):
         entry["notes"].append("later optimizer steps start from other parameters: not compared")
-    entry["notes"].append(f"{compared} of {len(reference.steps)} optimizer steps compared")
+    entry["notes"].append(f"{len(compared)} of {len(reference.steps)} optimizer steps compared")

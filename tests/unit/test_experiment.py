@@ -118,6 +118,7 @@ Roles.__abstractmethods__ = frozenset()
     ("run", "told"),
     [
         (lambda lab: lab.at(3), "with K = 3"),
+        (lambda lab: lab.candidate_again(), "once more"),
         (lambda lab: lab.contributed(), "with what each backward adds, 0 things put right"),
         (lambda lab: lab.contributed_whole(), "with what each backward of the full batch adds"),
         (lambda lab: lab.turned(2), "with the micro-batches of every cycle turned by 2"),
@@ -127,6 +128,7 @@ Roles.__abstractmethods__ = frozenset()
         (lambda lab: lab.left_by_full_batch(), "with what the full batch leaves"),
         (lambda lab: lab.alone_of_length(8), "with a loader of 8 micro-batches"),
         (lambda lab: lab.full_batch_alone(1), "with full batch 1 alone"),
+        (lambda lab: lab.begun_with(3), "that begins with micro-batch 3"),
     ],
 )
 def test_a_run_that_cannot_be_made_is_refused_by_what_it_would_be(run, told):

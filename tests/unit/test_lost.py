@@ -6,7 +6,7 @@ import pytest
 
 from equivcheck.case import Case
 from equivcheck.decide import run_case
-from equivcheck.detectors.lost import _makes
+from equivcheck.detectors.lost import _completed
 from equivcheck.subject import load_subject
 
 SUBJECT = """
@@ -65,7 +65,7 @@ TOLD = {
     ),
     "the second sweep misses one, and is not divided": (
         "divergent",
-        "EQ000 suspected",
+        "EQ305 suspected",
         (SECOND, "for x, y in group[:1]:"),
         (LAST, LAST.replace("/ rows", "/ len(y)")),
     ),
@@ -107,4 +107,4 @@ def test_it_is_proved_what_a_step_never_got(tmp_path, name):
 
 
 def test_a_sweep_that_adds_nothing_makes_nothing():
-    assert not _makes(None, {}, {}, {})
+    assert _completed(None, {}, {}, []) is None
