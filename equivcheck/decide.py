@@ -7,6 +7,7 @@ differs, attribution and interventions.
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -230,6 +231,9 @@ def _decide(
         if not candidate.steps:
             entry["verdict"] = "invalid"
     if not all(step.finite for step in candidate.steps):
+        if not all(step.finite for step in experiment.control().steps):
+            inconclusive(experiment, entry, math.inf)
+            return
         # What an operator that asserts nothing makes of float64 may be anything: as written it may be finite.
         _natively(experiment, entry, expect, progress, NOT_FINITE)
         return

@@ -730,3 +730,25 @@ def test_low_precision_can_be_judged_as_written(decide, name, loss, verdict, row
     assert told(case) == verdict
     assert case["judged"] == "native"
     assert case["detection_power"] < 1
+
+
+def test_a_loop_that_is_finite_once_is_told_in_words(decide):
+    """A number would be no number."""
+    case = decide(
+        """
+import pathlib
+
+def train(model, loader, accumulation_steps):
+    kept = pathlib.Path(__file__).with_name("kept")
+    factor = float("nan") if kept.exists() else 1.0
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for batch in loader:
+        (F.cross_entropy(model(batch["x"]), batch["y"]) * factor).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    kept.touch()
+"""
+    )
+
+    assert told(case) == "inconclusive EQ603 proved"
+    assert case["headline"].endswith("of two full_batch runs only one is finite")
