@@ -145,7 +145,9 @@ def _digests(targets: Iterable[str]) -> dict[str, str]:
         path = Path(target.partition(":")[0])
         try:
             found[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-        except OSError:  # a suite, a module, or a command line, which may be longer than a path can be
+        except (
+            OSError
+        ):  # a suite, a module, or a command line, which may be longer than a path can be
             continue
     return found
 
