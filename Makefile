@@ -85,9 +85,9 @@ detection: $(STAMP)
 # As tests/unit/test_layers.py has them, which compares these lists with its own. A deadline is as hard to get right.
 LAYERS_0_1 := errors.py case.py causes/* result.py rows.py shape.py split.py differences.py attribution.py noise.py \
 	counting.py sampled.py tensorfile.py
-LAYER_3 := topology.py traffic.py denominators.py experiment.py subject_experiment.py cuts.py fit.py sums.py company.py \
-	verdict.py view.py diagnose.py detectors/* shared.py precision.py decide.py describe.py doubts.py series.py \
-	timelines.py deadline.py
+LAYER_3 := topology.py traffic.py denominators.py hypotheses.py wrong_denominator.py experiment.py \
+	subject_experiment.py cuts.py fit.py sums.py company.py verdict.py view.py diagnose.py detectors/* \
+	shared.py precision.py decide.py describe.py doubts.py series.py timelines.py deadline.py
 SCRIPTS := scripts/*
 
 comma := ,

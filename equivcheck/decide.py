@@ -7,6 +7,7 @@ differs, attribution and interventions.
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,6 +22,7 @@ from equivcheck.doubts import (
     different_samples,
     differs_from_itself,
     draws,
+    draws_within,
     inconclusive,
     not_finite_accumulated,
     stochastic,
@@ -229,8 +231,11 @@ def _decide(
         if not candidate.steps:
             entry["verdict"] = "invalid"
     if not all(step.finite for step in candidate.steps):
-        bad = next(step for step in candidate.steps if not step.finite)
-        not_finite_accumulated(entry, bad.index)
+        if not all(step.finite for step in experiment.control().steps):
+            inconclusive(experiment, entry, math.inf)
+            return
+        # What an operator that asserts nothing makes of float64 may be anything: as written it may be finite.
+        _natively(experiment, entry, expect, progress, NOT_FINITE)
         return
     if different_samples(experiment, entry) or not trained(candidate, entry):
         return
@@ -250,9 +255,12 @@ def _decide(
     drawn = draws(experiment, judgement)
     diagnosis: Diagnosis | None = None
     if drawn is not None:
-        # What interventions bring back within noise is not the fault of random draws.
+        # What interventions bring back within noise is not the fault of random draws; nor what has another cause, where
+        # the loop draws only to set itself up.
         diagnosis = diagnose(experiment)
-        if not diagnosis.put_right:
+        if not diagnosis.put_right and not (
+            diagnosis.explained and not draws_within(experiment, judgement)
+        ):
             stochastic(experiment, entry, judgement, drawn)
             _keyed(experiment, entry, expect, progress)
             return
@@ -471,19 +479,25 @@ def _natively(
     entry["judged"] = "native"
     entry.pop("not_finite", None)
     native = experiment.again(progress, promoted=False)
+
+    def as_in_float64() -> None:
+        """Not finite as written either: float64 has changed nothing."""
+        entry["notes"].remove(note)
+        del entry["judged"]
+
     try:
         reference = native.reference()
         if not usable(reference, entry, native.subject, native.data):
             if why == NOT_FINITE and entry.get("not_finite"):
-                # Not finite as written either: float64 has changed nothing.
-                entry["notes"].remove(note)
-                del entry["judged"]
+                as_in_float64()
             return
         native.control()
         candidate = native.candidate()
         if not all(step.finite for step in candidate.steps):
             bad = next(step for step in candidate.steps if not step.finite)
             not_finite_accumulated(entry, bad.index)
+            if why == NOT_FINITE:
+                as_in_float64()
             return
         off = native.fit()
         if off is not None:

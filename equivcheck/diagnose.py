@@ -64,6 +64,11 @@ class Diagnosis:
     ruled_out: list[str] = field(default_factory=list)
     put_right: bool = False
 
+    @property
+    def explained(self) -> bool:
+        """Return whether anything was found that explains the divergence, if only suspected."""
+        return any(each["code"] != "EQ000" for each in self.causes)
+
 
 class Search:
     """The search for a set of causes of one experiment."""
@@ -72,6 +77,7 @@ class Search:
         self._experiment = experiment
         self._root = View(experiment)
         self._tried: dict[Interventions, Judgement | None] = {}
+        self._suspected: dict[Interventions, list[Suspicion]] = {}
         self._log: bool | None = None
         self.diagnosis = Diagnosis()
 
@@ -95,19 +101,11 @@ class Search:
     def _expand(
         self, node: Node, following: list[tuple[float, Node]]
     ) -> tuple[Node, list[Suspicion]] | None:
-        try:
-            suspicions = suspect(View(self._experiment, node.interventions))
-        except EquivcheckError:
-            return None
-        specials = [
-            each
-            for each in suspicions
-            if each.proved and each.explains and each.code not in node.codes
-        ]
-        judgement = self._judge(node)
-        if judgement is not None and self._resolved(judgement, specials):
+        specials = self._proved(node)
+        before = self._judge(node)
+        if self._resolved(before, specials):
             return self._least(node, specials)
-        for suspicion in suspicions:
+        for suspicion in self._suspicions(node):
             if suspicion.code in node.codes:
                 continue
             for variant in suspicion.variants:
@@ -115,22 +113,32 @@ class Search:
                 judgement = self._judge(trial)
                 if judgement is None:
                     continue
+                if before is not None and _alike(judgement, before):
+                    continue  # What changes nothing hides nothing either: all that is suspected stays.
                 later = self._specials(trial, judgement)
                 if self._resolved(judgement, later):
                     return self._least(trial, later)
                 following.append((_size(judgement), trial))
         return None
 
+    def _suspicions(self, node: Node) -> list[Suspicion]:
+        """Return what is suspected of a run, each time the same objects: what was tried is known by them."""
+        if node.interventions not in self._suspected:
+            view = View(self._experiment, node.interventions) if node.parts else self._root
+            try:
+                self._suspected[node.interventions] = suspect(view)
+            except EquivcheckError:
+                self._suspected[node.interventions] = []
+        return self._suspected[node.interventions]
+
     def _specials(self, node: Node, judgement: Judgement) -> list[Suspicion]:
-        if judgement.same:
-            return []
-        try:
-            suspicions = suspect(View(self._experiment, node.interventions))
-        except EquivcheckError:
-            return []
+        return [] if judgement.same else self._proved(node)
+
+    def _proved(self, node: Node) -> list[Suspicion]:
+        """Return what is proved of a run by means of its own."""
         return [
             each
-            for each in suspicions
+            for each in self._suspicions(node)
             if each.proved and each.explains and each.code not in node.codes
         ]
 
@@ -256,14 +264,10 @@ class Search:
 
     def _unproved(self) -> None:
         """Nothing was proved: name what could not be tested, and list what was ruled out."""
-        try:
-            suspicions = suspect(self._root)
-        except EquivcheckError:
-            suspicions = []
         before = self._judge(Node())
         size = _size(before) if before is not None else 0.0
         seen: set[str] = set()
-        for each in suspicions:
+        for each in self._suspicions(Node()):
             if each.code in seen or each.is_guess:
                 continue
             results = [self._judge(Node(((each, variant),))) for variant in each.variants]
@@ -284,6 +288,15 @@ class Search:
             self.diagnosis.causes = [
                 cause(Suspicion("EQ000", step=max(step, 0)), "suspected", evidence)
             ]
+
+
+def _alike(one: Judgement, other: Judgement) -> bool:
+    """Return whether two runs differ from the reference in the same places by the same numbers."""
+    return len(one.findings) == len(other.findings) and all(
+        (a.kind, a.matched, a.names) == (b.kind, b.matched, b.names)
+        and (a.relative == b.relative or math.isclose(a.relative, b.relative, rel_tol=1e-9))
+        for a, b in zip(one.findings, other.findings, strict=True)
+    )
 
 
 def _size(judgement: Judgement) -> float:

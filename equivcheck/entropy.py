@@ -108,38 +108,78 @@ def seed_torch(seed: int) -> None:
         torch.default_generator.manual_seed(seed)
 
 
-@contextmanager
-def other_seeds(offset: int) -> Iterator[None]:
-    """Add a number to every seed that is set while this is open, the loop's own fixed ones too."""
-    holders: list[tuple[Any, str]] = [
-        (np.random, "default_rng"),
-        (np.random, "RandomState"),
-        (np.random, "seed"),
-        (random, "Random"),
-        (random, "seed"),
-        (torch, "manual_seed"),
-    ]
-    before = [(owner, name, getattr(owner, name)) for owner, name in holders]
-    generator: Any = torch.Generator
+class OtherSeeds:
+    """Adds a number to every seed that is set while it is open, the loop's own fixed ones too.
 
-    def manual_seed(self: Any, seed: int) -> Any:
-        return generator.manual_seed(self, seed + offset)
+    Args:
+        offset: What is added.
+        awake: From the start; else once `wake` is called.
+    """
 
-    try:
-        for owner, name, original in before:
-            setattr(owner, name, _shifted(original, offset))
-        torch.Generator = _class_like(generator, manual_seed=manual_seed)  # type: ignore[misc]
-        yield
-    finally:
-        torch.Generator = generator  # type: ignore[misc]
-        for owner, name, original in before:
-            setattr(owner, name, original)
+    def __init__(self, offset: int, *, awake: bool = True) -> None:
+        self._offset = offset
+        self._awake = awake
+        self._again: list[Callable[[], object]] = []
+
+    def wake(self) -> None:
+        """Draw other numbers from here on, from those generators too that have been made."""
+        if not self._awake:
+            self._awake = True
+            for seed in self._again:
+                seed()
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Stand in for all that seeds, or makes a generator."""
+        # A function that seeds what there is, or a class: how an object of it takes over another's state.
+        holders: list[tuple[Any, str, Callable[[Any, Any], object] | None]] = [
+            (np.random, "default_rng", _take_over_bits),
+            (np.random, "RandomState", lambda mine, other: mine.set_state(other.get_state())),
+            (np.random, "seed", None),
+            (random, "Random", lambda mine, other: mine.setstate(other.getstate())),
+            (random, "seed", None),
+            (torch, "manual_seed", None),
+        ]
+        before = [(owner, name, getattr(owner, name)) for owner, name, _ in holders]
+        generator: Any = torch.Generator
+
+        def manual_seed(made: Any, seed: int) -> Any:
+            def other() -> Any:
+                return generator.manual_seed(made, seed + self._offset)
+
+            if self._awake:
+                return other()
+            self._again.append(other)
+            return generator.manual_seed(made, seed)
+
+        try:
+            for owner, name, take_over in holders:
+                setattr(owner, name, self._shifted(getattr(owner, name), take_over))
+            torch.Generator = _class_like(generator, manual_seed=manual_seed)  # type: ignore[misc]
+            yield
+        finally:
+            torch.Generator = generator  # type: ignore[misc]
+            for owner, name, original in before:
+                setattr(owner, name, original)
+            self._again.clear()
+
+    def _shifted(self, original: Any, take_over: Callable[[Any, Any], object] | None) -> Any:
+        def other(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            add = self._offset
+            args = tuple(each + add if isinstance(each, int) else each for each in args)
+            kwargs = {k: v + add if isinstance(v, int) else v for k, v in kwargs.items()}
+            return original(*args, **kwargs)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self._awake:
+                return other(args, kwargs)
+            made = original(*args, **kwargs)
+            if take_over is not None and not _no_seed(args, kwargs):
+                self._again.append(lambda: take_over(made, other(args, kwargs)))
+            return made
+
+        return _instead_of(original, call)
 
 
-def _shifted(original: Any, offset: int) -> Any:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        args = tuple(each + offset if isinstance(each, int) else each for each in args)
-        kwargs = {k: v + offset if isinstance(v, int) else v for k, v in kwargs.items()}
-        return original(*args, **kwargs)
-
-    return _instead_of(original, call)
+def _take_over_bits(mine: np.random.Generator, other: np.random.Generator) -> None:
+    mine.bit_generator.state = other.bit_generator.state

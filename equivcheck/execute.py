@@ -18,7 +18,7 @@ from torch import nn
 from equivcheck import bridges
 from equivcheck.casting import promote_module
 from equivcheck.comparers import Pieces
-from equivcheck.entropy import other_seeds, seed_torch, watch_entropy
+from equivcheck.entropy import OtherSeeds, seed_torch, watch_entropy
 from equivcheck.errors import EquivcheckError, StepError, UsageError
 from equivcheck.feed import Data, Feed, Key
 from equivcheck.keyed import KeyedRandom, keyed_random
@@ -54,6 +54,7 @@ class Run:
         boundaries: Micro-batches used up at each step, known from the promoted run of the same role.
         own_length: Rows of the data set that the loop makes of all samples, known from the reference.
         seed_offset: Added to the seed of the training itself, not of the model.
+        reseeds_within: Only from the first micro-batch on: what the loop draws to set itself up stays.
         rank: The rank that runs it.
         world_size: Ranks that run it together.
         part: Which part of the batch this rank has; 0 where every rank has all of it.
@@ -73,6 +74,7 @@ class Run:
     boundaries: list[list[int]] = field(default_factory=list)
     length: int | None = None
     seed_offset: int = 0
+    reseeds_within: bool = False
     own_length: int | None = None
     optimizer_steps: int = 0
     interventions: list[Intervention] = field(default_factory=list)
@@ -116,9 +118,12 @@ def execute(
     def unseeded() -> None:
         recording.unseeded = True
 
-    with process_state(), watch_entropy(unseeded), bridges.installed():
+    with process_state(), watch_entropy(unseeded), bridges.installed() as install_loaded:
         seed_all(case.seed)  # modules may draw while they are imported
         code = subject.fresh()
+        if install_loaded():  # the first run in this process, a rank's
+            seed_all(case.seed)
+            code = subject.fresh()
         return _execute(subject, case, run, observer, code, recording, started, watch)
 
 
@@ -173,7 +178,7 @@ def _execute(
     def seen() -> None:
         recording.dropout = True
 
-    seed_all(case.seed + 1 + run.seed_offset)
+    seed_all(case.seed + 1 + (0 if run.reseeds_within else run.seed_offset))
     states = _random_states()
     with ExitStack() as stack:
         if not is_keyed:
@@ -239,7 +244,10 @@ def _execute(
 
             _key(stack, feed, keyed, idle)
         if run.seed_offset:
-            stack.enter_context(other_seeds(run.seed_offset))
+            seeds = OtherSeeds(run.seed_offset, awake=not run.reseeds_within)
+            stack.enter_context(seeds.opened())
+            if run.reseeds_within:
+                _reseed_at_first(feed, lambda: _draw_otherwise(seeds, case, run))
         try:
             returned = _call_train(code, given)
             if bridge is not None:
@@ -269,6 +277,23 @@ def _execute(
     recording.own_length = feed.own_length if feed.has_own else None
     recording.seconds = time.perf_counter() - started
     return recording
+
+
+def _draw_otherwise(seeds: OtherSeeds, case: Case, run: Run) -> None:
+    seeds.wake()
+    seed_all(case.seed + 1 + run.seed_offset)
+
+
+def _reseed_at_first(feed: Feed, reseed: Callable[[], None]) -> None:
+    """Call `reseed` before the first micro-batch is handed out."""
+    fetched = feed.on_fetch
+
+    def on_fetch(given: list[Key]) -> None:
+        feed.on_fetch = fetched
+        reseed()
+        fetched(given)
+
+    feed.on_fetch = on_fetch
 
 
 def _key(stack: ExitStack, feed: Feed, mode: KeyedRandom, idle: Callable[[], bool]) -> None:

@@ -53,6 +53,10 @@ class UnderTest(Protocol):
     def repeatable(self) -> bool:
         """Whether it starts anew in every run."""
 
+    @property
+    def trained_nothing(self) -> tuple[str, str]:
+        """Why no backward may have been seen, and what to do then."""
+
 
 class Experiment(ABC):
     """Runs one case, role by role, and remembers what was run.
@@ -173,6 +177,10 @@ class Experiment(ABC):
         """Return the weights of every matched step whose micro-batches were all seen alone."""
 
     # ---- what not every kind of experiment can run ---------------------------------------------
+
+    def reseeded_within(self) -> Recording:
+        """Return the full-batch run with other seeds from the first micro-batch on."""
+        raise _cannot("with other seeds in its steps alone")
 
     def other(self, accumulation_steps: int) -> Experiment:
         """Return the experiment at another K, which has the full batch in common."""

@@ -7,7 +7,7 @@ cycle or at its end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -315,6 +315,12 @@ class Recording:
             if event.kind in kinds and members[0] < event.backwards <= members[-1]
         }
         return bool(ends & between) and between <= ends
+
+
+def closes(places: Sequence[Place], index: int) -> bool:
+    """Return whether a backward is of the last micro-step of its sweep: what follows there the full batch has too."""
+    end = next((each for each in places[index:] if each.last), places[index])
+    return end.micro_step == places[index].micro_step
 
 
 def _owner(backward: Backward) -> int:

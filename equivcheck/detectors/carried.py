@@ -12,6 +12,7 @@ import torch
 
 from equivcheck.attribution import predict, solve
 from equivcheck.fit import BEYOND_ROUNDING, flat
+from equivcheck.interventions import Rewind
 from equivcheck.view import Suspicion, View, within
 
 
@@ -24,7 +25,10 @@ def suspect(view: View) -> list[Suspicion]:
         return []
     # With the weights that make the full batch of them, and in the accumulated run the micro-batches as they are there.
     made = predict(carried.behind, carried.right)
-    if _apart(made, carried.accumulated) > BEYOND_ROUNDING:
+    copies = _advancing_copies(view)
+    if _apart(made, carried.accumulated) > BEYOND_ROUNDING and (
+        copies is None or _apart(made, copies) > BEYOND_ROUNDING
+    ):
         return []
     changes = [_apart(a, b) for a, b in zip(carried.behind, carried.first, strict=True)]
     step = next(k for k, each in enumerate(changes) if each > BEYOND_ROUNDING)
@@ -42,7 +46,21 @@ def suspect(view: View) -> list[Suspicion]:
         proved=True,
     )
     found.explains = frozenset({"gradients", "applied", "parameters", "state"})
+    if copies is not None:
+        found.explains |= {"shadows"}
+        found.evidence["beside"] = "copies of the weights, which every micro-batch moves on too"
     return [found]
+
+
+def _advancing_copies(view: View) -> torch.Tensor | None:
+    """Return the first gradient with copies of the weights that advance once per cycle; None if they do so anyway."""
+    if not view.judgement.first("shadows"):
+        return None
+    once = (Rewind("shadows", "counts"),)
+    if view.experiment.judgement(once).first("shadows"):
+        return None  # Something else is wrong with them.
+    attributions = view.experiment.attributions(once)
+    return next((each.candidate for each in attributions if each.matched == 0), None)
 
 
 @dataclass(frozen=True)

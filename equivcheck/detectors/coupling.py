@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Final
 
 from equivcheck.attribution import predict
 from equivcheck.detectors.addends import coupled_addends, spanned
@@ -19,6 +20,10 @@ from equivcheck.view import Suspicion, View, within
 
 # A factor leaves no more of a gradient than float32 rounds.
 EXACT = 1e-6
+_BY_ITSELF: Final = {
+    "because": "parameters are moved by what one micro_batch gives, and its gradient is taken anew where they are then",
+    "fix": "move them by the gradient of the whole cycle, or accept the difference: --expect EQ202",
+}
 NORM_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -61,7 +66,8 @@ def _as_predicted(view: View) -> bool:
 
 def _coupled(view: View, freeze: Freeze, step: int) -> list[Suspicion]:
     place, first, moved = _first_coupled(view)
-    if place is None and (moved or _added_to(view) or _clipped(view)):
+    by_itself = place is None and moved and _rightly_accumulated(view)
+    if place is None and not by_itself and (moved or _added_to(view) or _clipped(view)):
         return []
     carried, explained = _carried(view) if place is None else (False, False)
     if explained:
@@ -73,28 +79,29 @@ def _coupled(view: View, freeze: Freeze, step: int) -> list[Suspicion]:
     found = [Suspicion(code, [(freeze,)] if place is not None else [], evidence, step, 34)]
     # Where there is nothing to freeze: rows change with their company, and the weights are right.
     if place is None or view.experiment.together or not _freezable(view, freeze):
-        found[0].proved = all(
-            _weighted_right(view, each) for each in view.attributions
-        ) or coupled_addends(view, _shares)
+        found[0].proved = _rightly_accumulated(view) or coupled_addends(view, _shares)
         if carried:
-            found[
-                0
-            ].proved = False  # Not rows alone: what micro-batches leave behind has a part in it.
+            # Not rows alone: what micro-batches leave behind has a part in it.
+            found[0].proved = False
         found[0].variants = []
         found[0].explains = frozenset({"gradients", "applied", "parameters", "state"})
-        if place is not None:
-            found[0].evidence |= {
-                "because": f"{place} computes a row's output from other rows of the batch too",
-                "fix": "compute it per row, or accept the difference: --expect EQ201",
-            }
+        found[0].evidence |= _BY_ITSELF if by_itself else _told(place)
         if view.experiment.together:
             found[0].evidence["pieces"] = "what all ranks compute in one micro-step"
-        found[0].evidence["perturbation"] = (
-            f"the same rows give other outputs of {place} in other company"
-            if place is not None
-            else "no module's rows change with their company, the loss of the full batch is no sum of theirs"
-        )
     return found
+
+
+def _told(place: str | None) -> dict[str, str]:
+    """Return what is told of rows that change with their company."""
+    if place is None:
+        return {
+            "perturbation": "no module's rows change with their company, the loss of the full batch is no sum of theirs"
+        }
+    return {
+        "because": f"{place} computes a row's output from other rows of the batch too",
+        "fix": "compute it per row, or accept the difference: --expect EQ201",
+        "perturbation": f"the same rows give other outputs of {place} in other company",
+    }
 
 
 def _added_to(view: View) -> bool:
@@ -117,6 +124,11 @@ def _carried(view: View) -> tuple[bool, bool]:
     except EquivcheckError:
         found = None
     return found is not None, found is not None and found.right is not None
+
+
+def _rightly_accumulated(view: View) -> bool:
+    """Return whether what micro-batches give alone is added up with right weights, in every step."""
+    return all(_weighted_right(view, each) for each in view.attributions)
 
 
 def _freezable(view: View, freeze: Freeze) -> bool:

@@ -10,7 +10,7 @@ from typing import Final
 from equivcheck.detectors.clipped import clipped_nowhere
 from equivcheck.errors import EquivcheckError
 from equivcheck.interventions import Defer, Hold, Intervention, Postpone, Retime, Reweight, Shorten
-from equivcheck.recording import Event, Place, Recording
+from equivcheck.recording import Event, Place, Recording, closes
 from equivcheck.view import Suspicion, View
 
 # A penalty's gradient points along the weights: |w| to a power below 2 has a cosine above this with normal weights
@@ -170,7 +170,12 @@ def _by_norm(view: View, calls: Sequence[tuple[Event, Place]]) -> bool:
 
 def _steps(view: View) -> list[Suspicion]:
     """Optimizer steps at other times than the ends of the cycles."""
-    inside = view.inside("step", "skipped")
+    # Behind the first of several backwards of the last micro-step: there the full batch steps too.
+    inside = [
+        (event, place)
+        for event, place in view.inside("step", "skipped")
+        if not closes(view.places, event.backwards - 1)
+    ]
     reference, candidate = view.reference, view.candidate
     matched = {step.matched for step in candidate.steps}
     missing = [step for step in reference.steps if step.index not in matched]

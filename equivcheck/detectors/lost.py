@@ -14,8 +14,8 @@ import torch
 from equivcheck.attribution import predict, solve
 from equivcheck.detectors.addends import addend_parts
 from equivcheck.detectors.cycle import zeroing as kinds_of_zeroing
-from equivcheck.detectors.state import Changes, at_step
 from equivcheck.fit import Attribution
+from equivcheck.hypotheses import Changes, at_step
 from equivcheck.interventions import EvaluateOnce, Intervention, Restitute, Supplement, Zeroing
 from equivcheck.recording import Place, Recording
 from equivcheck.view import Part, Suspicion, View, some_differing
@@ -199,10 +199,9 @@ def _short_sweeps(view: View) -> list[Suspicion]:
             absent = [k for k in range(sweep.micro_steps) if k not in sweep.by_place]
             if not absent:
                 continue
-            extra: Gradient = {}
-            for k in absent:
-                _add(extra, _in_another_place(view, sweep, k, cycle, index))
-            if not _makes(view, wanted[cycle][index].total(), sweep.total(), extra):
+            lacking = [_in_another_place(view, sweep, k, cycle, index) for k in absent]
+            extra = _completed(view, wanted[cycle][index].total(), sweep.total(), lacking)
+            if extra is None:
                 break  # Another fault; or a sweep after a short one, which starts from elsewhere.
             after[sweep.end] = extra
             if not lost:
@@ -300,15 +299,33 @@ def _sweeps(recording: Recording, places: list[Place]) -> dict[int, list[_Sweep]
     return found
 
 
-def _makes(view: View, wanted: Gradient, mine: Gradient, extra: Gradient) -> bool:
-    """Return whether a sweep with what it lacks is the full batch's, to within noise."""
+def _completed(
+    view: View, wanted: Gradient, mine: Gradient, lacking: Sequence[Gradient]
+) -> Gradient | None:
+    """Return what a sweep lacks to be the full batch's but for one factor, to within noise; None if nothing does.
+
+    As much of each micro-batch as goes with those that the sweep has: a sweep of which only the direction counts may
+    have any size, and a wrong size is a fault of its own.
+    """
     names = [name for name in wanted if wanted[name].numel()]
     if not names:
-        return False
-    zero = {name: torch.zeros_like(wanted[name]) for name in names}
-    target = torch.cat([wanted[name] for name in names])
-    both = torch.cat([mine.get(n, zero[n]) + extra.get(n, zero[n]) for n in names])
-    size = float(target.norm())
+        return None
+    rows = torch.stack([_joined(each, wanted, names) for each in (mine, *lacking)])
+    target = _joined(wanted, wanted, names)
     noise = view.experiment.noise()
-    limit = max(noise.floor(), noise.passed_on())
-    return float((both - target).norm()) <= limit * size
+    limit = max(noise.floor(), noise.passed_on()) * float(target.norm())
+    fit = solve(rows, target)
+    if float((predict(rows, fit.solution) - target).norm()) > limit or not fit.solution[0] > 0:
+        return None
+    # As they are, where that makes it: of few coordinates any weights would.
+    shares = [weight / fit.solution[0] for weight in fit.solution[1:]]
+    if float((rows.sum(0) - target).norm()) <= limit:
+        shares = [1.0] * len(lacking)
+    extra: Gradient = {}
+    for share, each in zip(shares, lacking, strict=True):
+        _add(extra, {name: share * tensor for name, tensor in each.items()})
+    return extra
+
+
+def _joined(gradient: Gradient, like: Gradient, names: Sequence[str]) -> torch.Tensor:
+    return torch.cat([gradient.get(name, torch.zeros_like(like[name])) for name in names])

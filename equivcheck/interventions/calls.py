@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch.optim import Optimizer
 
 from equivcheck.interventions.base import Intervention
+from equivcheck.recording import closes
 
 if TYPE_CHECKING:
     from equivcheck.recorder import Recorder
@@ -112,7 +113,7 @@ class Retime(Intervention):
         yield
 
     def allows(self, kind: str, recorder: Recorder) -> bool:
-        inside = recorder.inside()
+        inside = recorder.inside() and not closes(recorder.schedule, recorder.backwards - 1)
         if kind == "step":
             if inside:
                 self._left_out_at = recorder.backwards

@@ -188,9 +188,18 @@ def test_a_part_that_is_not_needed_is_not_named(search):
         known = [by("EQ101", "a"), by("EQ102", "x")]
         return [*known, SPECIAL] if {"a", "x"} <= put_right else known
 
-    found = search({"a": ("gradients", 1.0), "b": ("logged", 1.0)}, suspicions)
+    faults = {"a": ("gradients", 1.0), "b": ("logged", 1.0), "x": ("logged", 0.5)}
+    found = search(faults, suspicions)
 
     assert told(found) == ["EQ101 proved", "EQ701 proved"]
+
+
+def test_nothing_is_tried_beside_what_changes_nothing(search):
+    """Runs are for what may be part of a proof."""
+    suspicions = always(by("EQ103", "x"), by("EQ102", "y"), by("EQ105", "z"))
+    found = search({"a": ("gradients", 1.0)}, suspicions)
+
+    assert [each["codes"] for each in found.trials] == [["EQ103"], ["EQ102"], ["EQ105"]]
 
 
 def test_an_intervention_that_the_loop_does_not_survive_is_no_proof(search):

@@ -11,7 +11,7 @@ from equivcheck.case import Case
 from equivcheck.decide import run_case
 from equivcheck.detectors import clipped
 from equivcheck.detectors.carried import Carried
-from equivcheck.detectors.lost import _makes
+from equivcheck.detectors.lost import _completed
 from equivcheck.interventions import Shrink
 from equivcheck.recording import Recording, Step
 from equivcheck.subject import load_subject
@@ -74,7 +74,7 @@ TOLD = {
     ),
     "the second sweep misses one, and is not divided": (
         "divergent",
-        "EQ000 suspected",
+        "EQ305 suspected",
         (SECOND, "for x, y in group[:1]:"),
         (LAST, LAST.replace("/ rows", "/ len(y)")),
     ),
@@ -116,7 +116,7 @@ def test_it_is_proved_what_a_step_never_got(tmp_path, name):
 
 
 def test_a_sweep_that_adds_nothing_makes_nothing():
-    assert not _makes(None, {}, {}, {})
+    assert _completed(None, {}, {}, []) is None
 
 
 def steps(*gradients):

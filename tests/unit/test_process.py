@@ -14,7 +14,7 @@ import torch
 import equivcheck
 from equivcheck.case import Case
 from equivcheck.deadline import deadline
-from equivcheck.entropy import other_seeds, seed_torch, watch_entropy
+from equivcheck.entropy import OtherSeeds, seed_torch, watch_entropy
 from equivcheck.subject import load_subject
 from equivcheck.subject_experiment import SubjectExperiment
 
@@ -79,7 +79,9 @@ def test_batches_drawn_with_numpy_are_the_same_each_time(target):
         torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("watched", [lambda: watch_entropy(lambda: None), lambda: other_seeds(1)])
+@pytest.mark.parametrize(
+    "watched", [lambda: watch_entropy(lambda: None), lambda: OtherSeeds(1).opened()]
+)
 def test_generators_made_before_are_still_of_their_class(watched):
     """scikit-learn's `check_random_state` asks `isinstance`."""
     before = np.random.RandomState(0)
