@@ -101,8 +101,8 @@ starts: $(STAMP)
 traffic: $(STAMP)
 	@$(BIN)/python -W ignore tests/bench/traffic.py reports/traffic.json reports/traffic.md
 
-# Of the ranks' matrix two points are enough.
-COVER := $(BIN)/python -m pytest -q -n 2 --dist worksteal --cov --cov-append --cov-report=
+# Of the ranks' matrix two points are enough. Watched line by line, and beside each other, tests take longer.
+COVER := $(BIN)/python -m pytest -q -n 2 --dist worksteal --timeout 1200 --cov --cov-append --cov-report=
 
 coverage: $(STAMP)
 	$(BIN)/python -m coverage erase
