@@ -452,7 +452,7 @@ def plan(
                 )
                 expect = tuple(values.get("expect") or ())
                 jobs += [Job(subject, case, expect) for case in cases]
-                remarks = [*remarks, *_unasked(subject, values)]
+                remarks = [*remarks, *_unasked(subject, values), *_nothing_accumulated(cases)]
         notes += remarks
     return jobs, notes
 
@@ -467,6 +467,12 @@ def _unasked(subject: Any, values: Mapping[str, Any]) -> list[str]:
         if values.get(name, OPTIONS[name].default) != OPTIONS[name].default
         and name not in subject.asks
     ]
+
+
+def _nothing_accumulated(cases: Sequence[Case]) -> list[str]:
+    """Return a note where a loop is compared with itself."""
+    alone = any(case.accumulation_steps == case.world_size == 1 for case in cases)
+    return ["K=1: nothing is accumulated, the full batch is compared with itself"] * alone
 
 
 def require_device(device: str) -> None:
