@@ -241,8 +241,11 @@ def _decide(
         _keyed(experiment, entry, expect, progress)
         return
     judgement = experiment.judgement()
+    precision: Precision | None = None
     try:
-        precision = judge_precision(experiment)
+        # What ranks add up to, each for itself, says nothing of what they make of it together afterwards.
+        if judgement.left is None:
+            precision = judge_precision(experiment)
     except StepError as error:
         entry["notes"].append(f"as written the code raises: {error.message}")
         raise
@@ -260,7 +263,7 @@ def _decide(
             stochastic(experiment, entry, judgement, drawn)
             _keyed(experiment, entry, expect, progress)
             return
-    if _promotion_changed(experiment, judgement, precision):
+    if precision is not None and _promotion_changed(experiment, judgement, precision):
         _natively(experiment, entry, expect, progress, "float64 and the native runs disagree")
         return
     if judgement.same and not judgement.power < BLIND:
@@ -319,6 +322,11 @@ def conclude(
             entry["notes"].append(
                 f"the printed {shown['printed_as']} is not the full batch's: {what}"
             )
+    if judgement.left is not None:
+        entry["notes"].append(
+            "no rank steps with the full batch's gradient; parameters were compared where the loop leaves them after "
+            "the step, as it averages them or sends them there"
+        )
     if experiment.crew is not None and judgement.same:
         evidence = redundant(experiment)
         if evidence is not None:

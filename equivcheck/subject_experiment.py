@@ -32,6 +32,7 @@ from equivcheck.ranks.crew import Crew
 from equivcheck.ranks.merge import merged
 from equivcheck.recorder import Recorder
 from equivcheck.recording import Place, Recording, Step
+from equivcheck.settled import Settled
 from equivcheck.split import block_permutation, named_tensors, take, tensors_in
 from equivcheck.subject import Subject
 
@@ -409,6 +410,17 @@ class SubjectExperiment(Experiment):
             return self._accumulated("candidate", comparer, data, interventions, schedule)
 
         return self._once(("left_on_ranks", interventions), make)
+
+    def settled(self, interventions: Interventions = ()) -> Recording:
+        """Return the accumulated run left to itself, its parameters compared once the loop is done with a step."""
+
+        def make() -> Recording:
+            comparer = Settled(self.reference(interventions))
+            schedule = self.schedule_for(interventions)
+            data = self.data_for(interventions, promoted=True)
+            return self._accumulated("candidate", comparer, data, interventions, schedule)
+
+        return self._once(("settled", interventions), make)
 
     def left_by_full_batch(self) -> Recording:
         """Return the full-batch run once more, with what its backwards left."""
