@@ -443,7 +443,7 @@ def plan(
                 )
                 expect = tuple(values.get("expect") or ())
                 jobs += [Job(subject, case, expect) for case in cases]
-                remarks = [*remarks, *_unasked(subject, values)]
+                remarks = [*remarks, *_unasked(subject, values), *_one_rank(subject, values)]
         notes += remarks
     return jobs, notes
 
@@ -458,6 +458,17 @@ def _unasked(subject: Any, values: Mapping[str, Any]) -> list[str]:
         if values.get(name, OPTIONS[name].default) != OPTIONS[name].default
         and name not in subject.asks
     ]
+
+
+def _one_rank(subject: Any, values: Mapping[str, Any]) -> list[str]:
+    """Return a note where ranks are to work together in a way that is stated, and no case has more than one."""
+    strategy = values.get("strategy", OPTIONS["strategy"].default)
+    world_sizes = values.get("world_size") or OPTIONS["world_size"].default
+    if strategy == OPTIONS["strategy"].default or max(world_sizes) > 1:
+        return []
+    what = f"{OPTIONS['strategy'].flag} {strategy} with one rank"
+    more = f"{OPTIONS['world_size'].flag} 2 starts two"
+    return [f"{what}: nothing between ranks of {subject.target} was checked; {more}"]
 
 
 def require_device(device: str) -> None:

@@ -6,6 +6,7 @@ differs, attribution and interventions.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from typing import Any, Final
 
 from equivcheck.case import Case
 from equivcheck.causes import CAUSES
+from equivcheck.cuts import refuse_remainders, refuse_uneven
 from equivcheck.deadline import Expired, deadline
 from equivcheck.describe import headline, measure
 from equivcheck.diagnose import Diagnosis, cause, diagnose
@@ -82,9 +84,11 @@ def plan_cases(
     code = subject.fresh()
     seed_all(seed)
     data = read_batches(code.batches, fields.get("optimizer_steps", 8), fields.get("rows"))
+    wants = inspect.signature(code.train).parameters
     cases, notes = [], []
     for r, k in itertools.product(world_sizes, accumulation_steps):
         case = Case(target=subject.target, accumulation_steps=k, world_size=r, **fields)
+        refuse_uneven(case, wants, subject.location)
         try:
             plan(
                 data.rows,
@@ -93,6 +97,7 @@ def plan_cases(
                 case.world_size,
                 every_rank_all=case.shares < case.world_size,
             )
+            refuse_remainders(case, wants, data.rows, subject.location)
         except UsageError as error:
             if explicit:
                 raise

@@ -19,7 +19,7 @@ from equivcheck.case import Case
 from equivcheck.casting import promote_tree
 from equivcheck.comparers import Comparer, Perturbed, Pieces
 from equivcheck.counting import is_weight, masks
-from equivcheck.cuts import Cuts
+from equivcheck.cuts import Cuts, refuse_remainders, refuse_uneven
 from equivcheck.errors import UsageError
 from equivcheck.execute import Run, execute, seed_all
 from equivcheck.experiment import Experiment, Interventions, without_tail
@@ -70,34 +70,10 @@ class SubjectExperiment(Experiment):
         self.has_objective = code.objective is not None
         self.wants = set(inspect.signature(code.train).parameters)
         self.cuts = Cuts(case, self.data.rows)
-        self._check_even()
+        refuse_uneven(case, self.wants, subject.location)
+        refuse_remainders(case, self.wants, self.data.rows, subject.location)
         if case.world_size > 1:
             self.crew = Crew(subject, case.world_size, case.device)
-
-    def _check_even(self) -> None:
-        named = sorted({"dataset", "micro_batch_size"} & self.wants)
-        if not named:
-            return
-        k = self.case.accumulation_steps * self.case.shares
-        if self.case.split != "even":
-            raise UsageError(
-                f"uneven-split: train takes {' and '.join(named)}: slices of one size",
-                expected="--split even",
-                because="a framework that batches by itself cannot be given uneven slices",
-            )
-        rows = self.data.rows[:-1] if self.data.has_tail else self.data.rows
-        for index, count in enumerate(rows):
-            if count % k:
-                fitting = next(d for d in range(2, count + 1) if count % d == 0)
-                raise UsageError(
-                    f"indivisible-batch: full batch {index} has {count} rows, not a multiple of {k}",
-                    where=self._subject.location,
-                    expected=f"rows divisible by {k}, because train takes {' and '.join(named)}",
-                    fix=f"--accumulation-steps {fitting}",
-                    because=f"{self.case.accumulation_steps} micro-batches on each of {self.case.shares} ranks"
-                    if self.case.shares > 1
-                    else None,
-                )
 
     def close(self) -> None:
         """Remove what was kept on disk."""

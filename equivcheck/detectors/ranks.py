@@ -85,6 +85,10 @@ def _on_some_ranks(steps: Sequence[Step]) -> list[str]:
 
 # Norms that agree to this are the same norm: rounding is far below it, and parts of a gradient far above.
 _SAME = 1e-6
+_BEFORE_THE_REDUCTION = {
+    "because": "the clip looks at the gradients of one rank, before they are reduced",
+    "fix": "clip after the gradients are reduced, on every rank",
+}
 
 
 def _clipped(view: View) -> list[Suspicion]:
@@ -105,6 +109,9 @@ def _clipped(view: View) -> list[Suspicion]:
     if wanted is None or all(abs(x / wanted.detail["norm"] - 1.0) < _SAME for x in used):
         return _other_maximum(view, finding) if wanted is not None else []
     evidence = {"norm_of_each_rank": used, "norm_of_the_whole": wanted.detail["norm"]}
+    steps, limit = steps_of(view.candidate, finding.step), SAFETY * view.experiment.noise().floor()
+    if gradient_spread(steps) > limit and _reduced_after_a_clip(steps, limit):
+        evidence |= _BEFORE_THE_REDUCTION
     # Where the reduction comes after the clip, both are put right by one that comes before it.
     variants: list[Interventions] = [(NormOfWhole(norms),), (Synchronise(),)]
     return [Suspicion("EQ506", variants, evidence, max(finding.matched, 0), 21)]
@@ -167,8 +174,7 @@ def _clipped_by_value(view: View, finding: Finding) -> list[Suspicion]:
         return []
     evidence: dict[str, object] = {
         "spread_between_ranks": apart,
-        "because": "the clip looks at the gradients of one rank, before they are reduced",
-        "fix": "clip after the gradients are reduced, on every rank",
+        **_BEFORE_THE_REDUCTION,
     }
     return [Suspicion("EQ506", [(Synchronise(),)], evidence, max(finding.matched, 0), 21)]
 
