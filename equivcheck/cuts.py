@@ -79,6 +79,21 @@ class Cuts:
                 found.append([start + row for row in range(first, last)])
         return found
 
+    def dealt(self, taken: list[list[int]]) -> list[int]:
+        """Return samples cycle by cycle, in each those of rank 0, then those of rank 1 ...
+
+        Args:
+            taken: Of each rank, the samples in the order in which it takes them.
+        """
+        cycle = self.largest * self._case.accumulation_steps
+        longest = max((len(samples) for samples in taken), default=0)
+        return [
+            sample
+            for start in range(0, longest, cycle)
+            for samples in taken
+            for sample in samples[start : start + cycle]
+        ]
+
     @property
     def largest(self) -> int:
         """Rows of the largest micro-batch."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -235,8 +236,11 @@ def _decide(
         if not candidate.steps:
             entry["verdict"] = "invalid"
     if not all(step.finite for step in candidate.steps):
-        bad = next(step for step in candidate.steps if not step.finite)
-        not_finite_accumulated(entry, bad.index)
+        if not all(step.finite for step in experiment.control().steps):
+            inconclusive(experiment, entry, math.inf)
+            return
+        # What an operator that asserts nothing makes of float64 may be anything: as written it may be finite.
+        _natively(experiment, entry, expect, progress, NOT_FINITE)
         return
     if different_samples(experiment, entry) or not trained(candidate, entry):
         return
@@ -488,19 +492,25 @@ def _natively(
     entry["judged"] = "native"
     entry.pop("not_finite", None)
     native = experiment.again(progress, promoted=False)
+
+    def as_in_float64() -> None:
+        """Not finite as written either: float64 has changed nothing."""
+        entry["notes"].remove(note)
+        del entry["judged"]
+
     try:
         reference = native.reference()
         if not usable(reference, entry, native.subject, native.data):
             if why == NOT_FINITE and entry.get("not_finite"):
-                # Not finite as written either: float64 has changed nothing.
-                entry["notes"].remove(note)
-                del entry["judged"]
+                as_in_float64()
             return
         native.control()
         candidate = native.candidate()
         if not all(step.finite for step in candidate.steps):
             bad = next(step for step in candidate.steps if not step.finite)
             not_finite_accumulated(entry, bad.index)
+            if why == NOT_FINITE:
+                as_in_float64()
             return
         off = native.fit()
         if off is not None:

@@ -26,13 +26,18 @@ def usable(reference: Recording, entry: dict[str, Any], subject: UnderTest, data
     """Return whether the reference holds anything to compare with; else the case is `invalid`."""
     if not reference.steps:
         backwards = len(reference.backwards)
-        invalid(entry, f"no-optimizer-step: train made {backwards} backwards and 0 optimizer steps")
+        invalid(
+            entry,
+            f"no-optimizer-step: the full batch made {backwards} backwards and 0 optimizer steps",
+        )
         entry["expected"] = "at least one optimizer step"
         entry["because"] = (
             "only steps of torch.optim optimizers, of optax.apply_updates and of Keras' own are seen; "
             "nothing was compared"
         )
         entry["fix"] = "take an optimizer step after the last micro-batch of every cycle"
+        if not backwards:
+            entry["because"], entry["fix"] = subject.trained_nothing
         return False
     sizes = [s for step in reference.steps for s in step.sample.values() if s is not None]
     if not sizes or not any(bool(s.any()) for s in sizes):
@@ -213,9 +218,14 @@ def inconclusive(experiment: Experiment, entry: dict[str, Any], off: float) -> N
     repeat = experiment.control(permuted=False)
     bitwise = _identical(repeat)
     entry["verdict"] = "inconclusive"
-    shown = f"{off:.1e}" if math.isfinite(off) else "not finite"
+    shown = f"{off:.1e}" if math.isfinite(off) else "which are not finite"
+    differing = (
+        f"two full_batch runs differ by {off:.1e}"
+        if math.isfinite(off)
+        else "of two full_batch runs only one is finite"
+    )
     if not bitwise and not experiment.subject.repeatable:
-        _state_survives(experiment, entry, None, f"two full_batch runs differ by {shown}")
+        _state_survives(experiment, entry, None, differing)
         return
     first, again = len(experiment.reference().steps), len(repeat.steps)
     if again < first:
@@ -253,9 +263,7 @@ def inconclusive(experiment: Experiment, entry: dict[str, Any], off: float) -> N
             code, evidence={"relative": off, "repeat": "the same full batch gives other gradients"}
         )
     entry["causes"] = [cause(suspicion, "proved", suspicion.evidence)]
-    entry["headline"] = (
-        f"{suspicion.code} {entry['causes'][0]['name']}: two full_batch runs differ by {shown}"
-    )
+    entry["headline"] = f"{suspicion.code} {entry['causes'][0]['name']}: {differing}"
 
 
 def differs_from_itself(

@@ -118,9 +118,12 @@ def execute(
     def unseeded() -> None:
         recording.unseeded = True
 
-    with process_state(), watch_entropy(unseeded), bridges.installed():
+    with process_state(), watch_entropy(unseeded), bridges.installed() as install_loaded:
         seed_all(case.seed)  # modules may draw while they are imported
         code = subject.fresh()
+        if install_loaded():  # the first run in this process, a rank's
+            seed_all(case.seed)
+            code = subject.fresh()
         return _execute(subject, case, run, observer, code, recording, started, watch)
 
 

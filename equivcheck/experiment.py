@@ -54,6 +54,10 @@ class UnderTest(Protocol):
     def repeatable(self) -> bool:
         """Whether it starts anew in every run."""
 
+    @property
+    def trained_nothing(self) -> tuple[str, str]:
+        """Why no backward may have been seen, and what to do then."""
+
 
 class Experiment(ABC):
     """Runs one case, role by role, and remembers what was run.

@@ -207,6 +207,11 @@ def native_gap(full: Recording, accumulated: Recording) -> float:
             continue
         a = torch.cat([t for n in names if (t := other.sample[n]) is not None])
         b = torch.cat([t for n in names if (t := step.sample[n]) is not None])
+        if (
+            step.parts
+        ):  # What a rank does not hold is nan there; what is so on all is nan in the step of all.
+            held = ~b.isnan()
+            a, b = a[held], b[held]
         size = float(a.norm())
         if size and math.isfinite(size):
             gap = float((a - b).norm()) / size

@@ -111,6 +111,7 @@ class _Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     working_dtype: torch.dtype  # the default dtype of the unpromoted code
+    is_rounded: bool = False  # what was written in low precision is not what was computed
 
     def given(self, name: str, default: Any = None) -> Any:
         """Return the argument `name`, by position or keyword."""
@@ -136,12 +137,15 @@ class _Call:
         )
         args, kwargs = self.promote()
         if low and (operator.reshapes or operator.base in _DIRECT_WRITES):
-            if operator.base in {"copy_", "fill_"}:
+            written = self.func(*args, **kwargs)
+            if operator.base in {"copy_", "fill_"} and not _holds(written, args[1]):
                 self.mode.lowered[f"in-place write to {low}"] = low
-            return self.func(*args, **kwargs)
+            return written
         if low:
-            self.mode.lowered[f"in-place write to {low}"] = low
-            return self.through(torch.float64)
+            result = self.through(torch.float64)
+            if self.is_rounded:
+                self.mode.lowered[f"in-place write to {low}"] = low
+            return result
         try:
             return up(self.func(*args, **kwargs))
         except (NotImplementedError, RuntimeError, ValueError) as error:
@@ -174,6 +178,7 @@ class _Call:
                 original.resize_(temporary.shape)
             if original is not temporary:
                 original.copy_(temporary)
+                self.is_rounded = self.is_rounded or not _holds(original, temporary)
 
         def back(value: Any) -> Any:
             if isinstance(value, (list, tuple)):
@@ -201,12 +206,22 @@ class _Call:
         return self.through(dtype)
 
 
+def _holds(written: Tensor, value: Any) -> bool:
+    """Return whether a low-precision tensor is exactly what was written to it, as an optimizer's count of steps is."""
+    plain = (Tensor, torch.nn.Parameter)
+    if type(written) not in plain or written.is_meta:
+        return False
+    if isinstance(value, Tensor) and type(value) not in plain:
+        return False
+    return bool((up(written) == value).all())
+
+
 class Promotion(_python_dispatch.TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Compute every floating operator in float64; enter it through `promoted`.
 
     Attributes:
         lowered: Operators that could not be computed in float64 -> the dtype they computed in, and
-            writes to low-precision tensors from outside ("in-place write to torch.bfloat16").
+            writes to low-precision tensors from outside that rounded ("in-place write to torch.bfloat16").
         working_dtype: The dtype in which code that names none draws random numbers.
         asked: Low dtypes that the code named, as in a cast to bfloat16.
     """

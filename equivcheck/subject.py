@@ -57,6 +57,14 @@ class Subject:
     _load: Callable[[], Code]
     asks: frozenset[str] | None = None
 
+    @property
+    def trained_nothing(self) -> tuple[str, str]:
+        """Why no backward may have been seen, and what to do then."""
+        return (
+            "train returned before its first backward; nothing was compared",
+            "train for one optimizer step at least",
+        )
+
     def fresh(self) -> Code:
         """Return the code, executed again where that is possible."""
         return self._load()

@@ -70,10 +70,13 @@ class SubjectExperiment(Experiment):
         self.has_objective = code.objective is not None
         self.wants = set(inspect.signature(code.train).parameters)
         self.cuts = Cuts(case, self.data.rows)
-        refuse_uneven(case, self.wants, subject.location)
-        refuse_remainders(case, self.wants, self.data.rows, subject.location)
+        self._check_even()
         if case.world_size > 1:
             self.crew = Crew(subject, case.world_size, case.device)
+
+    def _check_even(self) -> None:
+        refuse_uneven(self.case, self.wants, self._subject.location)
+        refuse_remainders(self.case, self.wants, self.data.rows, self._subject.location)
 
     def close(self) -> None:
         """Remove what was kept on disk."""
@@ -132,11 +135,18 @@ class SubjectExperiment(Experiment):
 
     def counts(self, accumulation_steps: int | None) -> dict[str, list[list[float]]]:
         """Return what each micro-batch holds of what may be counted, by label; per cycle."""
+        dealt = self._dealt()
+        if dealt is not None and accumulation_steps not in {None, self.case.accumulation_steps}:
+            return self.other(accumulation_steps).counts(None)
         found: dict[str, list[list[float]]] = {"rows": []}
         cuts = self.slices(self.data, accumulation_steps)
-        for batch, slices in zip(self.data.batches, cuts, strict=True):
+        located = [self.data.locate(sample) for sample in dealt or ()]
+        for index, (batch, slices) in enumerate(zip(self.data.batches, cuts, strict=True)):
             found["rows"].append([stop - start for start, stop in slices])
-            for path, tensor in named_tensors(batch):
+            order = [row for of, row in located if of == index]
+            for path, whole in named_tensors(batch):
+                is_dealt = whole.dim() and len(order) == len(whole)
+                tensor = whole[order] if is_dealt else whole
                 for label, mask in masks(path or "batch", tensor) if tensor.dim() else ():
                     rows = mask.flatten(1).sum(1) if mask.dim() > 1 else mask
                     found.setdefault(label, []).append(
@@ -291,8 +301,9 @@ class SubjectExperiment(Experiment):
             other.__dict__.update(self.__dict__)
             other.case = replace(self.case, accumulation_steps=accumulation_steps)
             other.cuts = Cuts(other.case, self.data.rows)
+            other._check_even()  # noqa: SLF001 - an experiment of this very class
             other.remembered = {}
-            other._cache = {  # noqa: SLF001 - an experiment of this very class
+            other._cache = {  # noqa: SLF001 - as above
                 key: value for key, value in self._cache.items() if key[0] == "reference"
             }
             return other
@@ -439,6 +450,7 @@ class SubjectExperiment(Experiment):
                 micro,
                 1,
                 self.cuts.largest,
+                orders=self._orders_of_ranks(),
                 optimizer_steps=len(micro),
                 interventions=list(interventions),
             )
@@ -450,6 +462,41 @@ class SubjectExperiment(Experiment):
             return found
 
         return self._once(("pieces", interventions, self.together), make)
+
+    def _dealt(self, passed: int = 0) -> list[int] | None:
+        """Return the samples of one pass as ranks take them: in each cycle those of rank 0, then those of rank 1 ...
+
+        None where the loop does not share a data set out by itself. A sampler may deal samples out one by one, or
+        batches.
+        """
+        if "dataset" not in self.wants or self.crew is None or self.case.shares == 1:
+            return None
+        taken = [
+            [sample for keys in each.fetched for by, sample in keys if by == passed]
+            for each in self.candidate().ranks
+        ]
+        return self.cuts.dealt(taken)
+
+    def _orders_of_ranks(self) -> list[list[int]] | None:
+        """Return what stands where for a loop that shares the data set out itself, and is given single micro-batches.
+
+        Each then holds the samples that one rank takes together. None where ranks take other samples than the
+        full-batch run.
+        """
+        if self.together or self._dealt() is None:
+            return None
+        fetched = dict.fromkeys(key for keys in self.reference().fetched for key in keys)
+        orders = []
+        for passed in range(1 + max((each for each, _ in fetched), default=0)):
+            order = list(range(self.reference().own_length or self._promoted.total))
+            dealt = self._dealt(passed) or []
+            places = [place for each, place in fetched if each == passed]
+            if sorted(dealt) != sorted(places):
+                return None
+            for place, sample in zip(places, dealt, strict=True):
+                order[place] = sample
+            orders.append(order)
+        return orders
 
     def alone_of_length(self, length: int) -> Recording:
         """Return the run that steps after every micro-batch, told that the loader has another length."""

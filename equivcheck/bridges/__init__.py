@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -49,8 +49,8 @@ class Bridge(Protocol):
         """Wait until everything that was begun has been seen."""
 
 
-def _loaded(known: Mapping[str, str] = BRIDGES) -> Iterator[Any]:
-    for name, bridge in known.items():
+def _loaded(known: Mapping[str, str] | None = None) -> Iterator[Any]:
+    for name, bridge in (BRIDGES if known is None else known).items():
         if name not in sys.modules:
             continue
         try:
@@ -61,12 +61,24 @@ def _loaded(known: Mapping[str, str] = BRIDGES) -> Iterator[Any]:
 
 
 @contextmanager
-def installed() -> Iterator[None]:
-    """Let frameworks that are loaded tell their bridges what they do; they are left as they were found."""
+def installed() -> Iterator[Callable[[], bool]]:
+    """Let frameworks that are loaded tell their bridges what they do; they are left as they were found.
+
+    Yields a function that does so for those that were loaded since, and returns whether there were any: what code
+    took from such a framework while it was executed (`from jax import grad`) tells nothing yet.
+    """
     with ExitStack() as stack:
-        for bridge in _loaded():
-            bridge.install(stack)
-        yield
+        told: set[str] = set()
+
+        def install() -> bool:
+            new = [bridge for bridge in _loaded() if bridge.__name__ not in told]
+            for bridge in new:
+                bridge.install(stack)
+            told.update(bridge.__name__ for bridge in new)
+            return bool(new)
+
+        install()
+        yield install
 
 
 def open_to_float64(stack: ExitStack) -> None:

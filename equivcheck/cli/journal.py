@@ -143,8 +143,12 @@ def _digests(targets: Iterable[str]) -> dict[str, str]:
     found = {}
     for target in targets:
         path = Path(target.partition(":")[0])
-        if path.is_file():
+        try:
             found[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        except (
+            OSError
+        ):  # a suite, a module, or a command line, which may be longer than a path can be
+            continue
     return found
 
 

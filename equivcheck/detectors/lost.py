@@ -14,8 +14,8 @@ import torch
 from equivcheck.attribution import predict, solve
 from equivcheck.detectors.addends import addend_parts
 from equivcheck.detectors.cycle import zeroing as kinds_of_zeroing
-from equivcheck.detectors.state import Changes, at_step
 from equivcheck.fit import Attribution
+from equivcheck.hypotheses import Changes, at_step
 from equivcheck.interventions import EvaluateOnce, Intervention, Restitute, Supplement, Zeroing
 from equivcheck.recording import Place, Recording
 from equivcheck.view import Part, Suspicion, View, some_differing

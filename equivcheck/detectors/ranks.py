@@ -8,17 +8,11 @@ from dataclasses import replace
 import torch
 
 from equivcheck.attribution import solve
-from equivcheck.detectors.weights import (
-    Predict,
-    all_alike,
-    hypotheses,
-    mean_of_ranks,
-    scaled,
-    unproved,
-)
+from equivcheck.detectors.weights import all_alike, mean_of_ranks
 from equivcheck.differences import Sums
 from equivcheck.errors import EquivcheckError
 from equivcheck.experiment import Interventions
+from equivcheck.hypotheses import Predict, hypotheses, scaled, unproved
 from equivcheck.interventions import (
     Broadcast,
     FindUnused,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import torch
 
 from equivcheck.attribution import predict
 from equivcheck.detectors.coupling import norm_buffers
 from equivcheck.errors import EquivcheckError
-from equivcheck.fit import BEYOND_ROUNDING, Attribution
+from equivcheck.fit import BEYOND_ROUNDING
+from equivcheck.hypotheses import Changes, at_step
 from equivcheck.interventions import (
     Before,
     Begin,
@@ -21,8 +20,6 @@ from equivcheck.interventions import (
     ZerosToNone,
 )
 from equivcheck.view import Suspicion, View
-
-Changes = dict[str, dict[int, tuple[int, torch.Tensor]]]
 
 
 def suspect(view: View) -> list[Suspicion]:
@@ -202,18 +199,3 @@ def _unused(view: View) -> list[Suspicion]:
     if missing:
         variants.append((Restitute(missing),))
     return [Suspicion("EQ508", variants, evidence, none.matched, 17)]
-
-
-def at_step(
-    view: View,
-    attribution: Attribution,
-    total: torch.Tensor,
-    changes: Changes,
-    names: Collection[str] | None = None,
-) -> None:
-    """Add, to what is to change at each step of each parameter, a gradient at the sampled coordinates."""
-    step = view.candidate.steps[attribution.step]
-    parts = torch.split(total, [length for _, length in attribution.names])
-    for (name, _), part in zip(attribution.names, parts, strict=True):
-        if names is None or name in names:
-            changes.setdefault(name, {})[view.ordinal(step)] = (step.backwards, part)

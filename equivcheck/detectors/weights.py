@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
-from equivcheck import denominators
-from equivcheck.attribution import predict, ratio
+from equivcheck import wrong_denominator
+from equivcheck.attribution import predict
 from equivcheck.detectors.cycle import rescaled_losses
-from equivcheck.detectors.state import Changes, at_step
-from equivcheck.errors import EquivcheckError
 from equivcheck.fit import Attribution
-from equivcheck.interventions import Addend, Intervention, Rescale, Restitute, Reweight
+from equivcheck.hypotheses import Predict, divisor, hypotheses, reweighted, scaled, unproved
 from equivcheck.topology import equal_parts_of, factor_of, undecided
-from equivcheck.verdict import overall
 from equivcheck.view import Group, Part, Suspicion, View, some_differing
 
-Predict = Callable[[Attribution, Sequence[float]], list[float]]
 # Predicted weights of two ranks that agree to this are the same: they are sums of a few quotients of whole numbers.
 ALIKE: Final = 1e-12
 
@@ -64,7 +59,7 @@ def _whole(view: View) -> list[Suspicion]:
         return []
     for code, power in (("EQ101", 1), ("EQ102", -1)):
         off = [
-            (each, float(_divisor(view, each)) ** power, view.right(each) is None)
+            (each, float(divisor(view, each)) ** power, view.right(each) is None)
             for each in view.divergent
         ]
         if any(outside for *_, outside in off) and all(
@@ -86,11 +81,6 @@ def _in_some(view: View) -> list[Suspicion]:
     for each in found:
         each.evidence["parameters"] = sorted(names)[:5]
     return found
-
-
-def _divisor(view: View, attribution: Attribution) -> int:
-    """Return what a mean over a cycle divides by: K, or a tail's own number, however many batches one step takes."""
-    return min(attribution.micro_steps, view.steps)
 
 
 def _summed_over_ranks(view: View) -> bool:
@@ -211,7 +201,7 @@ def _within_ranks(predict: Predict) -> Predict:
 
 def _in_all(view: View) -> list[Suspicion]:
     found: list[Suspicion] = []
-    ones: list[Predict] = [lambda a, v: [x * _divisor(view, a) for x in v]]
+    ones: list[Predict] = [lambda a, v: [x * divisor(view, a) for x in v]]
     if not _summed_over_ranks(view):
         ones.append(_one_each)
     tails_only = all(not view.full_size(each) for each in view.divergent) and any(
@@ -232,7 +222,7 @@ def _in_all(view: View) -> list[Suspicion]:
         found += hypotheses(view, "EQ101", [each_whole], rank=12, meant=_summed)
     sums: list[Predict] = [all_alike]
     # What is done to a loss is done to the gradients of all parameters.
-    if view.names is None and _all_ones(view):
+    if view.names is None and _all_ones(view) and not _means_by_hand(view):
         found += hypotheses(view, "EQ108", sums, rank=11)
     elif view.experiment.case.shares > 1:
         # Between ranks is another cause, EQ501: what is put right here is within each of them.
@@ -247,9 +237,9 @@ def _in_all(view: View) -> list[Suspicion]:
         # Micro-batches alone may have the size that they have in the full batch: their weights are then 1.
         shares = [*sums, _one_each, *_shares(view)]
         found += hypotheses(view, "EQ103", shares, rank=15, power=0)
-    twice: list[Predict] = [lambda a, v: [x / _divisor(view, a) for x in v]]
+    twice: list[Predict] = [lambda a, v: [x / divisor(view, a) for x in v]]
     if not _averaged_again(view):
-        twice.append(lambda a, v: [1.0 / (_divisor(view, a) * len(v))] * len(v))
+        twice.append(lambda a, v: [1.0 / (divisor(view, a) * len(v))] * len(v))
     if view.experiment.case.shares == 1:
         twice.append(all_alike)
     found += hypotheses(view, "EQ102", twice, rank=14, power=-1)
@@ -275,32 +265,12 @@ def _in_all(view: View) -> list[Suspicion]:
         if named is not None and not any(each.code == named for each in found):
             found += scaled(view, named, float(view.steps) ** factor[0], rank=12)
     elif not found:
-        found += _whole(view) or [*_denominator(view), *_clipped_by_hand(view), *_hidden(view)]
+        found += _whole(view) or [
+            *wrong_denominator.suspect(view),
+            *_clipped_by_hand(view),
+            *_hidden(view),
+        ]
     return found
-
-
-def unproved(view: View, code: str, rank: int) -> Suspicion:
-    """Return a suspicion of a factor that may be one of K or of the number of ranks: no other K can tell."""
-    found = scaled(view, code, 1.0, rank)[0]
-    found.variants = []
-    found.evidence["factor"] = f"{overall(view.candidate.steps[found.step].gradients).scale:.6g}"
-    found.evidence["undecided"] = "a factor of K and one of the number of ranks are the same here"
-    return found
-
-
-def scaled(view: View, code: str, factor: float, rank: int) -> list[Suspicion]:
-    """Return a suspicion of one pure factor, which may be one of two."""
-    reweight = Reweight(
-        {view.cycle_of(a.matched): [1.0 / factor] * a.pieces.shape[0] for a in view.attributions},
-        view.names,
-    )
-    shown = view.divergent[0]
-    evidence: dict[str, object] = {
-        "factor": factor,
-        "weights": shown.shaped(shown.w.values),
-        "true_weights": shown.shaped(shown.v.values),
-    }
-    return [Suspicion(code, [(reweight,)], evidence, shown.step, rank)]
 
 
 def _shares(view: View) -> list[Predict]:
@@ -349,7 +319,7 @@ def _clipped_by_hand(view: View) -> list[Suspicion]:
                 "weights": first.shaped(first.w.values),
                 "true_weights": first.shaped(first.v.values),
             }
-            found = Suspicion("EQ103", _reweighted(view, factors), evidence, first.step, rank=55)
+            found = Suspicion("EQ103", reweighted(view, factors), evidence, first.step, rank=55)
             found.is_guess = True
             return [found]
     return []
@@ -373,257 +343,10 @@ def _all_ones(view: View) -> bool:
     ) and any(each.v.unique for each in view.divergent)
 
 
-def hypotheses(
-    view: View,
-    code: str,
-    predictions: Sequence[Predict],
-    rank: int,
-    meant: Predict | None = None,
-    power: int | None = None,
-) -> list[Suspicion]:
-    """Return a suspicion if the weights that one of the predictions gives make all gradients that differ.
-
-    Args:
-        view: The run.
-        code: The cause.
-        predictions: Weights that the cause would give.
-        rank: Order of trial.
-        meant: The weights that putting it right gives; None for the true ones.
-        power: Of K, nearest to the factor between all weights together; None for any. Only within one rank.
-    """
-    if view.experiment.case.shares > 1:
-        power = None
-    for prediction in predictions:
-        factors: dict[int, list[float]] = {}
-        lost: Changes = {}
-        shown: list[tuple[Attribution, list[float], list[float]]] = []
-        # Counts that are equal count equally in a mean of means: one factor for all of them is another cause.
-        uneven = code != "EQ103"
-        for each in view.attributions:
-            right = view.right(each)
-            if right is None:
-                return []
-            wrong = prediction(each, right)
-            for k in view.restored(each):
-                wrong[k] = right[k]
-            if view.fits(each, wrong) and power in {None, _power(view, each, right, wrong)}:
-                if each in view.divergent:
-                    shown.append((each, right, wrong))
-                intended = meant(each, right) if meant else right
-                factor = _factors(intended, wrong)
-                factors[each.matched] = factor
-                # No factor brings back what has no weight at all: it is added at the step.
-                away = [k for k, w in enumerate(wrong) if w == 0 and right[k] != 0]
-                if away:
-                    total = predict(each.pieces[away], [intended[k] for k in away])
-                    at_step(view, each, total, lost)
-                if away or not _uniform(view, each, factor):
-                    uneven = True
-                    if not view.known(each):
-                        break
-        if shown and uneven and len(shown) == len(view.divergent):
-            first, right, wrong = shown[0]
-            told = view.told_apart(first)
-            evidence: dict[str, object] = {
-                "weights": first.shaped(first.w.values if told else wrong),
-                "true_weights": first.shaped(first.v.values if told else right),
-            }
-            variants = _reweighted(view, factors)
-            if lost:
-                variants = [(*each, Restitute(lost)) for each in variants]
-            return [Suspicion(code, variants, evidence, first.step, rank)]
-    return []
-
-
-def _power(
-    view: View, attribution: Attribution, right: Sequence[float], wrong: Sequence[float]
-) -> int | None:
-    """Return the power of K that is nearest to the factor between the sums of two sets of weights."""
-    given = view.restored(attribution)
-    present = [k not in given and bool(piece.any()) for k, piece in enumerate(attribution.pieces)]
-    sums = [sum(x for x, p in zip(each, present, strict=True) if p) for each in (right, wrong)]
-    k = _divisor(view, attribution)
-    if k < 2 or sums[0] <= 0 or sums[1] <= 0:
-        return None
-    return round(math.log(sums[1] / sums[0], k))
-
-
-def _uniform(view: View, attribution: Attribution, factors: Sequence[float]) -> bool:
-    """Return whether one factor stands for all, as far as the weights that it is made of are known."""
-    noise = max(view.tolerance(attribution), attribution.v.noise)
-    return max(factors) - min(factors) <= noise * max(abs(x) for x in factors)
-
-
-def _factors(meant: Sequence[float], wrong: Sequence[float]) -> list[float]:
-    """Return what turns wrong weights into those that are meant.
-
-    A piece without a gradient (a micro-batch without a valid token) has no weight in either run.
-    """
-    return [m / w if w else 1.0 for m, w in zip(meant, wrong, strict=True)]
-
-
-def _reweighted(view: View, factors: dict[int, list[float]]) -> list[tuple[Intervention, ...]]:
-    """Return the ways to give the true weights: at the root, or only where an optimizer or a sweep needs it."""
-    if not view.candidate.backwards:
-        # Gradients that torch.func made: there is no root, but a factor of the whole cycle can be given at its step.
-        uniform: dict[str, dict[int, tuple[int, float]]] = {}
-        for each in view.attributions:
-            given = factors.get(each.matched, [])
-            if not given or max(given) - min(given) > view.tolerance(each) * max(given):
-                return []
-            step = view.candidate.steps[each.step]
-            for name, _ in each.names:
-                change = (step.backwards, sum(given) / len(given))
-                uniform.setdefault(name, {})[view.ordinal(step)] = change
-        return [(Rescale(uniform),)]
-    by_cycle = _by_cycle(view, factors)
-    names = view.names
-    owners = {view.candidate.steps[each.step].optimizer for each in view.divergent}
-    if names is None and owners < set(view.candidate.optimizers):
-        # One of several optimizers: backwards for the others are right as they are.
-        names = frozenset(n for key in owners for n in view.candidate.optimizers[key])
-    ordinals = {each.ordinals for each in view.divergent} - {None}
-    if names is None and ordinals:
-        sweep = frozenset[int]().union(*(each for each in ordinals if each is not None))
-        return [tuple(Addend(ordinal, (), by_cycle) for ordinal in sorted(sweep))]
-    return [(Reweight(by_cycle, names),)]
-
-
-def _by_cycle(view: View, factors: dict[int, list[float]]) -> dict[int, list[float]]:
-    """Key factors by the first reference step of a cycle: two optimizers may share its samples."""
-    return {view.cycle_of(matched): values for matched, values in factors.items()}
-
-
-def _denominator(view: View) -> list[Suspicion]:
-    """EQ104: every weight too small or too large by one ratio: of whole numbers p/q, or of what is counted."""
-    factors: dict[int, list[float]] = {}
-    rules: list[tuple[Attribution, float]] = []
-    for each in view.divergent:
-        size = float(each.reference @ each.reference)
-        scale = float(each.candidate @ each.reference) / size if size else 0.0
-        rest = float((each.candidate - scale * each.reference).norm())
-        if not scale > 0 or rest > view.tolerance(each) * float(each.candidate.norm()):
-            return []
-        rules.append((each, scale))
-        factors[each.matched] = [1.0 / scale] * each.pieces.shape[0]
-    first, scale = rules[0]
-    fraction = ratio(scale, max(view.tolerance(first), 1e-12))
-    evidence: dict[str, object] = {}
-    if fraction is not None:
-        scale = float(fraction)
-        evidence["ratio"] = f"{fraction.numerator}/{fraction.denominator}"
-    evidence["scale"] = scale
-    confirmed = _divided_by(view, rules) or _confirmed(view, first, scale)
-    if fraction is None and confirmed is None:
-        return []  # A number that nothing explains may be anything.
-    evidence["rule"] = (
-        confirmed or "none of the rules tried holds at a second number of accumulation steps"
+def _means_by_hand(view: View) -> bool:
+    """Return whether the full batch's sums are divided by as many as they have terms: those are means."""
+    made = [each.reduction for each in view.reference.backwards]
+    return bool(made) and all(
+        each is not None and each.kind == "sum" and abs(each.scale * each.terms - 1.0) <= ALIKE
+        for each in made
     )
-    variants = _reweighted(view, factors) if confirmed else []
-    return [Suspicion("EQ104", variants, evidence, first.step, rank=30)]
-
-
-def _divided_by(view: View, rules: list[tuple[Attribution, float]]) -> str | None:
-    """Return what sums are divided by in both runs, where the graphs of all losses show it and it makes the factors."""
-    told = None
-    for each, scale in rules:
-        target, step = view.reference.steps[each.matched], view.candidate.steps[each.step]
-        full = view.reference.backwards[target.first_backward : target.backwards]
-        mine = view.candidate.backwards[step.first_backward : step.backwards]
-        made = [backward.reduction for backward in (*full, *mine)]
-        if (
-            len(full) != 1
-            or not mine
-            or any(r is None or r.kind != "sum" or not r.scale for r in made)
-        ):
-            return None
-        whole, *parts = [r.scale for r in made if r is not None]
-        limit = view.tolerance(each)
-        if any(abs(part / whole / scale - 1.0) > limit for part in parts):
-            return None
-        told = (
-            told or f"sums are divided by {1 / parts[0]:.6g}, in the full batch by {1 / whole:.6g}"
-        )
-    return told
-
-
-def _confirmed(view: View, shown: Attribution, scale: float) -> str | None:
-    """Return the rule, read from one K, that predicts the factor at another K exactly."""
-    k = view.steps
-    recording = None
-    # The loop may refuse another K.
-    for other in (2, 3, 4, 6):
-        if other == k or other * view.experiment.case.shares > min(view.experiment.data.rows):
-            continue
-        try:
-            recording = view.experiment.at(other)
-        except EquivcheckError:
-            continue
-        break
-    if recording is None:
-        # The rule is then unconfirmed; a command line has but one K.
-        return None if view.experiment.other_steps else _confirmed_by_steps(view, shown, scale)
-    step = next(
-        (each for each in recording.steps if each.matched == shown.matched and each.gradients), None
-    )
-    if step is None:
-        return None
-    measured = overall(step.gradients).scale
-    limit = view.tolerance(shown)
-    rules = denominators.of_steps(k, other, scale, limit)
-    here, there = view.counts(), view.counts(other)
-    shares = view.experiment.case.shares
-    for label, values in here.items():
-        cycle = shown.matched % len(values)
-        by_what = denominators.grouped(values[cycle], shares)
-        others_by_what = denominators.grouped(there[label][cycle], shares)
-        for what, mine in by_what.items():
-            if isinstance(sum(mine), int) and sum(mine) < max(k, other):
-                continue
-            predicted = denominators.of_counts(mine, others_by_what[what], scale, limit)
-            rules |= {f"{name} ({label}{what})": value for name, value in predicted.items()}
-    return next(
-        (
-            name
-            for name, value in rules.items()
-            if abs(value - measured) <= limit * max(abs(value), 1.0)
-        ),
-        None,
-    )
-
-
-def _confirmed_by_steps(view: View, shown: Attribution, scale: float) -> str | None:
-    """Return the rule, read from one optimizer step, that predicts the factor in every other one exactly.
-
-    An incomplete cycle has another K, and cycles hold other counts.
-    """
-    others = [each for each in view.divergent if each is not shown]
-    if not others:
-        return None
-    limit = view.tolerance(shown)
-    measured = [
-        float(each.candidate @ each.reference) / float(each.reference @ each.reference)
-        for each in others
-    ]
-    predicted: dict[str, list[float]] = {}
-    for each in others:
-        found = denominators.of_steps(shown.micro_steps, each.micro_steps, scale, limit)
-        for label, values in view.counts().items():
-            mine, theirs = values[shown.matched % len(values)], values[each.matched % len(values)]
-            if sum(mine) and sum(theirs):
-                excess = sum(mine) / scale - sum(mine)
-                found[f"the count is off by the same number ({label})"] = sum(theirs) / (
-                    (sum(theirs) + excess) or math.inf
-                )
-            if mine and theirs:
-                by_counts = denominators.of_counts(mine, theirs, scale, limit)
-                found |= {f"{name} ({label})": value for name, value in by_counts.items()}
-        for name, value in found.items():
-            predicted.setdefault(name, []).append(value)
-    for name, found_values in predicted.items():
-        if len(found_values) == len(measured) and all(
-            abs(a - b) <= limit * max(abs(a), 1.0)
-            for a, b in zip(found_values, measured, strict=True)
-        ):
-            return f"{name}: read from one optimizer step, it holds in {len(others)} others"
-    return None

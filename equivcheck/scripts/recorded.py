@@ -84,6 +84,10 @@ class _Recordings:
     """What stands for a subject: it is named, and cannot be run."""
 
     repeatable = True
+    trained_nothing = (
+        "no backward was seen while the command was watched",
+        "record the command again, and let it train",
+    )
 
     def __init__(self, target: str) -> None:
         self.target = target

@@ -89,6 +89,18 @@ class Script:
             return f"{self.full.text} [{' | '.join(self.versions)}]"
         return f"{self.full.text} | {self.accumulated.text}"
 
+    @property
+    def trained_nothing(self) -> tuple[str, str]:
+        """Why no backward may have been seen, and what to do then."""
+        because = (
+            "the command ended before it trained, as one does that finds its own finished checkpoint; "
+            "or it trains with another library than torch"
+        )
+        return (
+            because,
+            'let every run start anew: sh -c "rm -rf out; python train.py --out out"',
+        )
+
     def __str__(self) -> str:
         return self.target
 

@@ -349,6 +349,16 @@ def test_no_optimizer_step_is_invalid(run):
     assert "torch.optim" in ran.out
 
 
+def test_a_loop_that_ends_before_it_trains_is_invalid(run):
+    """It is told so, and not of optimizers that are not seen."""
+    ran = run(TRAIN.replace("    optimizer = ", "    return\n    optimizer = ", 1))
+
+    assert ran.code == 4, ran
+    assert "0 backwards and 0 optimizer steps" in " ".join(ran.out.split())
+    assert "returned before its first backward" in " ".join(ran.out.split())
+    assert "torch.optim" not in ran.out
+
+
 @pytest.mark.parametrize("clip", ["", "nn.utils.clip_grad_norm_(model.parameters(), 0.1); "])
 def test_steps_without_a_gradient_are_invalid(run, clip):
     """Cleared before the step, gradients train nothing: two runs that agree on that prove nothing."""

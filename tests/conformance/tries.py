@@ -19,6 +19,13 @@ TRIES = {
             "world_size=1)\ntorch.nn.SyncBatchNorm(4)(torch.randn(8, 4))"
         ),
     ),
+    "Keras DataParallel on its torch backend": (
+        "keras",
+        (
+            "import os\nos.environ['KERAS_BACKEND'] = 'torch'\nimport keras\n"
+            "print(keras.distribution.list_devices())"
+        ),
+    ),
     "Accelerate FSDP2": (
         "transformers",
         (
@@ -28,16 +35,13 @@ TRIES = {
         ),
     ),
 }
-# Not installed anywhere here, so not tried by this script.
+# In no environment of `make envs`, so not tried by this script; the first two were installed once, and said this.
 UNTRIED = {
-    "Unsloth": "not tried here: it needs a GPU at import",
-    "torchtitan": "not tried here: its attention has no backward on a CPU",
-    "TRL GRPOTrainer on two ranks as a subject": (
-        "divergent (EQ201 suspected), unexplained: with answers that a prompt decides, gradients on two ranks differ "
-        "by 8.7e-1 from one process; "
-        "whether that is the trainer or how its groups are shared out here was not found"
+    "Unsloth": "2026.10.7, on import: Unsloth cannot find any torch accelerator? You need a GPU.",
+    "torchtitan": (
+        "0.3.0: its Trainer asks for a GPU, and its language models take flex attention alone, which says: "
+        "FlexAttention does not support backward on CPU"
     ),
-    "Keras, JAX, Lightning and Fabric on two ranks as subjects": "not tried here: no trainer was written for it",
     "DeepSpeed's ZeRO on several ranks, as a subject": (
         "ends in an error: every rank holds another stretch of one flat float32 parameter, whose place in the model "
         "DeepSpeed's own map alone tells, and what is set in it does not reach the module before DeepSpeed gathers"

@@ -237,3 +237,16 @@ def test_a_script_that_resumes_from_its_own_checkpoint_is_told_apart_from_a_rand
     assert (entry["verdict"], causes(entry)) == ("inconclusive", []), told(entry)
     assert entry["headline"].startswith("other-steps: the full_batch run again made 0 optimizer")
     assert "checkpoint" in entry["because"]
+
+
+def test_a_script_that_finds_nothing_left_to_train_is_told_of_its_checkpoint(decide, tmp_path):
+    path = tmp_path / "resumes.py"
+    path.write_text(RESUMES, encoding="utf-8")
+    (tmp_path / "kept").write_text("3", encoding="utf-8")
+    line = command(path, tmp_path / "kept")
+    entry = decide(line, line)
+
+    assert (entry["verdict"], causes(entry)) == ("invalid", []), told(entry)
+    assert "0 backwards and 0 optimizer steps" in entry["headline"]
+    assert "finished checkpoint" in entry["because"]
+    assert "rm -rf" in entry["fix"]

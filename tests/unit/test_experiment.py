@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from equivcheck.case import Case
 from equivcheck.decide import plan_cases, run_case
@@ -62,6 +63,42 @@ class Framework(Loop):
 
     def train(self, model, dataset, micro_batch_size, accumulation_steps):
         raise AssertionError
+
+
+class Batching(Loop):
+    """Batches the whole set of samples by itself, in order.
+
+    Args:
+        loss: Of what the model gives for a micro-batch.
+    """
+
+    def __init__(self, loss):
+        super().__init__()
+        self.loss = loss
+
+    def train(self, model, dataset, micro_batch_size, accumulation_steps):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for index, rows in enumerate(DataLoader(dataset, micro_batch_size)):
+            self.loss(model(rows), accumulation_steps).backward()
+            if (index + 1) % accumulation_steps == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+
+
+@pytest.mark.parametrize(
+    ("loss", "told"),
+    [
+        (lambda out, k: out.square().mean() / k, []),
+        (lambda out, _: out.square().mean(), ["EQ101 proved"]),
+        (lambda out, k: out.std() / k, ["EQ202 proved"]),
+    ],
+    ids=["right", "not divided", "coupled"],
+)
+def test_pieces_of_a_framework_are_found_by_the_samples_that_it_took(loss, told):
+    """No run can be given one micro-batch of a set that the code batches itself; all of them, each with a step."""
+    case = run_case(load_subject(Batching(loss)), Case("Batching", 2))
+
+    assert [f"{each['code']} {each['status']}" for each in case["causes"]] == told
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ LAYERS = (
         *("bridges", "execute", "memory", "deadline", "strategies", "suite", "workload", "attach"),
     },
     {
-        *("topology", "traffic", "denominators"),
+        *("topology", "traffic", "denominators", "hypotheses", "wrong_denominator"),
         *(
             "experiment",
             "subject_experiment",

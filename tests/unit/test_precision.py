@@ -192,6 +192,21 @@ def test_the_gap_is_that_of_gradients_that_both_have(other, gap):
     assert native_gap(*full_and(other)) == pytest.approx(gap)
 
 
+@pytest.mark.parametrize("factor", [1.0, 1.5])
+def test_what_a_rank_does_not_hold_is_no_gap(factor):
+    """Its share alone is compared, and both together; a gradient that is nan on both agrees with nothing."""
+    full, accumulated = full_and(step({"w": SUM}))
+    share = step({"w": factor * SUM})
+    share.sample["w"][: WIDTH // 2] = math.nan
+    share.parts = {"w": 1}
+    accumulated.ranks = [Recording("any", [share])]
+
+    assert native_gap(full, accumulated) == pytest.approx(factor - 1.0)
+
+    accumulated.steps[0].sample["w"] = share.sample["w"]
+    assert native_gap(full, accumulated) == math.inf
+
+
 @pytest.mark.parametrize("size", [0.0, math.inf])
 def test_a_gradient_without_a_size_shows_no_gap(size):
     full, accumulated = full_and(step({"w": SUM}))

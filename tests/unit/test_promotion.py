@@ -1055,3 +1055,18 @@ def test_dtypes_that_the_code_names_are_told():
         torch.zeros(2, dtype=torch.float64)
 
     assert mode.asked == {torch.bfloat16}
+
+
+def test_a_count_kept_in_low_precision_loses_nothing():
+    """An optimizer that resumes holds its steps in float32: whole numbers, by which nothing is rounded."""
+    count, sum_ = torch.zeros(()), torch.zeros(())
+    with promoted() as mode:
+        count.fill_(3.0)
+        count += 1
+        count.copy_(count + 1)
+        exact = dict(mode.lowered)
+        sum_ += 0.1
+
+    assert count.item() == 5.0
+    assert exact == {}
+    assert mode.lowered == {"in-place write to torch.float32": torch.float32}

@@ -7,8 +7,8 @@ import torch
 
 from equivcheck.attribution import solve
 from equivcheck.denominators import grouped
-from equivcheck.detectors.weights import _confirmed_by_steps
 from equivcheck.fit import Attribution
+from equivcheck.wrong_denominator import _confirmed_by_steps
 
 LIMIT = 1e-9
 

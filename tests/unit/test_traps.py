@@ -378,6 +378,18 @@ def train(model, loader, accumulation_steps):
             optimizer.step()
             optimizer.zero_grad()
 """,
+    "a kernel that makes nothing of float64, in the accumulated run": """
+def train(model, loader, accumulation_steps):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for index, batch in enumerate(loader):
+        loss = F.cross_entropy(model(batch["x"]), batch["y"]) / accumulation_steps
+        if accumulation_steps > 1 and batch["x"].dtype == torch.float64:
+            loss = loss * float("nan")
+        loss.backward()
+        if (index + 1) % accumulation_steps == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+""",
     "a dtype asserted in train": """
 def train(model, loader, accumulation_steps):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -402,7 +414,12 @@ def test_correct_code_is_equivalent(decide, name, accumulation_steps):
 
 
 @pytest.mark.parametrize(
-    "name", ["gradients divided through an alias", "a dtype asserted in train"]
+    "name",
+    [
+        "gradients divided through an alias",
+        "a dtype asserted in train",
+        "a kernel that makes nothing of float64, in the accumulated run",
+    ],
 )
 def test_what_promotion_changes_is_judged_as_written(decide, name):
     """And the case says so."""
@@ -713,3 +730,25 @@ def test_low_precision_can_be_judged_as_written(decide, name, loss, verdict, row
     assert told(case) == verdict
     assert case["judged"] == "native"
     assert case["detection_power"] < 1
+
+
+def test_a_loop_that_is_finite_once_is_told_in_words(decide):
+    """A number would be no number."""
+    case = decide(
+        """
+import pathlib
+
+def train(model, loader, accumulation_steps):
+    kept = pathlib.Path(__file__).with_name("kept")
+    factor = float("nan") if kept.exists() else 1.0
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for batch in loader:
+        (F.cross_entropy(model(batch["x"]), batch["y"]) * factor).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    kept.touch()
+"""
+    )
+
+    assert told(case) == "inconclusive EQ603 proved"
+    assert case["headline"].endswith("of two full_batch runs only one is finite")
