@@ -562,16 +562,23 @@ def finished(job: Job, outcome: Mapping[str, Any]) -> dict[str, Any]:
     return case
 
 
-def process_ended(job: Job, starts: int) -> dict[str, Any]:
-    """Return the case of a job during which the process that ran it ended, every time it was begun."""
-    message = f"process-ended: Python ended in this case, {starts} times"
+def process_ended(job: Job, starts: int, how: str = "") -> dict[str, Any]:
+    """Return the case of a job during which the process that ran it ended, every time it was begun.
+
+    Args:
+        job: The case.
+        starts: How often it was begun.
+        how: With which exit code or signal the process ended last, if that is known.
+    """
+    told = f" with {how}" if how else ""
+    message = f"process-ended: Python ended{told} in this case, {starts} times"
     error = {
         "type": "ProcessEnded",
         "message": message,
         "where": None,
         "exit_code": StepError.exit_code,
         "because": "the code under test ends Python, or crashes in compiled code, and no verdict outlives that",
-        "fix": "-j 2 runs cases in processes of their own and tells how it ended",
+        "fix": "no os._exit in train, nor in what it calls; of a crash the stack is printed",
     }
     return finished(job, {"verdict": "error", "headline": message, "error": error})
 

@@ -250,6 +250,9 @@ def inconclusive(experiment: Experiment, entry: dict[str, Any], off: float) -> N
             entry["because"] = (
                 "bitwise equal when repeated in order: the code treats a row by its place in the batch"
             )
+            entry["fix"] = (
+                "rows that belong together next to each other, and cuts that do not part them: --split even, another K"
+            )
             measure(experiment, entry, experiment.judgement())
             return
     else:

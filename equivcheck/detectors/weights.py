@@ -216,7 +216,10 @@ def _in_all(view: View) -> list[Suspicion]:
             *ones,
         ]
         found += hypotheses(view, "EQ105", tail, rank=10)
-    found += hypotheses(view, "EQ101", ones, rank=12, power=1)
+    undivided = hypotheses(view, "EQ101", ones, rank=12, power=1)
+    for each in undivided:
+        each.evidence |= _by_shares(view)
+    found += undivided
     if view.experiment.case.shares > 1:
         each_whole: Predict = lambda _, v: [1.0] * len(v)  # noqa: E731 - as those beside it
         found += hypotheses(view, "EQ101", [each_whole], rank=12, meant=_summed)
@@ -341,6 +344,18 @@ def _all_ones(view: View) -> bool:
         for each in view.divergent
         if each.v.unique
     ) and any(each.v.unique for each in view.divergent)
+
+
+def _by_shares(view: View) -> dict[str, str]:
+    """Return how means of micro-batches that are not alike come right: a division by K would leave a mean of means."""
+    first = view.divergent[0]
+    right = view.right(first) or []
+    alike = [max(x) - min(x) <= 1e-9 * max(map(abs, x)) for x in (right, first.w.solution) if x]
+    if alike != [False, True]:
+        return {}
+    return {
+        "fix": "(loss * n / n_of_the_cycle).backward(), with n what its mean is over: these micro_batches are not alike"
+    }
 
 
 def _means_by_hand(view: View) -> bool:

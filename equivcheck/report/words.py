@@ -180,7 +180,9 @@ def margin(case: Mapping[str, Any]) -> str:
         facts = cause.get("evidence") or {}
         if facts.get("shared") and facts.get("relative") is not None and not case.get("findings"):
             return f"full batch off by {number(facts['relative'])}"
-    ratio = None if case.get("findings") else case.get("margin")
+    # What is not decided has no distance to what decides.
+    decided = not case.get("findings") and case["verdict"] != "inconclusive"
+    ratio = case.get("margin") if decided else None
     if relative == 0:
         return f"{name.replace('_', ' ')} bitwise equal"
     shown = f"{name.replace('_', ' ')} {number(relative)}"
