@@ -452,7 +452,8 @@ def plan(
                 )
                 expect = tuple(values.get("expect") or ())
                 jobs += [Job(subject, case, expect) for case in cases]
-                remarks = [*remarks, *_unasked(subject, values), *_nothing_accumulated(cases)]
+                remarks += [*_unasked(subject, values), *_one_rank(subject, values)]
+                remarks += _nothing_accumulated(cases)
         notes += remarks
     return jobs, notes
 
@@ -473,6 +474,17 @@ def _nothing_accumulated(cases: Sequence[Case]) -> list[str]:
     """Return a note where a loop is compared with itself."""
     alone = any(case.accumulation_steps == case.world_size == 1 for case in cases)
     return ["K=1: nothing is accumulated, the full batch is compared with itself"] * alone
+
+
+def _one_rank(subject: Any, values: Mapping[str, Any]) -> list[str]:
+    """Return a note where ranks are to work together in a way that is stated, and no case has more than one."""
+    strategy = values.get("strategy", OPTIONS["strategy"].default)
+    world_sizes = values.get("world_size") or OPTIONS["world_size"].default
+    if strategy == OPTIONS["strategy"].default or max(world_sizes) > 1:
+        return []
+    what = f"{OPTIONS['strategy'].flag} {strategy} with one rank"
+    more = f"{OPTIONS['world_size'].flag} 2 starts two"
+    return [f"{what}: nothing between ranks of {subject.target} was checked; {more}"]
 
 
 def require_device(device: str) -> None:

@@ -156,7 +156,10 @@ def farthest(case: Mapping[str, Any]) -> tuple[str, float] | None:
             return name, size
     if not known or case.get("findings"):  # what differs is no number
         return None
-    return max(known, key=lambda pair: pair[1]) if failed(case) else known[0]
+    if failed(case):
+        return max(known, key=lambda pair: pair[1])
+    # Where gradients were not compared, what they are for was.
+    return next((pair for pair in known if pair[0] in ("gradients", "parameters")), known[0])
 
 
 def margin(case: Mapping[str, Any]) -> str:
