@@ -86,7 +86,7 @@ detection: $(STAMP)
 LAYERS_0_1 := errors.py case.py causes/* result.py rows.py shape.py split.py differences.py attribution.py noise.py \
 	counting.py sampled.py tensorfile.py
 LAYER_3 := topology.py traffic.py denominators.py hypotheses.py wrong_denominator.py experiment.py \
-	subject_experiment.py cuts.py fit.py sums.py company.py verdict.py view.py diagnose.py detectors/* \
+	subject_experiment.py cuts.py fit.py sums.py company.py verdict.py settled.py view.py diagnose.py detectors/* \
 	shared.py precision.py decide.py describe.py doubts.py series.py timelines.py scripts/* deadline.py
 
 comma := ,

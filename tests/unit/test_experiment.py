@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from equivcheck.case import Case
-from equivcheck.decide import run_case
+from equivcheck.decide import plan_cases, run_case
 from equivcheck.errors import UsageError
 from equivcheck.experiment import Experiment
 from equivcheck.subject import load_subject
@@ -156,6 +156,7 @@ Roles.__abstractmethods__ = frozenset()
     [
         (lambda lab: lab.at(3), "with K = 3"),
         (lambda lab: lab.candidate_again(), "once more"),
+        (lambda lab: lab.reseeded_within(), "with other seeds in its steps alone"),
         (lambda lab: lab.contributed(), "with what each backward adds, 0 things put right"),
         (lambda lab: lab.contributed_whole(), "with what each backward of the full batch adds"),
         (lambda lab: lab.turned(2), "with the micro-batches of every cycle turned by 2"),
@@ -183,3 +184,15 @@ def test_what_a_kind_of_experiment_does_not_know_is_left_open():
     assert lab.facts() == {}
     assert lab.other_samples() is None
     assert lab.printed() is None
+
+
+def test_what_a_framework_cannot_be_given_is_refused_before_anything_runs():
+    """A cut of several sizes is an error; a default K that leaves a remainder is left out, with a note."""
+    subject = load_subject(Framework())
+
+    with pytest.raises(UsageError, match="uneven-split"):
+        plan_cases(subject, [2, 4], explicit=False, split="uneven")
+    cases, notes = plan_cases(subject, [2, 4], explicit=False)
+
+    assert [each.accumulation_steps for each in cases] == [2]
+    assert [note.partition(":")[0] for note in notes] == ["accumulation_steps 4 left out"]

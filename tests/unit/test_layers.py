@@ -51,6 +51,7 @@ LAYERS = (
             "sums",
             "company",
             "verdict",
+            "settled",
             "view",
             "diagnose",
             "detectors",
