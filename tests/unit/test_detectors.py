@@ -214,6 +214,19 @@ TOLD = {
         UNDIVIDED,
         (LOSS, f"x.requires_grad_()\n        {LOSS} + x.square().mean()"),
     ),
+    "rows moved against the loss first, and no division": (
+        "EQ101 proved",
+        NO_LOG,
+        UNDIVIDED,
+        (
+            LOSS,
+            (
+                "x.requires_grad_()\n        F.cross_entropy(model(x), y).backward(inputs=[x])\n"
+                "        x = (x + 0.1 * x.grad.sign()).detach()\n"
+                f"        {LOSS}"
+            ),
+        ),
+    ),
     "a running mean of the loop's own, and no division": (
         "EQ000 suspected",
         NO_LOG,
