@@ -115,7 +115,9 @@ class Search:
                     continue
                 if before is not None and _alike(judgement, before):
                     continue  # What changes nothing hides nothing either: all that is suspected stays.
-                later = self._specials(trial, judgement)
+                # What is left may have a proof of its own; not where nothing has become less.
+                better = before is None or _less(judgement, before)
+                later = self._specials(trial, judgement) if better else []
                 if self._resolved(judgement, later):
                     return self._least(trial, later)
                 following.append((_size(judgement), trial))
@@ -301,6 +303,11 @@ def _alike(one: Judgement, other: Judgement) -> bool:
         and (a.relative == b.relative or math.isclose(a.relative, b.relative, rel_tol=1e-9))
         for a, b in zip(one.findings, other.findings, strict=True)
     )
+
+
+def _less(one: Judgement, other: Judgement) -> bool:
+    """Return whether a run differs by less than another, or in fewer kinds."""
+    return _size(one) < _size(other) or len(one.kinds()) < len(other.kinds())
 
 
 def _size(judgement: Judgement) -> float:
