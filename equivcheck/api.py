@@ -443,7 +443,7 @@ def plan(
                 )
                 expect = tuple(values.get("expect") or ())
                 jobs += [Job(subject, case, expect) for case in cases]
-                remarks = [*remarks, *_unasked(subject, values)]
+                remarks = [*remarks, *_unasked(subject, values), *_one_rank(subject, values)]
         notes += remarks
     return jobs, notes
 
@@ -458,6 +458,17 @@ def _unasked(subject: Any, values: Mapping[str, Any]) -> list[str]:
         if values.get(name, OPTIONS[name].default) != OPTIONS[name].default
         and name not in subject.asks
     ]
+
+
+def _one_rank(subject: Any, values: Mapping[str, Any]) -> list[str]:
+    """Return a note where ranks are to work together in a way that is stated, and no case has more than one."""
+    strategy = values.get("strategy", OPTIONS["strategy"].default)
+    world_sizes = values.get("world_size") or OPTIONS["world_size"].default
+    if strategy == OPTIONS["strategy"].default or max(world_sizes) > 1:
+        return []
+    what = f"{OPTIONS['strategy'].flag} {strategy} with one rank"
+    more = f"{OPTIONS['world_size'].flag} 2 starts two"
+    return [f"{what}: nothing between ranks of {subject.target} was checked; {more}"]
 
 
 def require_device(device: str) -> None:
@@ -551,16 +562,23 @@ def finished(job: Job, outcome: Mapping[str, Any]) -> dict[str, Any]:
     return case
 
 
-def process_ended(job: Job, starts: int) -> dict[str, Any]:
-    """Return the case of a job during which the process that ran it ended, every time it was begun."""
-    message = f"process-ended: Python ended in this case, {starts} times"
+def process_ended(job: Job, starts: int, how: str = "") -> dict[str, Any]:
+    """Return the case of a job during which the process that ran it ended, every time it was begun.
+
+    Args:
+        job: The case.
+        starts: How often it was begun.
+        how: With which exit code or signal the process ended last, if that is known.
+    """
+    told = f" with {how}" if how else ""
+    message = f"process-ended: Python ended{told} in this case, {starts} times"
     error = {
         "type": "ProcessEnded",
         "message": message,
         "where": None,
         "exit_code": StepError.exit_code,
         "because": "the code under test ends Python, or crashes in compiled code, and no verdict outlives that",
-        "fix": "-j 2 runs cases in processes of their own and tells how it ended",
+        "fix": "no os._exit in train, nor in what it calls; of a crash the stack is printed",
     }
     return finished(job, {"verdict": "error", "headline": message, "error": error})
 

@@ -171,7 +171,7 @@ class Comparer(Sampler):
         mine = set(recorder.recording.optimizers[step.optimizer])
         masks = {name: self._mask(name, step) for name in mine | set(kept.state)}
         updates = []
-        for name, wanted, parameter in _updated(recorder, kept):
+        for name, wanted, parameter in updated(recorder, kept):
             mask = masks.get(name) if name in mine else None
             updates.append((name, wanted, parameter, mask))
         state = state_of(recorder, optimizer, lambda tensor: tensor)
@@ -395,7 +395,7 @@ def _refuse_unknown_parts(
         )
 
 
-def _updated(recorder: Recorder, kept: Kept) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+def updated(recorder: Recorder, kept: Kept) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """Yield every parameter that is held: its name, what it ought to be, and what it is."""
     if recorder.holdings is None:
         for name, parameter in recorder.parameters().items():

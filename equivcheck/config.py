@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from equivcheck.case import DEVICES, RNGS, SPLITS, STRATEGIES
 from equivcheck.causes import CAUSES
@@ -54,6 +54,10 @@ class Option:
         return "--" + self.name.replace("_", "-")
 
 
+# What torch takes as a seed, with room for those of further runs.
+MOST: Final = 2**62
+
+
 def _whole(least: int) -> Callable[[Any], int]:
     def parse(value: Any) -> int:
         expected = f"a whole number of at least {least}"
@@ -63,8 +67,8 @@ def _whole(least: int) -> Callable[[Any], int]:
             number = int(value)
         except (TypeError, ValueError):
             raise ValueError(expected) from None
-        if number < least:
-            raise ValueError(expected)
+        if not least <= number <= MOST:
+            raise ValueError(expected if number < least else f"{expected}, at most {MOST}")
         return number
 
     return parse
@@ -95,10 +99,19 @@ def _codes(value: Any) -> tuple[str, ...]:
     items = value.split(",") if isinstance(value, str) else value
     if not isinstance(items, (list, tuple)):
         raise ValueError("codes of causes, as in EQ201")  # noqa: TRY004 - as above
-    codes = tuple(str(item).strip().upper() for item in items)
-    for code in codes:
+    by_name = {cause.name: code for code, cause in CAUSES.items()}
+    codes = []
+    for item in items:
+        stated = str(item).strip()
+        code = by_name.get(stated.lower(), stated.upper())
         if code not in CAUSES:
-            raise ValueError("a code that `equivcheck explain` lists" + _did_you_mean(code, CAUSES))
+            # One number is as near as another.
+            known = () if code[2:].isdigit() else (*CAUSES, *by_name)
+            meant = code if code.startswith("EQ") else stated.lower()
+            raise ValueError(
+                "a code or name that `equivcheck explain` lists" + _did_you_mean(meant, known)
+            )
+        codes.append(code)
     return tuple(dict.fromkeys(codes))
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+
 from equivcheck.case import Case
+from equivcheck.errors import UsageError
 from equivcheck.feed import Data
 from equivcheck.split import plan
 
@@ -100,3 +103,60 @@ class Cuts:
             for rank in cycle[: self._case.shares]
             for start, stop in rank
         )
+
+
+def refuse_uneven(case: Case, wants: Collection[str], location: str) -> None:
+    """Refuse uneven slices of a `train` that batches by itself.
+
+    Args:
+        case: Says how full batches are cut.
+        wants: The arguments that `train` asks for.
+        location: Of the subject.
+
+    Raises:
+        UsageError: It would have to be given slices of several sizes.
+    """
+    named = _batching(wants)
+    if named and case.split != "even":
+        raise UsageError(
+            f"uneven-split: train takes {' and '.join(named)}: slices of one size",
+            where=location,
+            expected="--split even",
+            because="a framework that batches by itself cannot be given uneven slices",
+        )
+
+
+def refuse_remainders(
+    case: Case, wants: Collection[str], rows: Sequence[int], location: str
+) -> None:
+    """Refuse a number of slices that does not divide the full batches of a `train` that batches by itself.
+
+    Args:
+        case: Its K and ranks.
+        wants: The arguments that `train` asks for.
+        rows: Rows of every full batch; a last one that is shorter may have any number.
+        location: Of the subject.
+
+    Raises:
+        UsageError: A full batch is no multiple of its number of slices.
+    """
+    named = _batching(wants)
+    k = case.accumulation_steps * case.shares
+    tail = len(rows) > 1 and rows[-1] < min(rows[:-1])
+    for index, count in enumerate(rows[:-1] if tail else rows):
+        if named and count % k:
+            fitting = next(d for d in range(2, count + 1) if count % d == 0)
+            raise UsageError(
+                f"indivisible-batch: full batch {index} has {count} rows, not a multiple of {k}",
+                where=location,
+                expected=f"rows divisible by {k}, because train takes {' and '.join(named)}",
+                fix=f"--accumulation-steps {fitting}",
+                because=f"{case.accumulation_steps} micro-batches on each of {case.shares} ranks"
+                if case.shares > 1
+                else None,
+            )
+
+
+def _batching(wants: Collection[str]) -> list[str]:
+    """Return the arguments by which a `train` batches by itself."""
+    return sorted({"dataset", "micro_batch_size"} & set(wants))

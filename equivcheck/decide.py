@@ -6,6 +6,7 @@ differs, attribution and interventions.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import time
@@ -15,6 +16,7 @@ from typing import Any, Final
 
 from equivcheck.case import Case
 from equivcheck.causes import CAUSES
+from equivcheck.cuts import refuse_remainders, refuse_uneven
 from equivcheck.deadline import Expired, deadline
 from equivcheck.describe import headline, measure
 from equivcheck.diagnose import Diagnosis, cause, diagnose
@@ -83,9 +85,11 @@ def plan_cases(
     code = subject.fresh()
     seed_all(seed)
     data = read_batches(code.batches, fields.get("optimizer_steps", 8), fields.get("rows"))
+    wants = inspect.signature(code.train).parameters
     cases, notes = [], []
     for r, k in itertools.product(world_sizes, accumulation_steps):
         case = Case(target=subject.target, accumulation_steps=k, world_size=r, **fields)
+        refuse_uneven(case, wants, subject.location)
         try:
             plan(
                 data.rows,
@@ -94,6 +98,7 @@ def plan_cases(
                 case.world_size,
                 every_rank_all=case.shares < case.world_size,
             )
+            refuse_remainders(case, wants, data.rows, subject.location)
         except UsageError as error:
             if explicit:
                 raise
@@ -245,8 +250,11 @@ def _decide(
         _keyed(experiment, entry, expect, progress)
         return
     judgement = experiment.judgement()
+    precision: Precision | None = None
     try:
-        precision = judge_precision(experiment)
+        # What ranks add up to, each for itself, says nothing of what they make of it together afterwards.
+        if judgement.left is None:
+            precision = judge_precision(experiment)
     except StepError as error:
         entry["notes"].append(f"as written the code raises: {error.message}")
         raise
@@ -264,7 +272,7 @@ def _decide(
             stochastic(experiment, entry, judgement, drawn)
             _keyed(experiment, entry, expect, progress)
             return
-    if _promotion_changed(experiment, judgement, precision):
+    if precision is not None and _promotion_changed(experiment, judgement, precision):
         _natively(experiment, entry, expect, progress, "float64 and the native runs disagree")
         return
     if judgement.same and not judgement.power < BLIND:
@@ -323,6 +331,11 @@ def conclude(
             entry["notes"].append(
                 f"the printed {shown['printed_as']} is not the full batch's: {what}"
             )
+    if judgement.left is not None:
+        entry["notes"].append(
+            "no rank steps with the full batch's gradient; parameters were compared where the loop leaves them after "
+            "the step, as it averages them or sends them there"
+        )
     if experiment.crew is not None and judgement.same:
         evidence = redundant(experiment)
         if evidence is not None:

@@ -46,6 +46,9 @@ def measure(experiment: Experiment, entry: dict[str, Any], judgement: Judgement)
         ("optimizer_state", "state"),
     ):
         entry["divergence"][key] = _worst(candidate, control, attribute)
+    if judgement.left is not None:
+        entry["divergence"]["gradients"] = entry["divergence"]["optimizer_state"] = None
+        entry["divergence"]["parameters"] = _worst(judgement.left, control, "parameters")
     entry["divergence"]["learning_rates"] = _rates(reference, candidate)
     entry["divergence"]["losses"] = _losses(reference, candidate, control)
     entry["findings"] = [
@@ -60,7 +63,7 @@ def measure(experiment: Experiment, entry: dict[str, Any], judgement: Judgement)
         for each in judgement.findings[:50]
     ]
     if candidate.ranks:
-        entry["ranks"] = ranks_of(experiment, candidate)
+        entry["ranks"] = ranks_of(experiment, judgement.left or candidate, judgement)
     entry["optimizer_steps_seen"] = {
         "full_batch": len(reference.steps),
         "accumulated": len(candidate.steps),
@@ -85,7 +88,9 @@ def measure(experiment: Experiment, entry: dict[str, Any], judgement: Judgement)
     series.write(experiment, entry, judgement)
 
 
-def ranks_of(experiment: Experiment, candidate: Recording) -> list[dict[str, Any]]:
+def ranks_of(
+    experiment: Experiment, candidate: Recording, judgement: Judgement
+) -> list[dict[str, Any]]:
     """Return what each rank did: how far it is off, and what it sent in each optimizer step, as written.
 
     `reductions` counts the all-reduces that follow each backward of the step.
@@ -102,7 +107,9 @@ def ranks_of(experiment: Experiment, candidate: Recording) -> list[dict[str, Any
         found.append(
             {
                 "rank": rank,
-                "verdict": "equivalent" if worst is not None and worst <= limit else "divergent",
+                "verdict": "equivalent"
+                if judgement.left is not None or (worst is not None and worst <= limit)
+                else "divergent",
                 "gradients": worst,
                 "optimizer_steps": len(each.steps),
                 "seconds": each.seconds,
@@ -258,6 +265,9 @@ def headline(entry: dict[str, Any], judgement: Judgement) -> str:
     gradients = entry["divergence"]["gradients"] or {}
     relative, scale, cosine = (gradients.get(key) for key in ("relative", "scale", "cosine"))
     if entry["verdict"] == "equivalent":
+        if judgement.left is not None:
+            relative = (entry["divergence"]["parameters"] or {}).get("relative")
+            return f"the same update: parameters agree to {relative or 0.0:.1e}"
         return f"the same function: gradients agree to {relative or 0.0:.1e}"
     first = entry["causes"][0] if entry["causes"] else None
     label = f"{first['code']} {first['name']}: " if first else ""

@@ -188,6 +188,10 @@ class Search:
         left = self._left(judgement, specials)
         if left:
             return _largest(left)
+        if (
+            judgement.left is not None
+        ):  # The run was judged by what becomes of the parameters after the steps.
+            return max((overall(s.parameters).relative for s in judgement.left.steps), default=0.0)
         steps = self._experiment.candidate(node.interventions).steps
         return max(
             (overall(step.gradients).relative for step in steps if step.matched is not None),

@@ -6,6 +6,7 @@ Each function writes the verdict, and why, into the case.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Any
 
 import torch
@@ -138,20 +139,41 @@ def different_samples(experiment: Experiment, entry: dict[str, Any]) -> bool:
                 f"EQ601 different-samples: other samples from optimizer_step {recognised['optimizer_step']} on",
             )
         return bool(recognised)
-    cycles = experiment.cycles()
     candidate = experiment.candidate()
+    evidence = _taken_twice(experiment, candidate)
+    for each in candidate.ranks or [candidate]:
+        evidence = evidence or _out_of_order(experiment, each)
+    if not evidence:
+        return False
+    repeated = experiment.control(permuted=False)
+    again = [step.samples for step in repeated.steps] == [
+        step.samples for step in experiment.reference().steps
+    ]
+    evidence["repeat"] = (
+        "the full batch takes the same samples again" if again else "each run takes other samples"
+    )
+    entry["causes"] = [cause(Suspicion("EQ601"), "proved", evidence)]
+    invalid(
+        entry, "EQ601 different-samples: the accumulated run took other samples per optimizer step"
+    )
+    return True
+
+
+def _out_of_order(experiment: Experiment, taken: Recording) -> dict[str, Any]:
+    """Return how the micro-batches of a process mix the reference's optimizer steps, or leave their order."""
+    cycles = experiment.cycles()
     groups: list[set[int]] = []
     if experiment.reference().prefetched:
         # In the order in which they were used, not handed out.
-        groups = [{cycles.get(key, -1) for key in candidate.fetched[use]} for use in candidate.uses]
+        groups = [{cycles.get(key, -1) for key in taken.fetched[use]} for use in taken.uses]
     else:
         last_backwards, index = -1, 0
-        for event in candidate.timeline:
+        for event in taken.timeline:
             if event.kind == "fetch":
                 if event.backwards != last_backwards or not groups:
                     groups.append(set())
                 last_backwards = event.backwards
-                groups[-1] |= {cycles.get(key, -1) for key in candidate.fetched[index]}
+                groups[-1] |= {cycles.get(key, -1) for key in taken.fetched[index]}
                 index += 1
     # What no step of the full batch took has no place in its order.
     flat = [cycle for group in groups if len(group) == 1 for cycle in group - {-1}]
@@ -160,22 +182,35 @@ def different_samples(experiment: Experiment, entry: dict[str, Any]) -> bool:
     disordered = flat != sorted(flat)
     unknown = one_by_one and any(group == {-1} for group in groups)
     if not (mixed or disordered or unknown):
-        return False
-    repeated = experiment.control(permuted=False)
-    again = [step.samples for step in repeated.steps] == [
-        step.samples for step in experiment.reference().steps
-    ]
-    evidence = {
-        "micro_batches_that_mix_optimizer_steps": sum(len(group) > 1 for group in groups),
-        "repeat": "the full batch takes the same samples again"
-        if again
-        else "each run takes other samples",
-    }
-    entry["causes"] = [cause(Suspicion("EQ601"), "proved", evidence)]
-    invalid(
-        entry, "EQ601 different-samples: the accumulated run took other samples per optimizer step"
-    )
-    return True
+        return {}
+    return {"micro_batches_that_mix_optimizer_steps": sum(len(group) > 1 for group in groups)}
+
+
+def _taken_twice(experiment: Experiment, candidate: Recording) -> dict[str, Any]:
+    """Return which samples several ranks took in an optimizer step that is none of the full batch's.
+
+    Ranks that compute one batch together may all take the whole of it: their step is the full batch's.
+    """
+    if "dataset" not in experiment.wants or experiment.case.shares == 1:
+        return {}
+    for step in candidate.steps:
+        if step.matched is not None:
+            continue
+        taken = Counter(
+            key
+            for each in candidate.ranks
+            if step.index < len(each.steps)
+            for key in each.steps[step.index].samples
+        )
+        twice = sum(count > 1 for count in taken.values())
+        if twice:
+            return {
+                "optimizer_step": step.index,
+                "samples_of_several_ranks": f"{twice} of {len(taken)}",
+                "because": "ranks draw from the whole data set, each for itself: some take what others take too",
+                "fix": "DistributedSampler(dataset, num_replicas=world_size, rank=rank), with one seed on all ranks",
+            }
+    return {}
 
 
 def inconclusive(experiment: Experiment, entry: dict[str, Any], off: float) -> None:
@@ -214,6 +249,9 @@ def inconclusive(experiment: Experiment, entry: dict[str, Any], off: float) -> N
             )
             entry["because"] = (
                 "bitwise equal when repeated in order: the code treats a row by its place in the batch"
+            )
+            entry["fix"] = (
+                "rows that belong together next to each other, and cuts that do not part them: --split even, another K"
             )
             measure(experiment, entry, experiment.judgement())
             return

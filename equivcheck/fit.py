@@ -91,9 +91,10 @@ def sampled(start: Kept | None) -> dict[str, torch.Tensor]:
     """Return the parameters that a step starts from, at the coordinates at which gradients are sampled."""
     if start is None:
         return {}
-    chosen = coordinates({name: tensor.numel() for name, tensor in start.after.items()})
+    begins = {**start.after, **start.begins}
+    chosen = coordinates({name: tensor.numel() for name, tensor in begins.items()})
     found = {}
-    for name, tensor in start.after.items():
+    for name, tensor in begins.items():
         flat, indices = tensor.flatten(), chosen[name]
         found[name] = (flat if indices is None else flat[indices]).to("cpu", torch.float64)
     return found

@@ -242,10 +242,15 @@ class Keeper(Sampler):
         self.shelf.release()
 
     def fetched(self, recorder: Recorder) -> None:
-        """See what the loop itself did to the parameters since the step: copied a master's, averaged them, ..."""
+        """See what the loop itself did to the parameters since the step: copied a master's, averaged them, ...
+
+        Before the first step it may have drawn them anew, or loaded them.
+        """
         if self._stepped and recorder.holdings is None:
             self._stepped = False
-            kept = recorder.recording.kept[-1]
+            done = recorder.recording.kept
+            kept = done[-1] if done else recorder.recording.initial
+            assert kept is not None
             kept.begins = {
                 name: self.shelf.keep(p)
                 for name, p in recorder.parameters().items()
@@ -260,6 +265,7 @@ class Keeper(Sampler):
         after = {name: self.shelf.keep(p) for name, p in recorder.parameters().items()}
         buffers = {name: self.shelf.keep(b) for name, b in recorder.model.named_buffers()}
         recorder.recording.initial = Kept({}, {}, after, buffers, {}, {})
+        self._stepped = True
 
     def finish(self, recorder: Recorder) -> None:
         if recorder.recording.kept:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, Final
 
 from equivcheck.errors import EquivcheckError, TargetError, UsageError
 from equivcheck.modules import FORM, executed_again, module_at
@@ -333,16 +333,37 @@ def arguments(
         elif parameter.default is parameter.empty:
             unknown.append(parameter.name)
     if unknown:
-        close = difflib.get_close_matches(unknown[0], offers, n=1)
+        close = _meant(unknown[0], offers)
         named = ", ".join(map(repr, unknown))
         raise UsageError(
             f"unknown-argument: train of {target} asks for {named}",
             where=location_of(function),
             expected=f"any of {', '.join(sorted(offers))}",
             because="train names what it wants; another name has to bring a value of its own",
-            fix=f"did you mean {close[0]}?" if close else f"give {unknown[0]} a default",
+            fix=f"did you mean {close}?" if close else f"give {unknown[0]} a default",
         )
     return wanted
+
+
+# What frameworks call what is offered, by a part of the name.
+_SYNONYMS: Final = {
+    "accum": "accumulation_steps",
+    "batch_size": "micro_batch_size",
+    "loader": "loader",
+    "data": "loader",
+    "net": "model",
+    "num_steps": "optimizer_steps",
+    "local_rank": "rank",
+}
+
+
+def _meant(name: str, offers: Mapping[str, object]) -> str | None:
+    """Return what was probably meant by the name of an argument."""
+    close = difflib.get_close_matches(name, offers, n=1)
+    if close:
+        return close[0]
+    found = (meant for part, meant in _SYNONYMS.items() if part in name.lower())
+    return next((each for each in found if each in offers), None)
 
 
 def asked_by(function: Callable[..., Any]) -> frozenset[str] | None:

@@ -19,7 +19,7 @@ from equivcheck.case import Case
 from equivcheck.casting import promote_tree
 from equivcheck.comparers import Comparer, Perturbed, Pieces
 from equivcheck.counting import is_weight, masks
-from equivcheck.cuts import Cuts
+from equivcheck.cuts import Cuts, refuse_remainders, refuse_uneven
 from equivcheck.errors import UsageError
 from equivcheck.execute import Run, execute, seed_all
 from equivcheck.experiment import Experiment, Interventions, without_tail
@@ -32,6 +32,7 @@ from equivcheck.ranks.crew import Crew
 from equivcheck.ranks.merge import merged
 from equivcheck.recorder import Recorder
 from equivcheck.recording import Place, Recording, Step
+from equivcheck.settled import Settled
 from equivcheck.split import block_permutation, named_tensors, take, tensors_in
 from equivcheck.subject import Subject
 
@@ -74,29 +75,8 @@ class SubjectExperiment(Experiment):
             self.crew = Crew(subject, case.world_size, case.device)
 
     def _check_even(self) -> None:
-        named = sorted({"dataset", "micro_batch_size"} & self.wants)
-        if not named:
-            return
-        k = self.case.accumulation_steps * self.case.shares
-        if self.case.split != "even":
-            raise UsageError(
-                f"uneven-split: train takes {' and '.join(named)}: slices of one size",
-                expected="--split even",
-                because="a framework that batches by itself cannot be given uneven slices",
-            )
-        rows = self.data.rows[:-1] if self.data.has_tail else self.data.rows
-        for index, count in enumerate(rows):
-            if count % k:
-                fitting = next(d for d in range(2, count + 1) if count % d == 0)
-                raise UsageError(
-                    f"indivisible-batch: full batch {index} has {count} rows, not a multiple of {k}",
-                    where=self._subject.location,
-                    expected=f"rows divisible by {k}, because train takes {' and '.join(named)}",
-                    fix=f"--accumulation-steps {fitting}",
-                    because=f"{self.case.accumulation_steps} micro-batches on each of {self.case.shares} ranks"
-                    if self.case.shares > 1
-                    else None,
-                )
+        refuse_uneven(self.case, self.wants, self._subject.location)
+        refuse_remainders(self.case, self.wants, self.data.rows, self._subject.location)
 
     def close(self) -> None:
         """Remove what was kept on disk."""
@@ -417,6 +397,17 @@ class SubjectExperiment(Experiment):
             return self._accumulated("candidate", comparer, data, interventions, schedule)
 
         return self._once(("left_on_ranks", interventions), make)
+
+    def settled(self, interventions: Interventions = ()) -> Recording:
+        """Return the accumulated run left to itself, its parameters compared once the loop is done with a step."""
+
+        def make() -> Recording:
+            comparer = Settled(self.reference(interventions))
+            schedule = self.schedule_for(interventions)
+            data = self.data_for(interventions, promoted=True)
+            return self._accumulated("candidate", comparer, data, interventions, schedule)
+
+        return self._once(("settled", interventions), make)
 
     def left_by_full_batch(self) -> Recording:
         """Return the full-batch run once more, with what its backwards left."""

@@ -62,8 +62,8 @@ def undecided(view: View) -> list[tuple[int, int]]:
 def equal_parts_of(view: View) -> str | None:
     """Tell what each of the R ranks' K micro-batches counts where all count alike and K is R: "K" or "R" parts of one.
 
-    Micro-batches that count 1 / R each are undivided, those that count 1 / K each are summed over the ranks. None where
-    no run at another K tells.
+    Micro-batches that count 1 / R each are undivided, those that count 1 / K each are summed over the ranks; of those
+    that count less than their mean it is told what that is divided by again. None where no run at another K tells.
     """
     experiment = view.experiment
     key = ("equal parts", view.chosen)
@@ -82,7 +82,13 @@ def _equal_parts(view: View) -> str | None:
         attributions = at_other.divergent
     except EquivcheckError:
         return None
-    for name, count in (("K", other), ("R", experiment.case.world_size)):
+    size = experiment.case.world_size
+    for name, count in (
+        ("K", other),
+        ("R", size),
+        ("K, divided by R again", other * size * size),
+        ("K, divided by K again", other * other * size),
+    ):
         if attributions and all(
             at_other.fits(each, [1.0 / count] * each.pieces.shape[0]) for each in attributions
         ):

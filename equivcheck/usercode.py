@@ -110,6 +110,10 @@ def _ran_by_itself(name: str, where: str) -> tuple[str, str, str]:
     if name != "train":
         alone = f"call {name}() by itself: it is given nothing and needs nothing of equivcheck"
         return f"{name}() to return", f"{name} raises before any training begins", alone
+    if where.startswith(_ACCUMULATED) and ", rank " in where:
+        because = "the full_batch run, in one process, went through: the code does not take ranks or micro-batches"
+        fix = "see where the traceback ends: a rank has a process group, a share of the rows, K micro-batches"
+        return "train to end on every rank as in one process", because, fix
     if where.startswith(_ACCUMULATED):
         because = "the full_batch run went through: the code does not take these micro-batches"
         return "train to end with micro-batches as with full batches", because, _TRY_MICRO_BATCHES

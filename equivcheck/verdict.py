@@ -73,6 +73,7 @@ class Judgement:
         power: Smallest relative fault of a gradient that would have been seen.
         compared: Number of tensor pairs.
         zero: Per reference step, parameters whose gradient is zero but for rounding.
+        left: The run whose parameters were judged where the loop leaves them, and not at its steps; None for most.
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -80,6 +81,7 @@ class Judgement:
     power: float = 0.0
     compared: int = 0
     zero: dict[int, set[str]] = field(default_factory=dict)
+    left: Recording | None = None
 
     @property
     def same(self) -> bool:
@@ -290,6 +292,19 @@ def _judge_gradients(
         )
 
 
+def update_limit(
+    reference: Recording, noise: Noise, matched: int, kind: str, name: str, sums: Sums
+) -> float:
+    """Return the absolute difference that a parameter or an entry of optimizer state may show after a step."""
+    size = sums.reference_norm
+    moved = reference.kept[matched].moved.get(name, size) if kind == "parameters" else size
+    return max(
+        SAFETY * noise.of(matched, lambda step: getattr(step, kind), name),
+        noise.floor() * size,
+        UPDATE_NOISE * moved,
+    )
+
+
 def _judge_updates(reference: Recording, step: Step, noise: Noise, result: Judgement) -> None:
     """Judge parameters and optimizer state, given gradients that agree."""
     assert step.matched is not None
@@ -301,16 +316,7 @@ def _judge_updates(reference: Recording, step: Step, noise: Noise, result: Judge
             if not each.finite:
                 beyond.append((math.inf, 0.0, name))
                 continue
-            limit = max(
-                SAFETY * noise.of(step.matched, lambda s, k=kind: getattr(s, k), name),  # type: ignore[misc]
-                noise.floor() * each.reference_norm,
-                UPDATE_NOISE
-                * (
-                    kept.moved.get(name, each.reference_norm)
-                    if kind == "parameters"
-                    else each.reference_norm
-                ),
-            )
+            limit = update_limit(reference, noise, step.matched, kind, name, each)
             if each.difference_norm > limit:
                 moved = kept.moved.get(name, 0.0) or each.reference_norm or 1.0
                 beyond.append((each.difference_norm / moved, limit / moved, name))

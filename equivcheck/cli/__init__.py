@@ -8,6 +8,7 @@ import tempfile
 import traceback
 from pathlib import Path
 
+from equivcheck.cli import guard
 from equivcheck.cli.parser import parse
 from equivcheck.cli.screen import error_block
 from equivcheck.errors import EquivcheckError
@@ -18,9 +19,28 @@ LATEST = Path("reports/latest")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command and return its exit code; never lets an exception out."""
+    """Run one command and return its exit code; never lets an exception out.
+
+    Args:
+        arguments: None for those of the command line, which then runs in a child where it runs the user's code.
+    """
+    if arguments is not None:
+        return _command(arguments)
+    given = sys.argv[1:]
+    if not guard.guards(given):
+        return _command(given)
     try:
-        options = parse(sys.argv[1:] if arguments is None else arguments)
+        return guard.guarded(lambda ended: _command(given, ended), goes_on=given[0] == "run")
+    except EquivcheckError as error:
+        error_block(error)
+        return error.exit_code
+
+
+def _command(arguments: list[str], ended: str = "") -> int:
+    """Run one command; `ended` says how the process that ran it before ended."""
+    try:
+        options = parse(arguments)
+        options.ended = ended
         with warnings_in_place():
             code: int = options.execute(options)
         sys.stdout.flush()

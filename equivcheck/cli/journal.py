@@ -74,20 +74,21 @@ class Journal:
         results.write_text(self.path, text)  # without the line that was cut off
         return {str(case["id"]): case for case in lines[1:]}
 
-    def append(self, case: Mapping[str, Any]) -> None:
-        """Write down a finished case at once."""
+    def append(self, case: Mapping[str, Any]) -> bool:
+        """Write down a finished case at once, and return whether it is on disk."""
         if self.path is None:
-            return
+            return False
         line = json.dumps(results.finite(case), ensure_ascii=False, allow_nan=False) + "\n"
-        with suppress(
-            OSError
-        ):  # A full disk costs `--resume`; the result itself says what it costs.
+        try:
             file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             try:
                 os.write(file, line.encode())
                 os.fsync(file)
             finally:
                 os.close(file)
+        except OSError:  # A full disk costs `--resume`; the result itself says what it costs.
+            return False
+        return True
 
     @contextmanager
     def running(self, case: str, label: str) -> Iterator[None]:

@@ -16,10 +16,11 @@ from typing import Any, TextIO
 from equivcheck import result as results
 from equivcheck.api import Job, outcomes, plan, process_ended, require_device
 from equivcheck.cli import selection
+from equivcheck.cli.guard import case_finished
 from equivcheck.cli.journal import Journal
 from equivcheck.cli.outputs import LATEST, Outputs, open_page
 from equivcheck.cli.parser import add_options, flags
-from equivcheck.cli.screen import Progress, colored, own_stdout, say
+from equivcheck.cli.screen import Progress, colored, error_block, own_stdout, say
 from equivcheck.config import OPTIONS, Settings, resolve
 from equivcheck.errors import EquivcheckError, UsageError
 from equivcheck.ranks import launched
@@ -88,17 +89,26 @@ def _execute(options: argparse.Namespace, launch: Launch | None = None) -> int:
     with own_stdout() as stdout:
         out = sys.stderr if outputs.json_on_stdout else stdout
         run = _Run(options, settings, outputs, out)
+        unwritten: UsageError | None = None
         failure = run.cases_of(match)
         if failure is not None and not run.started:
             raise failure
         result = run.result()
         run.tell(result)
-        outputs.finish(result, stdout)
+        try:
+            outputs.finish(result, stdout)
+        except UsageError as error:
+            unwritten = error
         if options.open and settings["html"] != "-":
             open_page(settings["html"])
     if failure is not None:
         raise failure
-    return int(result["exit_code"])
+    code = int(result["exit_code"])
+    if unwritten is not None:
+        if not code:
+            raise unwritten
+        error_block(unwritten)  # What was found counts more than a file that could not be written.
+    return code
 
 
 def _scripts(options: argparse.Namespace, settings: Settings) -> list[Any]:
@@ -210,7 +220,7 @@ class _Run:
         settings = self._settings
         try:
             require_device(settings["device"])
-            if not self._options.quiet:
+            if not self._options.quiet and not self._options.ended:
                 say(self._out, text.header(results.environment(), settings["seed"]))
             if max(settings["world_size"]) > 1 and settings["jobs"] == 1:
                 start_server()  # It loads torch while this process does.
@@ -275,12 +285,18 @@ class _Run:
 
     def _run(self, jobs: list[Job]) -> None:
         self._order = {job.case.id: position for position, job in enumerate(jobs)}
-        done = self._journal.resume() if self._options.resume else {}
-        if not self._options.resume:
+        died = self._options.ended
+        goes_on = self._options.resume or bool(died)
+        done = self._journal.resume() if goes_on else {}
+        if not goes_on:
             self._journal.begin()
         self._cases += [done[identity] for identity in self._order if identity in done]
         left = [job for job in jobs if job.case.id not in done]
-        if self._options.resume:
+        if died:
+            case = self._journal.ended()
+            during = f" during case {case['id']}, {case['label']}" if case else ""
+            say(self._out, f"note: the process ended with {died}{during}; the run goes on")
+        elif self._options.resume:
             self._notes.append(
                 f"resumed: {len(self._cases)} {'case was' if len(self._cases) == 1 else 'cases were'} finished before"
                 if done
@@ -297,7 +313,8 @@ class _Run:
                 self._ran += 1
                 self._seconds = time.monotonic() - began
                 self._cases.append(case)
-                self._journal.append(case)
+                if self._journal.append(case):
+                    case_finished()
                 progress.end(failed=words.failed(case))
                 with progress.paused():
                     self._line(case)
@@ -327,7 +344,7 @@ class _Run:
                 before = self._journal.ended()
                 if before.get("id") == job.case.id and before.get("starts", 0) >= _STARTS:
                     self._journal.settle()
-                    yield process_ended(job, before["starts"])
+                    yield process_ended(job, before["starts"], self._options.ended)
                     continue
                 with (
                     self._journal.running(job.case.id, job.case.label),

@@ -12,8 +12,7 @@ from equivcheck.detectors.weights import all_alike, mean_of_ranks
 from equivcheck.differences import Sums
 from equivcheck.errors import EquivcheckError
 from equivcheck.experiment import Interventions
-from equivcheck.fit import Attribution
-from equivcheck.hypotheses import hypotheses, scaled, unproved
+from equivcheck.hypotheses import Predict, hypotheses, scaled, unproved
 from equivcheck.interventions import (
     Broadcast,
     FindUnused,
@@ -24,6 +23,7 @@ from equivcheck.interventions import (
 )
 from equivcheck.noise import SAFETY
 from equivcheck.recording import Recording, Step
+from equivcheck.settled import sends_after_steps
 from equivcheck.topology import another, equal_parts_of, factor_of, undecided
 from equivcheck.traffic import reductions
 from equivcheck.verdict import Finding, overall
@@ -79,6 +79,10 @@ def _on_some_ranks(steps: Sequence[Step]) -> list[str]:
 
 # Norms that agree to this are the same norm: rounding is far below it, and parts of a gradient far above.
 _SAME = 1e-6
+_BEFORE_THE_REDUCTION = {
+    "because": "the clip looks at the gradients of one rank, before they are reduced",
+    "fix": "clip after the gradients are reduced, on every rank",
+}
 
 
 def _clipped(view: View) -> list[Suspicion]:
@@ -99,6 +103,9 @@ def _clipped(view: View) -> list[Suspicion]:
     if wanted is None or all(abs(x / wanted.detail["norm"] - 1.0) < _SAME for x in used):
         return _other_maximum(view, finding) if wanted is not None else []
     evidence = {"norm_of_each_rank": used, "norm_of_the_whole": wanted.detail["norm"]}
+    steps, limit = steps_of(view.candidate, finding.step), SAFETY * view.experiment.noise().floor()
+    if gradient_spread(steps) > limit and _reduced_after_a_clip(steps, limit):
+        evidence |= _BEFORE_THE_REDUCTION
     # Where the reduction comes after the clip, both are put right by one that comes before it.
     variants: list[Interventions] = [(NormOfWhole(norms),), (Synchronise(),)]
     return [Suspicion("EQ506", variants, evidence, max(finding.matched, 0), 21)]
@@ -161,8 +168,7 @@ def _clipped_by_value(view: View, finding: Finding) -> list[Suspicion]:
         return []
     evidence: dict[str, object] = {
         "spread_between_ranks": apart,
-        "because": "the clip looks at the gradients of one rank, before they are reduced",
-        "fix": "clip after the gradients are reduced, on every rank",
+        **_BEFORE_THE_REDUCTION,
     }
     return [Suspicion("EQ506", [(Synchronise(),)], evidence, max(finding.matched, 0), 21)]
 
@@ -193,18 +199,26 @@ def _scale_of(view: View) -> list[Suspicion]:
         return [unproved(view, "EQ504", rank=13)] if any(b for _, b in undecided(view)) else []
     factor = factor_of(view)
     size = view.experiment.case.world_size
-    if factor is None and (size != view.steps or equal_parts_of(view) == "K"):
-        return hypotheses(view, "EQ504", [_alike_of_each], rank=13, meant=all_alike)
-    if factor is None or not factor[1]:
+    if factor is None:
+        # Where K is R another K tells which of them it is.
+        alike = equal_parts_of(view) if size == view.steps else None
+        for power, told in ((1, "K"), (-1, "K, divided by R again")):
+            if size != view.steps or alike == told:
+                alike_times = _alike_times(float(size) ** power)
+                found = hypotheses(view, "EQ504", [alike_times], rank=13, meant=all_alike)
+                if found:
+                    return found
+        return []
+    if not factor[1]:
         return []
     found = scaled(view, "EQ504", float(size) ** factor[1], rank=13)
     found[0].evidence["world_size"] = size
     return found
 
 
-def _alike_of_each(attribution: Attribution, right: Sequence[float]) -> list[float]:
-    """All micro-batches count the same, as each rank's own mean of means has it: the ranks are summed."""
-    return [attribution.ranks * each for each in all_alike(attribution, right)]
+def _alike_times(factor: float) -> Predict:
+    """All micro-batches count the same, as each rank's own mean of means has it, but for what is done between ranks."""
+    return lambda a, v: [factor * x for x in all_alike(a, v)]
 
 
 # ---- what differs between ranks ----------------------------------------------------------------
@@ -265,7 +279,9 @@ def _apart_at_the_step(view: View) -> list[Suspicion]:
         spread = gradient_spread(steps) if len(steps) > 1 else 0.0
         if spread > limit and not _reduced_after_a_clip(steps, limit):
             evidence: dict[str, object] = {"spread_between_ranks": spread}
-            evidence |= _some_parameters(steps, limit) or _tails_only(view, limit)
+            evidence |= (
+                _some_parameters(steps, limit) or _tails_only(view, limit) or _averaged_later(view)
+            )
             weights = _weights_of_ranks(view, index)
             if weights:
                 evidence["weights_of_each_rank"] = weights
@@ -288,6 +304,20 @@ def _some_parameters(steps: Sequence[Step], limit: float) -> dict[str, object]:
         "parameters": f"{len(apart)} of {len(held)}",
         "because": "the reduction leaves these parameters out, and the others are the same on all ranks",
         "fix": "reduce the gradients of all parameters that the optimizer steps",
+    }
+
+
+def _averaged_later(view: View) -> dict[str, object]:
+    """Tell that no gradient is reduced, and parameters are after the step, which is another update."""
+    ranks = view.candidate.ranks
+    if not sends_after_steps(ranks, "reduce") or any(
+        sent for rank in ranks for step in reductions(rank) for sent in step
+    ):
+        return {}
+    return {
+        "because": "every rank steps with its own gradient, and what is reduced after the step is not the step that "
+        "the mean of the gradients gives",
+        "fix": "reduce the gradients before optimizer.step(), not the parameters after it",
     }
 
 

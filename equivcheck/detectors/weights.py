@@ -95,6 +95,14 @@ def _summed_over_ranks(view: View) -> bool:
     )
 
 
+def _averaged_again(view: View) -> bool:
+    """Return whether micro-batches that count one K-th of their mean, K being R here, do so for the number of ranks."""
+    return (
+        view.experiment.case.shares == view.steps > 1
+        and equal_parts_of(view) == "K, divided by R again"
+    )
+
+
 def _summed(attribution: Attribution, right: Sequence[float]) -> list[float]:
     """Every rank's micro-batches are undivided, and the ranks are summed: what is one mean over ranks stays a sum."""
     return [attribution.ranks * x for x in right]
@@ -114,6 +122,19 @@ def _reduced_again(attribution: Attribution, right: Sequence[float]) -> list[flo
     """Every micro-batch adds up over the R ranks, once more, what was reduced before it and is the same on all."""
     k = attribution.micro_steps
     return [x * float(attribution.ranks) ** (k - 1 - i % k) for i, x in enumerate(right)]
+
+
+def _again_over_ranks(view: View) -> list[Suspicion]:
+    """Return EQ109 of sums over the ranks that are summed again, also where all micro-batches count alike besides."""
+    found = hypotheses(view, "EQ109", [_reduced_again], rank=25) or hypotheses(
+        view, "EQ109", [lambda a, v: _reduced_again(a, all_alike(a, v))], rank=25, meant=all_alike
+    )
+    for each in found:
+        each.evidence["because"] = (
+            "what was summed over the ranks already is summed again with every further micro-batch"
+        )
+        each.evidence["fix"] = "reduce once, after the last backward of the cycle"
+    return found
 
 
 def _geometric(view: View) -> list[Predict]:
@@ -195,7 +216,10 @@ def _in_all(view: View) -> list[Suspicion]:
             *ones,
         ]
         found += hypotheses(view, "EQ105", tail, rank=10)
-    found += hypotheses(view, "EQ101", ones, rank=12, power=1)
+    undivided = hypotheses(view, "EQ101", ones, rank=12, power=1)
+    for each in undivided:
+        each.evidence |= _by_shares(view)
+    found += undivided
     if view.experiment.case.shares > 1:
         each_whole: Predict = lambda _, v: [1.0] * len(v)  # noqa: E731 - as those beside it
         found += hypotheses(view, "EQ101", [each_whole], rank=12, meant=_summed)
@@ -216,10 +240,9 @@ def _in_all(view: View) -> list[Suspicion]:
         # Micro-batches alone may have the size that they have in the full batch: their weights are then 1.
         shares = [*sums, _one_each, *_shares(view)]
         found += hypotheses(view, "EQ103", shares, rank=15, power=0)
-    twice: list[Predict] = [
-        lambda a, v: [x / divisor(view, a) for x in v],
-        lambda a, v: [1.0 / (divisor(view, a) * len(v))] * len(v),
-    ]
+    twice: list[Predict] = [lambda a, v: [x / divisor(view, a) for x in v]]
+    if not _averaged_again(view):
+        twice.append(lambda a, v: [1.0 / (divisor(view, a) * len(v))] * len(v))
     if view.experiment.case.shares == 1:
         twice.append(all_alike)
     found += hypotheses(view, "EQ102", twice, rank=14, power=-1)
@@ -227,10 +250,10 @@ def _in_all(view: View) -> list[Suspicion]:
         _scaled_again,
         lambda a, v: _scaled_again(a, [1.0 / len(v)] * len(v)),
     ]
-    if view.experiment.case.shares > 1:
-        again.append(_reduced_again)
     if not rescaled_losses(view):
         found += hypotheses(view, "EQ109", again, rank=25)
+        if view.experiment.case.shares > 1:
+            found += _again_over_ranks(view)
         # Behind what names the factor: a loss scale, a clip.
         found += hypotheses(view, "EQ109", _geometric(view), rank=45)
     factor = factor_of(view)
@@ -321,6 +344,18 @@ def _all_ones(view: View) -> bool:
         for each in view.divergent
         if each.v.unique
     ) and any(each.v.unique for each in view.divergent)
+
+
+def _by_shares(view: View) -> dict[str, str]:
+    """Return how means of micro-batches that are not alike come right: a division by K would leave a mean of means."""
+    first = view.divergent[0]
+    right = view.right(first) or []
+    alike = [max(x) - min(x) <= 1e-9 * max(map(abs, x)) for x in (right, first.w.solution) if x]
+    if alike != [False, True]:
+        return {}
+    return {
+        "fix": "(loss * n / n_of_the_cycle).backward(), with n what its mean is over: these micro_batches are not alike"
+    }
 
 
 def _means_by_hand(view: View) -> bool:

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 GRACE: Final = 0.3
 # Without a deadline, ranks that all wait are given up after so many seconds in which none of them computed anything.
 STALLED: Final = 60.0
+# With something put right: after so many seconds, or so many times what the longest run has taken.
+TRIAL_STALLED: Final = 5.0
+TRIAL_FACTOR: Final = 10.0
 # Of the time that is left for a case, this share (and no more seconds) is kept to say which rank was waited for.
 TO_TELL: Final = (0.3, 1.5)
 _START: Final = 120.0
@@ -63,6 +66,7 @@ class Crew:
     ends_at: float | None = None
     timeout: float | None = None
     _team: Team | None = None
+    _longest: float = 0.0
 
     def start(self) -> None:
         """Start the processes, without waiting for them, or take some that another case has left."""
@@ -98,8 +102,10 @@ class Crew:
         self.start()
         assert self._team is not None
         try:
+            begun = time.monotonic()
             self._team.send(case, list(runs), observer)
-            self._wait(runs[0].role)
+            self._wait(runs[0].role, self._patience(runs[0]))
+            self._longest = max(self._longest, time.monotonic() - begun)
         except BaseException:
             self._end()
             raise
@@ -108,7 +114,16 @@ class Crew:
 
     # ---- waiting -------------------------------------------------------------------------------
 
-    def _wait(self, role: str) -> None:
+    def _patience(self, run: Run) -> float:
+        """Return for how long no rank may compute anything.
+
+        What is put right may let ranks wait for each other for ever, where the loop as written has long ended.
+        """
+        if not run.interventions or not self._longest:
+            return STALLED
+        return min(STALLED, max(TRIAL_STALLED, TRIAL_FACTOR * self._longest))
+
+    def _wait(self, role: str, patience: float) -> None:
         assert self._team is not None
         limit = None
         if self.ends_at is not None:
@@ -125,7 +140,7 @@ class Crew:
             now = self._team.activity()
             if now != last:
                 quiet_since, last = time.monotonic(), now
-            if time.monotonic() - quiet_since > (STALLED if self._all_ready() else _START):
+            if time.monotonic() - quiet_since > (patience if self._all_ready() else _START):
                 raise self._late(role, time.monotonic() - quiet_since, stalled=True)
 
     def _all_ready(self) -> bool:
@@ -202,11 +217,15 @@ class Crew:
         return min(r for r, failure in chosen.items() if failure.message == earliest.message)
 
     def _dead(self, role: str, rank: int, code: int, stopped: str | None) -> StepError:
-        how, because = f"ended with exit code {code}", None
+        how, fix = f"ended with exit code {code}", None
+        because: str | None = None
         if self._ranks[rank].link.lost:
             how, because = "has gone", "the process that its launcher started, or its machine, has"
         elif code < 0:
             how = f"was killed by signal {-code} ({_signal_name(-code)})"
+        else:
+            because = "the loop, or a library in it, ends its own process, as os._exit() does"
+            fix = "return from train on every rank"
         if code == -signal.SIGKILL:
             because = "killed from outside, or by the system for lack of memory"
         return StepError(
@@ -214,6 +233,7 @@ class Crew:
             where=self._place(role, rank),
             expected="every rank to return from train",
             because="; ".join(part for part in (because, stopped) if part) or None,
+            fix=fix,
         )
 
     def _late(self, role: str, seconds: float, *, stalled: bool = False) -> TimedOut:

@@ -269,7 +269,7 @@ def _finding_rows(case: Mapping[str, Any], width: int) -> Iterator[tuple[str, st
         yield "expected", f"a relative error within noise (the control measures {noise})"
         got = words.number(gradients["relative"])
         far = words.farthest(case)
-        if case.get("findings") == []:
+        if case.get("findings") == [] and case["verdict"] != "inconclusive":
             yield "got", "the accumulated run agrees with the full batch"
         elif far is not None and far[0] != "gradients":
             yield "got", f"{far[0].replace('_', ' ')} {words.number(far[1])}; gradients agree"

@@ -156,7 +156,10 @@ def farthest(case: Mapping[str, Any]) -> tuple[str, float] | None:
             return name, size
     if not known or case.get("findings"):  # what differs is no number
         return None
-    return max(known, key=lambda pair: pair[1]) if failed(case) else known[0]
+    if failed(case):
+        return max(known, key=lambda pair: pair[1])
+    # Where gradients were not compared, what they are for was.
+    return next((pair for pair in known if pair[0] in ("gradients", "parameters")), known[0])
 
 
 def margin(case: Mapping[str, Any]) -> str:
@@ -177,7 +180,9 @@ def margin(case: Mapping[str, Any]) -> str:
         facts = cause.get("evidence") or {}
         if facts.get("shared") and facts.get("relative") is not None and not case.get("findings"):
             return f"full batch off by {number(facts['relative'])}"
-    ratio = None if case.get("findings") else case.get("margin")
+    # What is not decided has no distance to what decides.
+    decided = not case.get("findings") and case["verdict"] != "inconclusive"
+    ratio = case.get("margin") if decided else None
     if relative == 0:
         return f"{name.replace('_', ' ')} bitwise equal"
     shown = f"{name.replace('_', ' ')} {number(relative)}"

@@ -6,6 +6,7 @@ import pytest
 
 import equivcheck
 from equivcheck import errors
+from equivcheck.api import plan
 
 
 @pytest.fixture
@@ -98,3 +99,21 @@ def test_a_result_can_be_loaded(tmp_path):
     (tmp_path / "r.json").write_text(found.to_json(), encoding="utf-8")
 
     assert equivcheck.load_result(str(tmp_path / "r.json")) == found
+
+
+def test_a_strategy_of_one_rank_says_that_nothing_between_ranks_was_checked(tmp_path):
+    path = tmp_path / "subject.py"
+    path.write_text(
+        "import torch\n"
+        "def build():\n    return torch.nn.Linear(2, 1)\n"
+        "def batches():\n    return [torch.ones(4, 2)]\n"
+        "def train(model, loader, accumulation_steps):\n    raise AssertionError\n",
+        encoding="utf-8",
+    )
+    values = {"accumulation_steps": [2], "strategy": "ddp"}
+
+    _, notes = plan([str(path)], values, explicit=True)
+    _, more = plan([str(path)], {**values, "world_size": [1, 2]}, explicit=True)
+
+    assert [note.partition(":")[0] for note in notes] == ["--strategy ddp with one rank"]
+    assert more == []

@@ -521,6 +521,35 @@ def test_a_full_disk_costs_no_verdict(run):
     assert [case["verdict"] for case in ran.cases] == ["equivalent"] * 2
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full disk to write to")
+def test_a_full_disk_hides_no_divergence(run):
+    """The exit code is that of what was found."""
+    wrong = TRAIN.replace(" / accumulation_steps", "")
+    assert wrong != TRAIN
+    ran = run(wrong, arguments=["--json", "/dev/full", "--expect", "double-division"])
+
+    assert ran.code == 1, ran
+    assert "cannot write /dev/full: No space left on device" in ran.err
+    assert "EQ101" in ran.out
+
+
+@pytest.mark.parametrize(
+    ("asked", "meant"),
+    [
+        ("grad_accum", "accumulation_steps"),
+        ("train_dataloader", "loader"),
+        ("network", "model"),
+        ("per_device_batch_size", "micro_batch_size"),
+    ],
+)
+def test_a_name_of_another_framework_is_understood(run, asked, meant):
+    """With a default of its own the loop would never get what was asked for."""
+    ran = run(f"def train({asked}):\n    pass\n")
+
+    assert ran.code == 2, ran
+    assert f"did you mean {meant}?" in ran.err
+
+
 class Tags(HTMLParser):
     """Collects the names of all tags."""
 

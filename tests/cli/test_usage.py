@@ -21,6 +21,8 @@ import pytest
         (["run", "train_step.py", "--accumulation-steps", "two"], "--accumulation-steps is 'two'"),
         (["run", "train_step.py", "--accumulation-steps", ""], "as in 2,4"),
         (["run", "train_step.py", "--seed", "-1"], "a whole number of at least 0"),
+        (["run", "train_step.py", "--seed", str(2**64)], f"at most {2**62}"),
+        (["run", "train_step.py", "--expect", "mising-division"], "did you mean missing-division"),
         (["run", "train_step.py", "--timeout", "nan"], "seconds, more than 0"),
         (["run", "train_step.py", "--expect", "EQ1O3"], "did you mean EQ1"),
         (["run", "train_step.py", "-k", "(K=2"], "a parenthesis is not closed"),

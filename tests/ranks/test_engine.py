@@ -193,7 +193,7 @@ def ranks_left():
         ("os.kill(os.getpid(), signal.SIGKILL)", "rank 1 was killed by signal 9", "lack of memory"),
         ("raise ValueError('bad row')", "train-raised: ValueError: bad row", "rank 0 stopped"),
         ("torch.empty(2**55)", "DefaultCPUAllocator", "rank 0 stopped because rank 1 failed"),
-        ("os._exit(7)", "rank 1 ended with exit code 7", "rank 0 stopped"),
+        ("os._exit(7)", "rank 1 ended with exit code 7", "os._exit() does; rank 0 stopped"),
     ],
     ids=["killed", "raises", "memory", "exits"],
 )

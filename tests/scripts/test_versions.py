@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import sysconfig
 import venv
 from pathlib import Path
 
@@ -49,7 +48,9 @@ def environments(tmp_path):
         asked = "import sysconfig; print(sysconfig.get_path('purelib'))"
         out = subprocess.run([python, "-c", asked], check=True, capture_output=True, text=True)
         site = Path(out.stdout.strip())
-        (site / "shared.pth").write_text(sysconfig.get_path("purelib"), encoding="utf-8")
+        # Wherever this interpreter has its packages from: an environment may share those of another.
+        packages = [each for each in sys.path if Path(each).name == "site-packages"]
+        (site / "shared.pth").write_text("\n".join(packages), encoding="utf-8")
         text = LOSS.format(version=version, smoothing=smoothing)
         (site / "objectives.py").write_text(text, encoding="utf-8")
         return folder

@@ -13,7 +13,7 @@ import torch
 from equivcheck import precision, traffic
 from equivcheck import view as looks
 from equivcheck.attribution import solve
-from equivcheck.detectors import addends, coupling, ranks, schedule, taken, weights
+from equivcheck.detectors import addends, coupling, ranks, schedule, stages, taken, weights
 from equivcheck.differences import Sums
 from equivcheck.errors import UsageError
 from equivcheck.fit import Attribution, attribute, sampled
@@ -596,3 +596,146 @@ def test_a_horizon_that_the_loop_refuses_is_not_told():
     seen = Seen(recording(step(), step(1)), recording(step(), step(1)))
 
     assert schedule._divided_by_ranks(seen, 0) == []
+
+
+def test_a_loss_of_which_one_addend_alone_has_gradients_is_not_taken_apart(monkeypatch):
+    """It is a sum, and the other one reaches no parameter."""
+    alone = Recording("pieces", backwards=[Backward(0, 1, 1.0, 1.0, "AddBackward0", addends=2)])
+    view = SimpleNamespace(
+        chosen=(),
+        cycles={},
+        experiment=SimpleNamespace(remembered={}, pieces_recording=lambda _: alone, crew=None),
+    )
+    monkeypatch.setattr(addends, "_taken", lambda *_: placed({MAIN: G}, {MAIN: G}))
+
+    assert addends.addend_parts(view) is None
+
+
+# ---- stages -------------------------------------------------------------------------------------
+
+
+def staged(scales, *, steps=2, size=4, other=None, rows=24, twist=0.0):
+    """Return the accumulated run of a pipeline whose stages have these multiples of the full batch's gradients.
+
+    Args:
+        scales: One for each stage, with a parameter of its own.
+        steps: K.
+        size: R.
+        other: The multiples at another K; None if the loop refuses it.
+        rows: Of every full batch.
+        twist: Of another gradient, in every stage, relative to its own.
+    """
+    right = [vector(3.0, 4.0) * (i + 1) for i in range(len(scales))]
+    turned = [vector(-4.0, 3.0) * (i + 1) * twist for i in range(len(scales))]
+    made = [scale * (a + b) for scale, a, b in zip(scales, right, turned, strict=True)]
+    reference, candidate = torch.cat(right), torch.cat(made)
+    pieces = torch.stack([0.5 * reference, 0.5 * reference])
+    fits = solve(pieces, reference), solve(pieces, candidate)
+    names = [(f"stage{i}.w", 2) for i in range(len(scales))]
+    found = Attribution(0, 0, pieces, reference, candidate, *fits, names)
+    there = None
+    if other is not None:
+        measured = {f"stage{i}.w": off(scale - 1.0) for i, scale in enumerate(other)}
+        there = Recording("candidate", steps=[step(gradients=measured)])
+    return SimpleNamespace(
+        steps=steps,
+        divergent=[found],
+        attributions=[found],
+        cycle_of=lambda matched: matched,
+        tolerance=lambda _: 1e-9,
+        experiment=SimpleNamespace(
+            case=SimpleNamespace(world_size=size, shares=1),
+            data=SimpleNamespace(rows=[rows]),
+            at=refuse if there is None else lambda _: there,
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("seen", "code"),
+    [
+        (staged([0.125, 0.25, 0.5, 1.0]), "EQ102"),
+        (staged([8.0, 4.0, 2.0, 1.0]), "EQ101"),
+        (staged([9.0, 3.0, 1.0], steps=2, size=3), "EQ504"),
+        (staged([4.0, 2.0, 1.0], size=2, other=[9.0, 3.0, 1.0]), "EQ101"),
+        (staged([4.0, 2.0, 1.0], size=2, other=[4.0, 2.0, 1.0]), "EQ504"),
+        (staged([4.0, 2.0, 1.0], size=2), None),
+        (staged([4.0, 2.0, 1.0], size=2, other=[9.0, 3.0, 1.0], rows=2), None),
+        (staged([2.0, 2.0, 1.0]), None),
+        (staged([4.0, 0.5, 1.0]), None),
+        (staged([5.0, 3.0, 1.0]), None),
+        (staged([8.0, 4.0, 2.0, 1.0], twist=0.1), None),
+        (staged([8.0, 4.0, 2.0], size=1), None),
+    ],
+    ids=[
+        "divided by K",
+        "multiplied by K",
+        "multiplied by R",
+        "K is R, and the factors follow K",
+        "K is R, and the factors follow R",
+        "K is R, another K refused",
+        "K is R, too few rows for another K",
+        "one power",
+        "up and down",
+        "no powers",
+        "other gradients",
+        "one rank",
+    ],
+)
+def test_factors_that_grow_from_stage_to_stage_are_told(seen, code):
+    """What a stage passes on reaches the one before it once, the one before that twice; else nothing is said."""
+    found = stages.suspect(seen)
+
+    assert codes(found) == ([code] if code else [])
+    for each in found:
+        (put_right,) = each.variants
+        assert all(factor != 1.0 for way in put_right for factor in way._factors[0])
+
+
+# ---- reductions that are left out ---------------------------------------------------------------
+
+
+def left_out(*apart, tail=True):
+    """Return two ranks' runs whose gradients differ after these of three steps; the last cycle is incomplete."""
+    both = []
+    for rank in range(2):
+        steps = [
+            step(i, sample=2 * G if rank and i in apart else G) for i in range(3 if tail else 2)
+        ]
+        for i, each in enumerate(steps):
+            each.first_backward, each.backwards = 2 * i, 2 * i + (1 if i == 2 else 2)
+        both.append(recording(*steps))
+    return Seen(*both)
+
+
+@pytest.mark.parametrize(
+    ("seen", "is_told"),
+    [
+        (left_out(2), True),
+        (left_out(0, 2), False),
+        (left_out(0, tail=False), False),
+    ],
+    ids=["after the tail", "after a complete cycle too", "no tail"],
+)
+def test_a_reduction_that_the_incomplete_cycle_lacks_is_told(seen, is_told):
+    """The step at the end of the loader, behind a micro-batch under no_sync."""
+    assert bool(ranks._tails_only(seen, 1e-9)) is is_told
+
+
+def test_a_horizon_made_by_r_or_by_k_is_not_told_where_another_k_is_refused():
+    seen = Seen(recording(step()), recording(step()))
+    seen.names = None
+
+    assert schedule._made_by_steps(seen) is False
+
+
+@pytest.mark.parametrize("elsewhere", [4, 8], ids=["R", "K"])
+def test_a_horizon_is_made_by_the_number_of_ranks_unless_another_k_makes_another(elsewhere):
+    """K and R are both 2 here: at K = 3 the schedule is made with the same number, or it is not."""
+    here, there = recording(step()), recording(step())
+    here.schedulers = [{"scheduler": "LinearLR", "arguments": {"total_iters": 4}}]
+    there.schedulers = [{"scheduler": "LinearLR", "arguments": {"total_iters": elsewhere}}]
+    seen = Seen(recording(step()), recording(step()), other=there)
+    seen.candidate.schedulers = here.schedulers
+
+    assert schedule._made_by_steps(seen) is (elsewhere != 4)

@@ -86,6 +86,23 @@ def averaged(rate):
     )
 
 
+def centred(loss):
+    """Return the replacements with which a loop subtracts a running mean of its own from the targets of a loss."""
+    return (
+        (BEGIN, f"    centre = 0.0\n{BEGIN}"),
+        (
+            LOSS,
+            f"{loss}\n        centre = 0.9 * centre + 0.1 * x.mean()",
+        ),
+    )
+
+
+def rate(formula):
+    """Return the replacement that sets the learning rate before every optimizer step, by a formula."""
+    step = "            optimizer.step()"
+    return (step, f"            optimizer.param_groups[0]['lr'] = {formula}\n{step}")
+
+
 TWO = "accumulation_steps in (1, 2)"
 ALONE_REFUSED = only("accumulation_steps > 1 or len(loader) <= 2")
 TOLD = {
@@ -179,6 +196,64 @@ TOLD = {
         times("1 / accumulation_steps"),
         AT_THE_END,
     ),
+    "a draw per optimizer step, and no division": (
+        "EQ101 proved",
+        NO_LOG,
+        UNDIVIDED,
+        (
+            LOSS,
+            (
+                "if index % accumulation_steps == 0:\n            shift = torch.randn(4)\n"
+                "        loss = F.cross_entropy(model(x + shift), y)"
+            ),
+        ),
+    ),
+    "an addend that reaches no parameter, and no division": (
+        "EQ101 proved",
+        NO_LOG,
+        UNDIVIDED,
+        (LOSS, f"x.requires_grad_()\n        {LOSS} + x.square().mean()"),
+    ),
+    "rows moved against the loss first, and no division": (
+        "EQ101 proved",
+        NO_LOG,
+        UNDIVIDED,
+        (
+            LOSS,
+            (
+                "x.requires_grad_()\n        F.cross_entropy(model(x), y).backward(inputs=[x])\n"
+                "        x = (x + 0.1 * x.grad.sign()).detach()\n"
+                f"        {LOSS}"
+            ),
+        ),
+    ),
+    "a running mean of the loop's own, and no division": (
+        "EQ000 suspected",
+        NO_LOG,
+        UNDIVIDED,
+        *centred("loss = (model(x) - centre).square().mean()"),
+    ),
+    "a running mean of the loop's own, and rows that a loss couples": (
+        "EQ202 suspected",
+        NO_LOG,
+        *centred("loss = (model(x) - centre).square().mean() + model(x).std(0).sum()"),
+    ),
+    "a rate times K, another K refused": (
+        "EQ313 proved",
+        NO_LOG,
+        only(TWO),
+        rate("0.1 * accumulation_steps"),
+    ),
+    "a rate times a constant": (
+        "EQ000 suspected",
+        NO_LOG,
+        rate("0.3 if accumulation_steps > 1 else 0.1"),
+    ),
+    "a rate that is zero in the full batch alone": (
+        "EQ000 suspected",
+        NO_LOG,
+        rate("0.1 if accumulation_steps > 1 else 0.05 * index"),
+    ),
     "a rate that no count gives": (
         "EQ000 suspected",
         NO_LOG,
@@ -215,6 +290,12 @@ TOLD = {
     ),
     "a step at every micro-batch": ("EQ303 proved", NO_LOG, EVERY),
     "a step at every micro-batch, another K refused": ("EQ303 proved", NO_LOG, only(TWO), EVERY),
+    "a step at every micro-batch, too few rows for another K": (
+        "EQ303 proved",
+        NO_LOG,
+        ("[8, 8]", "[2, 2]"),
+        EVERY,
+    ),
     "a factor, another K refused": (
         "EQ104 suspected",
         only(TWO),
@@ -284,6 +365,18 @@ TOLD = {
         "EQ309 proved",
         NO_LOG,
         (BEGIN, f"    copies = [torch.zeros_like(p) for p in model.parameters()]\n{BEGIN}"),
+        (
+            f"        {LOSS}",
+            (
+                "        for copy, p in zip(copies, model.parameters()):\n"
+                f"            copy.lerp_(p.detach(), 0.1)\n        {LOSS}"
+            ),
+        ),
+    ),
+    "an average that starts elsewhere, and is moved before anything is trained": (
+        "EQ309 proved",
+        NO_LOG,
+        (BEGIN, f"    copies = [1.1 * p.detach() for p in model.parameters()]\n{BEGIN}"),
         (
             f"        {LOSS}",
             (

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from equivcheck.case import Case
-from equivcheck.decide import run_case
+from equivcheck.decide import plan_cases, run_case
 from equivcheck.errors import UsageError
 from equivcheck.experiment import Experiment
 from equivcheck.subject import load_subject
@@ -62,6 +63,42 @@ class Framework(Loop):
 
     def train(self, model, dataset, micro_batch_size, accumulation_steps):
         raise AssertionError
+
+
+class Batching(Loop):
+    """Batches the whole set of samples by itself, in order.
+
+    Args:
+        loss: Of what the model gives for a micro-batch.
+    """
+
+    def __init__(self, loss):
+        super().__init__()
+        self.loss = loss
+
+    def train(self, model, dataset, micro_batch_size, accumulation_steps):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for index, rows in enumerate(DataLoader(dataset, micro_batch_size)):
+            self.loss(model(rows), accumulation_steps).backward()
+            if (index + 1) % accumulation_steps == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+
+
+@pytest.mark.parametrize(
+    ("loss", "told"),
+    [
+        (lambda out, k: out.square().mean() / k, []),
+        (lambda out, _: out.square().mean(), ["EQ101 proved"]),
+        (lambda out, k: out.std() / k, ["EQ202 proved"]),
+    ],
+    ids=["right", "not divided", "coupled"],
+)
+def test_pieces_of_a_framework_are_found_by_the_samples_that_it_took(loss, told):
+    """No run can be given one micro-batch of a set that the code batches itself; all of them, each with a step."""
+    case = run_case(load_subject(Batching(loss)), Case("Batching", 2))
+
+    assert [f"{each['code']} {each['status']}" for each in case["causes"]] == told
 
 
 @pytest.mark.parametrize(
@@ -119,6 +156,7 @@ Roles.__abstractmethods__ = frozenset()
     [
         (lambda lab: lab.at(3), "with K = 3"),
         (lambda lab: lab.candidate_again(), "once more"),
+        (lambda lab: lab.reseeded_within(), "with other seeds in its steps alone"),
         (lambda lab: lab.contributed(), "with what each backward adds, 0 things put right"),
         (lambda lab: lab.contributed_whole(), "with what each backward of the full batch adds"),
         (lambda lab: lab.turned(2), "with the micro-batches of every cycle turned by 2"),
@@ -146,3 +184,15 @@ def test_what_a_kind_of_experiment_does_not_know_is_left_open():
     assert lab.facts() == {}
     assert lab.other_samples() is None
     assert lab.printed() is None
+
+
+def test_what_a_framework_cannot_be_given_is_refused_before_anything_runs():
+    """A cut of several sizes is an error; a default K that leaves a remainder is left out, with a note."""
+    subject = load_subject(Framework())
+
+    with pytest.raises(UsageError, match="uneven-split"):
+        plan_cases(subject, [2, 4], explicit=False, split="uneven")
+    cases, notes = plan_cases(subject, [2, 4], explicit=False)
+
+    assert [each.accumulation_steps for each in cases] == [2]
+    assert [note.partition(":")[0] for note in notes] == ["accumulation_steps 4 left out"]

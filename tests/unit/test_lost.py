@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-import pytest
+from types import SimpleNamespace
 
+import pytest
+import torch
+
+from equivcheck import doubts
 from equivcheck.case import Case
 from equivcheck.decide import run_case
+from equivcheck.detectors import clipped
+from equivcheck.detectors.carried import Carried
 from equivcheck.detectors.lost import _completed
+from equivcheck.errors import UsageError
+from equivcheck.interventions import Shrink
+from equivcheck.recording import Recording, Step
 from equivcheck.subject import load_subject
+
+G = torch.tensor([3.0, 4.0], dtype=torch.float64)
 
 SUBJECT = """
 import itertools
@@ -108,3 +119,79 @@ def test_it_is_proved_what_a_step_never_got(tmp_path, name):
 
 def test_a_sweep_that_adds_nothing_makes_nothing():
     assert _completed(None, {}, {}, []) is None
+
+
+def steps(*gradients):
+    """Return a run of one optimizer with these gradients, one a step."""
+    found = Recording("candidate")
+    for index, gradient in enumerate(gradients):
+        step = Step(index, "SGD", frozenset(), index + 1, index, [0.1], matched=index)
+        step.sample = {"w": gradient}
+        found.steps.append(step)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("as_written", "small", "is_changed"),
+    [
+        (steps(G), steps(G), False),
+        (steps(G), steps(G * Shrink.FACTOR), False),
+        (steps(G), steps(G * 1.5), True),
+        (steps(G), steps(), False),
+        (steps(G), steps(None), False),
+    ],
+    ids=["the same", "looked at before", "clipped", "a loop that stops", "a parameter unused"],
+)
+def test_gradients_that_are_others_when_they_are_small_are_clipped(as_written, small, is_changed):
+    """What is not seen in both runs says nothing."""
+    assert clipped._changed(as_written, small) is is_changed
+
+
+@pytest.mark.parametrize("left", ["pieces", "a step"])
+def test_nothing_is_known_to_be_carried_where_one_micro_batch_makes_no_step(left):
+    """A loop that is given one micro-batch may return before its optimizer's first step."""
+    pieces = torch.stack([G, 2 * G])
+    alone = SimpleNamespace(matched=0, step=0, pieces=pieces, names=[("w", 2)])
+    view = SimpleNamespace(
+        chosen=(),
+        candidate=steps(G),
+        experiment=SimpleNamespace(
+            attributions=lambda _: [alone] if left == "pieces" else [],
+            begun_with=lambda _: [],
+        ),
+    )
+
+    assert Carried.of(view) is None
+
+
+def test_steps_are_taken_to_draw_where_they_cannot_be_seeded_by_themselves():
+    """Two command lines: what they draw before their first micro-batch is theirs."""
+
+    def refuse():
+        raise UsageError("this run cannot be made")
+
+    assert doubts.draws_within(SimpleNamespace(reseeded_within=refuse), None)
+
+
+OTHER = torch.tensor([-4.0, 3.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("mine", "lacking", "share"),
+    [
+        (G, OTHER, 1.0),
+        (2 * G, OTHER, 2.0),
+        (G, torch.zeros_like(G), None),
+        (-G, OTHER, None),
+    ],
+    ids=["as it is", "of another size", "what is lacking is not it", "against the gradient"],
+)
+def test_a_short_sweep_is_completed_by_what_it_lacks(mine, lacking, share):
+    """The full batch's sweep gives the sum of two micro-batches; this one had the first of them."""
+    noise = SimpleNamespace(floor=lambda: 1e-12, passed_on=lambda: 0.0)
+    view = SimpleNamespace(experiment=SimpleNamespace(noise=lambda: noise))
+    found = _completed(view, {"w": G + OTHER}, {"w": mine}, [{"w": lacking}])
+
+    assert (found is None) is (share is None)
+    if share is not None:
+        assert torch.allclose(found["w"], share * lacking)
