@@ -108,7 +108,9 @@ def _codes(value: Any) -> tuple[str, ...]:
             # One number is as near as another.
             known = () if code[2:].isdigit() else (*CAUSES, *by_name)
             meant = code if code.startswith("EQ") else stated.lower()
-            raise ValueError("a code or name that `equivcheck explain` lists" + _did_you_mean(meant, known))
+            raise ValueError(
+                "a code or name that `equivcheck explain` lists" + _did_you_mean(meant, known)
+            )
         codes.append(code)
     return tuple(dict.fromkeys(codes))
 
