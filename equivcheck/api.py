@@ -385,7 +385,7 @@ class Job:
 
 
 def plan(
-    targets: Iterable[object],
+    targets: Sequence[object],
     values: Mapping[str, Any],
     *,
     explicit: bool,
@@ -403,6 +403,17 @@ def plan(
     Raises:
         UsageError: A target cannot be loaded or planned.
     """
+    jobs: list[Job] = []
+    notes: list[str] = []
+    splits = values.get("split")
+    if isinstance(splits, tuple):
+        for split in splits:
+            more, remarks = plan(
+                targets, {**values, "split": split}, explicit=explicit, stated=stated
+            )
+            jobs += more
+            notes += [remark for remark in remarks if remark not in notes]
+        return jobs, notes
     from equivcheck.decide import plan_cases  # noqa: PLC0415 - torch is loaded only to run
     from equivcheck.execute import process_state  # noqa: PLC0415
     from equivcheck.subject import load_subject  # noqa: PLC0415
@@ -413,8 +424,6 @@ def plan(
         *("split", "strategy", "precision", "device", "optimizer_steps", "rows", "seed"),
         *("train", "rng"),
     )
-    jobs: list[Job] = []
-    notes: list[str] = []
     for target in [
         each
         for given in targets
@@ -443,7 +452,8 @@ def plan(
                 )
                 expect = tuple(values.get("expect") or ())
                 jobs += [Job(subject, case, expect) for case in cases]
-                remarks = [*remarks, *_unasked(subject, values), *_one_rank(subject, values)]
+                remarks += [*_unasked(subject, values), *_one_rank(subject, values)]
+                remarks += _nothing_accumulated(cases)
         notes += remarks
     return jobs, notes
 
@@ -458,6 +468,12 @@ def _unasked(subject: Any, values: Mapping[str, Any]) -> list[str]:
         if values.get(name, OPTIONS[name].default) != OPTIONS[name].default
         and name not in subject.asks
     ]
+
+
+def _nothing_accumulated(cases: Sequence[Case]) -> list[str]:
+    """Return a note where a loop is compared with itself."""
+    alone = any(case.accumulation_steps == case.world_size == 1 for case in cases)
+    return ["K=1: nothing is accumulated, the full batch is compared with itself"] * alone
 
 
 def _one_rank(subject: Any, values: Mapping[str, Any]) -> list[str]:

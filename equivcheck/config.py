@@ -95,6 +95,20 @@ def _choice(*allowed: str) -> Callable[[Any], str]:
     return parse
 
 
+def _choices(*allowed: str) -> Callable[[Any], str | tuple[str, ...]]:
+    """Return what reads one of some words, or several with commas between them."""
+    one = _choice(*allowed)
+
+    def parse(value: Any) -> str | tuple[str, ...]:
+        items = value.split(",") if isinstance(value, str) else value
+        if not isinstance(items, (list, tuple)) or not items:
+            return one(value)
+        found = tuple(dict.fromkeys(one(each) for each in items))
+        return found[0] if len(found) == 1 else found
+
+    return parse
+
+
 def _codes(value: Any) -> tuple[str, ...]:
     items = value.split(",") if isinstance(value, str) else value
     if not isinstance(items, (list, tuple)):
@@ -142,7 +156,9 @@ OPTIONS: dict[str, Option] = {
     option.name: option
     for option in (
         Option("accumulation_steps", (2, 4), _whole_list, "N,N", "micro-batches per cycle"),
-        Option("split", "even", _choice(*SPLITS), "HOW", "how a full batch is cut: even or uneven"),
+        Option(
+            "split", "even", _choices(*SPLITS), "HOW", "how a batch is cut: even, uneven, or both"
+        ),
         Option("world_size", (1,), _whole_list, "N,N", "ranks, a process each"),
         Option("strategy", "none", _choice(*STRATEGIES), "NAME", "how ranks work together"),
         Option("device", "cpu", _choice(*DEVICES), "NAME", "cpu or cuda"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +132,7 @@ def _search(target: str, settings: Settings, budget: int) -> Any:
     sizes = list(_several(settings["world_size"]))
     worlds = [(size, settings["strategy"] if size > 1 else "none") for size in sizes]
     stated = settings.stated("accumulation_steps")
-    splits = (settings["split"],) if settings.stated("split") else ("even", "uneven")
+    splits = _several(settings["split"]) if settings.stated("split") else ("even", "uneven")
     return Search(
         subject,
         template,
@@ -146,8 +146,8 @@ def _search(target: str, settings: Settings, budget: int) -> Any:
     )
 
 
-def _several(value: Any) -> Iterable[int]:
-    return (value,) if isinstance(value, int) else value
+def _several(value: Any) -> Sequence[Any]:
+    return (value,) if isinstance(value, (int, str)) else value
 
 
 def _whole(value: str) -> int:

@@ -206,8 +206,9 @@ def _title(result: Mapping[str, Any]) -> str:
         return f"{those} agree with the full batch"
     having = Counter(code for case in failing for code in words.codes(case)[:1])
     count, codes = having.total(), list(having)
-    others = len(failing) - count
-    more = f", {others} more without a cause" if codes and others else ""
+    without = Counter(case["verdict"] for case in failing if not words.codes(case))
+    told = ", ".join(f"{number} {verdict}" for verdict, number in without.items())
+    more = f", {told}" if codes and told else ""
     if len(codes) > NAMED:
         return f"{len(codes)} causes in {count} of {len(cases)} cases{more}"
     if codes:
@@ -255,14 +256,15 @@ def _section(case: Mapping[str, Any]) -> dict[str, Any]:
 def _groups(cases: Sequence[Mapping[str, Any]], detailed: set[str]) -> list[dict[str, Any]]:
     """Return the causes of all cases, each once, with the cases that have it; proved ones first."""
     found: dict[str, dict[str, Any]] = {}
+    several = len({case.get("target") for case in cases}) > 1
     for case in cases:
+        file = str(case.get("target", "")).rpartition("/")[2] if several else ""
+        label = f"{file} {words.label(case)}".strip()
         for cause in (*panels.causes(case), *panels.warnings(case)):
             group = found.setdefault(cause["code"], {**cause, "cases": [], "of": case})
             if case["id"] in detailed and group["of"]["id"] not in detailed:
                 group.update(cause, of=case)
-            group["cases"].append(
-                {"id": case["id"], "label": words.label(case), "failed": words.failed(case)}
-            )
+            group["cases"].append({"id": case["id"], "label": label, "failed": words.failed(case)})
     certain = {"proved": 0, "warning": 2}
     order = sorted(
         found.values(), key=lambda g: (certain.get(g["status"], 1), -len(g["cases"]), g["code"])

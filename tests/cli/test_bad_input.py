@@ -550,6 +550,14 @@ def test_a_name_of_another_framework_is_understood(run, asked, meant):
     assert f"did you mean {meant}?" in ran.err
 
 
+def test_one_micro_batch_is_said_to_compare_nothing(run):
+    """It is equivalent by itself."""
+    ran = run(TRAIN, arguments=["--accumulation-steps", "1"])
+
+    assert ran.code == 0, ran
+    assert "K=1: nothing is accumulated" in ran.out
+
+
 class Tags(HTMLParser):
     """Collects the names of all tags."""
 

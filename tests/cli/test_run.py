@@ -271,6 +271,19 @@ def test_k_selects(cli, engine, expression, steps):
     assert [case.accumulation_steps for case, *_ in engine.ran] == steps
 
 
+@pytest.mark.parametrize("told", ["--split", "file"])
+def test_both_cuts_in_one_run(cli, engine, told):
+    """On the command line and in a file."""
+    if told == "file":
+        page = "[tool.equivcheck]\nsplit = ['even', 'uneven']\n"
+        Path("pyproject.toml").write_text(page, encoding="utf-8")
+    outcome = cli("run", "train_step.py", *(["--split", "even,uneven"] if told != "file" else []))
+
+    assert outcome.code == 0
+    ran = [(case.split, case.accumulation_steps) for case, *_ in engine.ran]
+    assert ran == [("even", 2), ("even", 4), ("uneven", 2), ("uneven", 4)]
+
+
 def test_nothing_selected_is_not_a_pass(cli):
     """Exit code 5, and what there would have been."""
     outcome = cli("run", "train_step.py", "-k", "K=9")

@@ -287,7 +287,7 @@ def test_a_headline_counts_the_cases_that_have_the_cause():
     raised = {**right, "verdict": "error", "causes": [], "error": {"type": "StepError"}}
     whole = {**load("EQ103"), "cases": [wrong, raised, right]}
 
-    assert html.title(whole) == "EQ103 mean-of-means in 1 of 3 cases, 1 more without a cause"
+    assert html.title(whole) == "EQ103 mean-of-means in 1 of 3 cases, 1 error"
 
 
 def test_a_section_of_several_says_what_to_do():

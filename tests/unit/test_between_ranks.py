@@ -598,6 +598,19 @@ def test_a_horizon_that_the_loop_refuses_is_not_told():
     assert schedule._divided_by_ranks(seen, 0) == []
 
 
+def test_a_loss_of_which_one_addend_alone_has_gradients_is_not_taken_apart(monkeypatch):
+    """It is a sum, and the other one reaches no parameter."""
+    alone = Recording("pieces", backwards=[Backward(0, 1, 1.0, 1.0, "AddBackward0", addends=2)])
+    view = SimpleNamespace(
+        chosen=(),
+        cycles={},
+        experiment=SimpleNamespace(remembered={}, pieces_recording=lambda _: alone, crew=None),
+    )
+    monkeypatch.setattr(addends, "_taken", lambda *_: placed({MAIN: G}, {MAIN: G}))
+
+    assert addends.addend_parts(view) is None
+
+
 # ---- stages -------------------------------------------------------------------------------------
 
 

@@ -214,11 +214,31 @@ TOLD = {
         UNDIVIDED,
         (LOSS, f"x.requires_grad_()\n        {LOSS} + x.square().mean()"),
     ),
+    "rows moved against the loss first, and no division": (
+        "EQ101 proved",
+        NO_LOG,
+        UNDIVIDED,
+        (
+            LOSS,
+            (
+                "x.requires_grad_()\n        F.cross_entropy(model(x), y).backward(inputs=[x])\n"
+                "        x = (x + 0.1 * x.grad.sign()).detach()\n"
+                f"        {LOSS}"
+            ),
+        ),
+    ),
     "a running mean of the loop's own, and no division": (
         "EQ000 suspected",
         NO_LOG,
         UNDIVIDED,
         *centred("loss = (model(x) - centre).square().mean()"),
+    ),
+    "a running mean of the loop's own, beside an average by a rate that no count gives": (
+        "EQ309 suspected",
+        NO_LOG,
+        ("[8, 8]", "[8, 8, 8]"),
+        *centred("loss = (model(x) - centre).square().mean()"),
+        *averaged("0.1 * accumulation_steps"),
     ),
     "a running mean of the loop's own, and rows that a loss couples": (
         "EQ202 suspected",

@@ -156,6 +156,7 @@ Roles.__abstractmethods__ = frozenset()
     [
         (lambda lab: lab.at(3), "with K = 3"),
         (lambda lab: lab.candidate_again(), "once more"),
+        (lambda lab: lab.reseeded_within(), "with other seeds in its steps alone"),
         (lambda lab: lab.contributed(), "with what each backward adds, 0 things put right"),
         (lambda lab: lab.contributed_whole(), "with what each backward of the full batch adds"),
         (lambda lab: lab.turned(2), "with the micro-batches of every cycle turned by 2"),

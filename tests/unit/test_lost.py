@@ -7,11 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from equivcheck import doubts
 from equivcheck.case import Case
 from equivcheck.decide import run_case
 from equivcheck.detectors import clipped
 from equivcheck.detectors.carried import Carried
 from equivcheck.detectors.lost import _completed
+from equivcheck.errors import UsageError
 from equivcheck.interventions import Shrink
 from equivcheck.recording import Recording, Step
 from equivcheck.subject import load_subject
@@ -160,3 +162,36 @@ def test_nothing_is_known_to_be_carried_where_one_micro_batch_makes_no_step(left
     )
 
     assert Carried.of(view) is None
+
+
+def test_steps_are_taken_to_draw_where_they_cannot_be_seeded_by_themselves():
+    """Two command lines: what they draw before their first micro-batch is theirs."""
+
+    def refuse():
+        raise UsageError("this run cannot be made")
+
+    assert doubts.draws_within(SimpleNamespace(reseeded_within=refuse), None)
+
+
+OTHER = torch.tensor([-4.0, 3.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("mine", "lacking", "share"),
+    [
+        (G, OTHER, 1.0),
+        (2 * G, OTHER, 2.0),
+        (G, torch.zeros_like(G), None),
+        (-G, OTHER, None),
+    ],
+    ids=["as it is", "of another size", "what is lacking is not it", "against the gradient"],
+)
+def test_a_short_sweep_is_completed_by_what_it_lacks(mine, lacking, share):
+    """The full batch's sweep gives the sum of two micro-batches; this one had the first of them."""
+    noise = SimpleNamespace(floor=lambda: 1e-12, passed_on=lambda: 0.0)
+    view = SimpleNamespace(experiment=SimpleNamespace(noise=lambda: noise))
+    found = _completed(view, {"w": G + OTHER}, {"w": mine}, [{"w": lacking}])
+
+    assert (found is None) is (share is None)
+    if share is not None:
+        assert torch.allclose(found["w"], share * lacking)

@@ -13,15 +13,17 @@ from equivcheck.attach.launch import Ended
 from equivcheck.attach.process import ATTACHED
 from equivcheck.attach.spec import Spec
 from equivcheck.attach.store import Facts
+from equivcheck.case import Case
 from equivcheck.errors import InternalError, StepError, UsageError
 from equivcheck.recording import Backward, Recording, Step
 from equivcheck.scripts import runner
+from equivcheck.scripts.experiment import ScriptExperiment
 from equivcheck.scripts.merge import together
 from equivcheck.scripts.pieces import addends_of, attribution_of, pieces_of
 from equivcheck.scripts.printed import Number, differing
 from equivcheck.scripts.runner import Runner
 from equivcheck.scripts.samples import first_difference
-from equivcheck.scripts.target import Command, script_of, scripts_of
+from equivcheck.scripts.target import Command, Script, script_of, scripts_of
 
 
 def vector(*values):
@@ -43,14 +45,17 @@ def fetched(*micro_batches):
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
-    """Return a function that reads what a command line's processes left, and the notes that were taken."""
+def leaving(monkeypatch):
+    """Return a function that lets every command line end at once, as if its processes had left these files.
 
-    def runs(ranks=None, *, code=0, failures=(), attached=True):
-        notes = []
-        ours = Runner(lambda _: None, notes.append)
+    What it returns is filled with what each of them was asked.
+    """
 
-        def launch(_words, _spec, folder, **_):
+    def prepare(ranks=None, *, code=0, failures=(), attached=True):
+        asked = []
+
+        def launch(_words, spec, folder, **_):
+            asked.append(spec)
             folder.mkdir(parents=True)
             if attached:
                 (folder / ATTACHED).touch()
@@ -60,14 +65,75 @@ def run(tmp_path, monkeypatch):
             return Ended(code, "the disk is full", list(failures), 0.1)
 
         monkeypatch.setattr(runner, "launch", launch)
-        spec = Spec("reference", "", "write")
+        return asked
+
+    return prepare
+
+
+COMMAND = Command("python a.py", ("python", "a.py"))
+
+
+@pytest.fixture
+def run(leaving):
+    """Return a function that reads what a command line's processes left, and the notes that were taken."""
+
+    def runs(ranks=None, **how):
+        notes = []
+        ours = Runner(lambda _: None, notes.append)
+        leaving(ranks, **how)
         try:
-            recording, _ = ours.run(spec, Command("python a.py", ("python", "a.py")), None, None)
+            recording, _ = ours.run(Spec("reference", "", "write"), COMMAND, None, None)
         finally:
             ours.close()
         return recording, notes
 
     return runs
+
+
+@pytest.fixture
+def laboratory():
+    """Return the experiment of two command lines."""
+    lab = ScriptExperiment(Script(COMMAND, COMMAND), Case("python a.py | python a.py", 1))
+    yield lab
+    lab.close()
+
+
+def test_a_note_on_a_command_is_taken_once(leaving, laboratory):
+    """Every role runs it, and says the same."""
+    leaving({"rank-0": Facts(ended="exit"), "rank-0.1": Facts(ended="exit")})
+    laboratory.reference()
+    laboratory.control()
+
+    assert laboratory.notes == ["python a.py: a second training process of one rank was left out"]
+
+
+def test_a_script_learns_the_number_of_its_steps_from_its_loader(leaving, laboratory):
+    asked = leaving({"rank-0": Facts(ended="exit")})
+    laboratory.reference_of_horizon(5)
+
+    assert [(spec.role, spec.length) for spec in asked] == [("reference", None), ("full_batch", 5)]
+
+
+def test_the_control_of_a_script_is_perturbed_already(leaving, laboratory):
+    asked = leaving({"rank-0": Facts(ended="exit")})
+
+    assert laboratory.perturbed() is laboratory.control()
+    assert [spec.observer for spec in asked] == ["write", "perturb"]
+
+
+def test_a_command_without_processes_leaves_an_empty_reference(leaving, laboratory):
+    leaving()
+
+    assert laboratory.reference().steps == []
+    assert laboratory.facts()["full_command"] == "python a.py"
+
+
+def test_a_full_batch_on_several_ranks_is_one_recording(run):
+    """Each process says which of them it was."""
+    both = {f"rank-{rank}": Facts(ended="exit", rank=rank, world_size=2) for rank in range(2)}
+    recording, _ = run(both)
+
+    assert [len(each.steps) for each in (recording, *recording.ranks)] == [1, 1, 1]
 
 
 def test_a_second_process_of_one_rank_is_left_out_and_said(run):
