@@ -85,7 +85,7 @@ class Comparer(Sampler):
         kept = self._reference.kept[step.matched]
         self._gradients = gradients
         self._wanted = mine_of(recorder, kept.gradients, gradients)
-        if recorder.holdings is not None:
+        if recorder.world_size > 1:
             _refuse_unknown_parts(recorder, step, self._wanted, gradients)
         step.gradients = compare(self._wanted, gradients, step)
         step.applied = (

@@ -148,8 +148,8 @@ class Sampler(Observer):
         return flat.index_select(0, chosen.to(flat.device)).to("cpu")
 
     def arrival(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
-        """Return what is kept of a gradient that arrives at a parameter."""
-        return self.take(name, gradient)
+        """Return what is kept of a gradient that arrives at a whole parameter, whatever part of it this rank keeps."""
+        return self.sampled(name, gradient).to(torch.float64)
 
     @contextmanager
     def arriving(self, recorder: Recorder) -> Iterator[None]:
@@ -165,9 +165,12 @@ class Sampler(Observer):
 
             return hook
 
+        leaves = recorder.leaves()
+        if recorder.holdings is not None:
+            leaves |= recorder.holdings.gathered(recorder.model)
         handles = [
             p.register_hook(note(name))  # type: ignore[no-untyped-call]
-            for name, p in recorder.leaves().items()
+            for name, p in leaves.items()
             if p.requires_grad
         ]
         try:

@@ -184,6 +184,19 @@ class Holdings:
                     return [_stretch(name, parameter, 0, start, length)]
         return None
 
+    def gathered(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """Return the whole parameters that `fully_shard` has gathered, by name: gradients arrive at them."""
+        found: dict[str, torch.Tensor] = {}
+        for module in model.modules():
+            sharded: Any = module
+            state = sharded._get_fsdp_state() if hasattr(module, "_get_fsdp_state") else None
+            for group in getattr(state, "_fsdp_param_groups", ()):
+                for each in group.fsdp_params:
+                    name = self._full_name(each._module_info)
+                    if name is not None and hasattr(each, "_unsharded_param"):
+                        found[name] = each._unsharded_param
+        return found
+
     def _full_name(self, info: Any) -> str | None:
         module = self._modules.get(id(info.module))
         if module is None:

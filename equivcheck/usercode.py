@@ -66,6 +66,9 @@ _NO_GPU = ("Torch not compiled with CUDA", "Found no NVIDIA driver", "No CUDA GP
 # What torch says where a reduction multiplies, and the backend cannot (its ProcessGroupGloo.cpp).
 _NO_FACTOR = "Cannot use ReduceOp.PREMUL_SUM"
 
+# What torch says where a collective is called in a process that is no rank (its distributed_c10d.py).
+_NO_GROUP = "Default process group has not been initialized"
+
 
 def raised(name: str, error: BaseException, where: str) -> StepError:
     """Return the error of one of the user's functions that raised, with the user's frames only.
@@ -85,6 +88,9 @@ def raised(name: str, error: BaseException, where: str) -> StepError:
     elif any(each in str(error) for each in _NO_GPU):
         because = f"{name} asks for a GPU by name, and there is no CUDA device on this machine"
         fix = "def train(model, loader, accumulation_steps, device): with model.to(device), not .cuda()"
+    elif _NO_GROUP in str(error) and where.startswith(_ALONE):
+        because = "the full batch runs in one process, which has no process group"
+        fix = "if world_size > 1: before what only ranks do; or if torch.distributed.is_initialized():"
     elif _NO_FACTOR in str(error):
         because = (
             "a divide factor of FSDP's is part of the reduction (PREMUL_SUM), which nccl has, and gloo, where ranks on "
@@ -121,6 +127,8 @@ def _ran_by_itself(name: str, where: str) -> tuple[str, str, str]:
     return "train to end", because, "train(build(), batches(), accumulation_steps=1) must end first"
 
 
+# Roles of one process.
+_ALONE = ("reference", "native_reference", "control", "pieces", "full_batch")
 # Roles that run in micro-batches, once the full batch has gone through.
 _ACCUMULATED = ("candidate", "native_candidate", "pieces")
 _TRY_MICRO_BATCHES = "let train take as few rows as a micro-batch has, and as many micro-batches"

@@ -17,6 +17,7 @@ from equivcheck.bridges import open_to_float64
 from equivcheck.casting import promote_module
 from equivcheck.hooks.base import quiet, replace
 from equivcheck.neutral import switch_off_modules
+from equivcheck.parts import Holdings, is_distributed
 from equivcheck.recorder import Recorder
 from equivcheck.recording import Place, Recording
 from equivcheck.split import named_tensors
@@ -230,6 +231,9 @@ class ProcessRecorder(Recorder):
             self.observer.start(self)
             return
         self._take(model)
+        if any(is_distributed(parameter) for parameter in self.model.parameters()):
+            # A DTensor knows the shape of the whole; the model was sharded before it was seen.
+            self.holdings = Holdings(self.model)
         recording = self.recording
         first = next((p for p in self.model.parameters()), None)
         recording.dtype = (

@@ -18,6 +18,7 @@ from equivcheck.interventions import (
     FindUnused,
     Maximum,
     NormOfWhole,
+    SumOverRanks,
     Synchronise,
     SynchroniseOnce,
 )
@@ -279,29 +280,49 @@ def _apart_at_the_step(view: View) -> list[Suspicion]:
         spread = gradient_spread(steps) if len(steps) > 1 else 0.0
         if spread > limit and not _reduced_after_a_clip(steps, limit):
             evidence: dict[str, object] = {"spread_between_ranks": spread}
+            apart, held = _apart_and_held(steps, limit)
             evidence |= (
-                _some_parameters(steps, limit) or _tails_only(view, limit) or _averaged_later(view)
+                _some_parameters(view, apart, held)
+                or _tails_only(view, limit)
+                or _averaged_later(view)
             )
             weights = _weights_of_ranks(view, index)
             if weights:
                 evidence["weights_of_each_rank"] = weights
-            return [Suspicion("EQ502", [(Synchronise(),)], evidence, index, 18)]
+            variants: list[Interventions] = [(Synchronise(),)]
+            if view.experiment.case.shares == 1:
+                variants.insert(0, (SumOverRanks(frozenset(apart)),))
+            return [Suspicion("EQ502", variants, evidence, index, 18, is_seen=True)]
     return []
 
 
-def _some_parameters(steps: Sequence[Step], limit: float) -> dict[str, object]:
-    """Tell which gradients differ between ranks, where others are the same on all; nothing where all differ."""
+def _apart_and_held(steps: Sequence[Step], limit: float) -> tuple[list[str], list[str]]:
+    """Return the parameters whose gradients differ between ranks, and all that every rank has."""
     held = [name for name in steps[0].sample if all(name in each.sample for each in steps)]
     apart = [
         name
         for name in held
         if gradient_spread([replace(s, sample={name: s.sample[name]}) for s in steps]) > limit
     ]
+    return apart, held
+
+
+def _some_parameters(view: View, apart: Sequence[str], held: Sequence[str]) -> dict[str, object]:
+    """Tell which gradients differ between ranks, where others are the same on all; nothing where all differ."""
     if len(apart) == len(held):
         return {}
-    return {
+    where: dict[str, object] = {
         "not_reduced": apart[:5],
         "parameters": f"{len(apart)} of {len(held)}",
+    }
+    if view.experiment.case.shares == 1:
+        return {
+            **where,
+            "because": "ranks that compute parts of one batch each hold what flows back through their own part",
+            "fix": "all-reduce in the backward the gradient of what every rank's part takes as its input",
+        }
+    return {
+        **where,
         "because": "the reduction leaves these parameters out, and the others are the same on all ranks",
         "fix": "reduce the gradients of all parameters that the optimizer steps",
     }

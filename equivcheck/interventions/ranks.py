@@ -65,6 +65,32 @@ class Synchronise(Intervention):
             parameter.grad /= world_size
 
 
+class SumOverRanks(Intervention):
+    """Add up the gradients of some parameters over all ranks, once, after the last backward of each cycle.
+
+    Ranks that compute parts of one batch each hold what flows back through their own part.
+
+    Args:
+        names: Those parameters.
+    """
+
+    name = "sum over ranks"
+
+    def __init__(self, names: frozenset[str]) -> None:
+        self._names = names
+
+    def after_backward(self, recorder: Recorder) -> None:
+        place = recorder.place()
+        if place is None or not place.last or recorder.world_size == 1:
+            return
+        with quiet():
+            for parameter in _replicas(recorder.gradient_holders()):
+                if recorder.names[id(parameter)] in self._names:
+                    if parameter.grad is None:
+                        parameter.grad = torch.zeros_like(parameter)
+                    dist.all_reduce(parameter.grad)
+
+
 class NormOfWhole(Intervention):
     """Clip by the norm of the whole gradient, as the full batch has it.
 

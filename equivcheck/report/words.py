@@ -39,6 +39,7 @@ PUT_RIGHT = {
     "rescale at the step": "the gradients multiplied at the step by what they lack",
     "shrink": "every gradient too small to be clipped, in both runs",
     "synchronise": "one reduction over the ranks at the end of the cycle",
+    "sum over ranks": "the gradients that differ between ranks added up at the end of the cycle",
     "synchronise once": "one reduction over the ranks at the end of the cycle",
     "broadcast": "one rank's parameters and buffers given to all",
     "find unused parameters": "DDP told to look for unused parameters",

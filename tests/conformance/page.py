@@ -33,7 +33,8 @@ def page(text: str) -> str:
         elif words:
             parts.append(f"<p>{words}</p>")
     title = html.escape(text.partition("\n")[0].lstrip("# "))
-    head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title>"
+    wide = "<meta name=viewport content='width=device-width, initial-scale=1'>"
+    head = f"<!doctype html><html lang=en><meta charset=utf-8>{wide}<title>{title}</title>"
     return f"{head}<style>{STYLE}</style><main>{''.join(parts)}</main></html>\n"
 
 

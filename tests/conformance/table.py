@@ -335,9 +335,11 @@ def by_claim(table: dict[str, Any]) -> list[str]:
 
 
 def weights(found: Any) -> str:
-    """Return the weights that micro-batches got."""
+    """Return the weights that micro-batches got, rank by rank."""
     if not found:
         return ""
+    if isinstance(found[0], list):
+        return "; ".join(weights(each) for each in found)
     return " ".join("?" if w is None else f"{w:.4g}" for w in found)
 
 

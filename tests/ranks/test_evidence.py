@@ -172,3 +172,29 @@ def test_a_loop_that_waits_for_ever_with_something_put_right_keeps_its_verdict(
     result = run_case(load_subject(str(path)), case, timeout=300.0)
 
     assert result["verdict"] == "divergent", result["headline"]
+
+
+NO_GUARD = """
+import torch
+import torch.distributed as dist
+
+def build():
+    return torch.nn.Linear(4, 1)
+
+def batches():
+    return [torch.ones(8, 4)]
+
+def train(model, loader, accumulation_steps):
+    dist.get_world_size()
+"""
+
+
+def test_a_loop_that_asks_for_its_ranks_where_there_are_none(tmp_path: Path) -> None:
+    path = tmp_path / "subject.py"
+    path.write_text(NO_GUARD, encoding="utf-8")
+
+    result = run_case(load_subject(str(path)), Case(str(path), 2, world_size=2))
+
+    assert result["verdict"] == "error"
+    assert result["error"]["because"].endswith("one process, which has no process group")
+    assert result["error"]["fix"].startswith("if world_size > 1:")

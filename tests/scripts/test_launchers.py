@@ -90,6 +90,27 @@ def test_a_fault_on_two_ranks_is_proved(decide, mistake, code):
     is_proved(decided(decide, "ddp", mistake, **DDP), code)
 
 
+@slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("mistake", "code"),
+    [
+        (None, None),
+        ("missing-division", "EQ101"),
+        ("sum-over-ranks", "EQ504"),
+    ],
+)
+def test_a_model_that_is_sharded_before_it_is_seen(decide, mistake, code):
+    """fully_shard over two ranks, one parameter in shards of unequal size, against the whole model in one process."""
+    entry = decided(decide, "fsdp2", mistake, **DDP)
+
+    if code is None:
+        is_right(entry, accumulation_steps=4, world_size=2)
+    else:
+        is_proved(entry, code)
+        assert entry["attribution"]["reference_residual"] < 1e-12
+
+
 HF = {"accumulated": ("--batch-size", 2, "--accum", 4)}
 
 

@@ -233,6 +233,13 @@ TOLD = {
         UNDIVIDED,
         *centred("loss = (model(x) - centre).square().mean()"),
     ),
+    "a running mean of the loop's own, beside an average by a rate that no count gives": (
+        "EQ309 suspected",
+        NO_LOG,
+        ("[8, 8]", "[8, 8, 8]"),
+        *centred("loss = (model(x) - centre).square().mean()"),
+        *averaged("0.1 * accumulation_steps"),
+    ),
     "a running mean of the loop's own, and rows that a loss couples": (
         "EQ202 suspected",
         NO_LOG,
