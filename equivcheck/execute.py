@@ -273,6 +273,8 @@ def _execute(
             recording.lowered = {
                 name: str(dtype).removeprefix("torch.") for name, dtype in mode.lowered.items()
             }
+    if feed.singly:
+        recording.join_samples()
     recording.logged = _logged(returned)
     recording.own_length = feed.own_length if feed.has_own else None
     recording.seconds = time.perf_counter() - started

@@ -7,8 +7,10 @@ cycle or at its end.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -258,6 +260,35 @@ class Recording:
     notes: list[str] = field(default_factory=list)
     ranks: list[Recording] = field(default_factory=list)
     collectives: list[Collective] = field(default_factory=list)
+
+    def join_samples(self) -> None:
+        """Make micro-batches of samples that were handed out one by one: those between two backwards are one's.
+
+        Nothing is joined where all were taken before the first backward, as into a tensor of the loop's own.
+        """
+        ends = sorted({backward.fetches for backward in self.backwards})
+        if not ends or len(ends) < len(self.steps):
+            return
+
+        def joined(fetches: int) -> int:
+            return bisect_right(ends, fetches - 1) + 1 if fetches else 0
+
+        whole: list[list[Key]] = [[] for _ in range(joined(len(self.fetched)))]
+        for index, keys in enumerate(self.fetched):
+            whole[joined(index + 1) - 1] += keys
+        timeline: list[Event] = []
+        for event in self.timeline:
+            fetches, detail = joined(event.fetches), event.detail
+            if event.kind == "fetch":
+                if any(each.kind == "fetch" and each.fetches == fetches for each in timeline[-1:]):
+                    continue
+                detail = {**detail, "samples": len(whole[fetches - 1])}
+            timeline.append(replace(event, fetches=fetches, detail=detail))
+        for backward in self.backwards:
+            backward.fetches = joined(backward.fetches)
+            backward.owner = joined(backward.owner + 1) - 1
+        self.uses = [use for use, _ in groupby(joined(each + 1) - 1 for each in self.uses)]
+        self.fetched, self.timeline = whole, timeline
 
     def places(self, cycles: dict[Key, int]) -> list[Place]:
         """Return the place of every backward, given the cycle that each sample belongs to.
