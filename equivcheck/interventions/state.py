@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from equivcheck.interventions.base import Intervention
 from equivcheck.parts import is_distributed
-from equivcheck.shadow import as_tensor, shadow_holders, untrained
+from equivcheck.shadow import as_tensor, shadow_holders, shadow_weights, untrained
 
 if TYPE_CHECKING:
     from equivcheck.recorder import Recorder
@@ -365,9 +365,12 @@ class Rewind(Intervention):
                     if name in self._buffers and self._buffers[name].shape == buffer.shape:
                         buffer.detach().copy_(self._buffers[name])
                 # By name, too: a loop may have put a new dictionary in the place of the one that was saved.
-                for name, holder in shadow_holders(recorder).items() if self._replaced else ():
+                if self._replaced:
+                    shadow_weights(recorder)
+                for name, saved in self._replaced.items():
+                    # What it holds need not look like the weights now: FSDP has them whole before a forward.
+                    holder = recorder.shadow_holders.get(name)
                     if isinstance(holder, dict):
-                        saved = self._replaced.get(name, {})
                         holder.update({k: _copied(v) for k, v in saved.items()})
                 for entries, values in self._entries:
                     # Fresh copies each time: the loop may change in place what is put back.
