@@ -536,7 +536,7 @@ def test_a_full_disk_hides_no_divergence(run):
 @pytest.mark.parametrize(
     ("asked", "meant"),
     [
-        ("grad_accum", "accumulation_steps"),
+        ("accum_steps", "accumulation_steps"),
         ("train_dataloader", "loader"),
         ("network", "model"),
         ("per_device_batch_size", "micro_batch_size"),
