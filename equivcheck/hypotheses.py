@@ -40,6 +40,7 @@ def hypotheses(
     for prediction in predictions:
         factors: dict[int, list[float]] = {}
         lost: Changes = {}
+        lacking: Changes = {}
         shown: list[tuple[Attribution, list[float], list[float]]] = []
         # Counts that are equal count equally in a mean of means: one factor for all of them is another cause.
         uneven = code != "EQ103"
@@ -56,6 +57,8 @@ def hypotheses(
                 intended = meant(each, right) if meant else right
                 factor = _factors(intended, wrong)
                 factors[each.matched] = factor
+                apart = [a - b for a, b in zip(intended, wrong, strict=True)]
+                at_step(view, each, predict(each.pieces, apart), lacking)
                 # No factor brings back what has no weight at all: it is added at the step.
                 away = [k for k, w in enumerate(wrong) if w == 0 and right[k] != 0]
                 if away:
@@ -72,7 +75,7 @@ def hypotheses(
                 "weights": first.shaped(first.w.values if told else wrong),
                 "true_weights": first.shaped(first.v.values if told else right),
             }
-            variants = reweighted(view, factors)
+            variants = reweighted(view, factors) or [(Restitute(lacking),)]
             if lost:
                 variants = [(*each, Restitute(lost)) for each in variants]
             return [Suspicion(code, variants, evidence, first.step, rank)]
