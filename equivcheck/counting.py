@@ -13,9 +13,10 @@ _WEIGHT_DIMENSIONS = (1, 2)
 
 
 def is_weight(tensor: torch.Tensor) -> bool:
-    """Return whether a tensor may hold the weights of rows, or of their entries, that a mean is taken with."""
+    """Return whether a tensor may hold what a mean is taken with: weights of rows or their entries, lengths of rows."""
+    is_length = tensor.dim() == 1 and not tensor.is_complex() and tensor.dtype != torch.bool
     return (
-        tensor.is_floating_point()
+        (is_length or tensor.is_floating_point())
         and tensor.dim() in _WEIGHT_DIMENSIONS
         and bool((tensor >= 0).all())
         and bool(tensor.any())

@@ -154,7 +154,7 @@ class SubjectExperiment(Experiment):
                     )
                 if is_weight(tensor):
                     found.setdefault(f"sum of {path}", []).append(
-                        [float(tensor[start:stop].double().sum()) for start, stop in slices]
+                        [_total(tensor[start:stop]) for start, stop in slices]
                     )
         return {
             label: values for label, values in found.items() if len(values) == len(self.data.rows)
@@ -738,3 +738,8 @@ class SubjectExperiment(Experiment):
         return dict(
             zip(wanted, (None if g is None else g.detach() for g in gradients), strict=True)
         )
+
+
+def _total(tensor: torch.Tensor) -> float:
+    """Return a sum, of whole numbers exactly."""
+    return float(tensor.double().sum()) if tensor.is_floating_point() else int(tensor.sum())

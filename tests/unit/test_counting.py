@@ -50,10 +50,12 @@ def test_what_a_tensor_holds_is_counted_by_its_kind(tensor, expected):
         (torch.tensor([[0.0, 1.0]]), True),
         (torch.tensor([0.0, 0.0]), False),
         (torch.tensor([-0.5, 2.0]), False),
-        (torch.tensor([1, 2]), False),
+        (torch.tensor([1, 2]), True),
+        (torch.tensor([[1, 2]]), False),
+        (torch.tensor([True, False]), False),
         (torch.tensor(1.0), False),
         (torch.ones(1, 1, 1), False),
     ],
 )
-def test_a_weight_is_of_rows_or_entries_and_never_negative(tensor, expected):
+def test_a_weight_is_of_rows_or_entries_a_length_of_rows_and_neither_negative(tensor, expected):
     assert is_weight(tensor) is expected
