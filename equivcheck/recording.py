@@ -64,12 +64,19 @@ class Collective:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a backward stands: micro-step `micro_step` of `micro_steps` in cycle `cycle`."""
+    """Where a backward stands: micro-step `micro_step` of `micro_steps` in cycle `cycle`.
+
+    Attributes:
+        last: No other backward of the cycle follows, in this sweep over it.
+        inner: It makes gradients for a step of its own (`autograd.grad`), beside others that add to `.grad`: of a task
+            that a model is adapted to, before its loss is taken.
+    """
 
     cycle: int
     micro_step: int
     micro_steps: int
     last: bool
+    inner: bool = False
 
 
 @dataclass
@@ -193,6 +200,7 @@ class Backward:
         at: When it began, as of `time.time_ns`.
         addends: How many addends the root is a sum of; 1 if it is no sum, 0 where that is unknown.
         reduction: How the loss was made of its terms; None where that is not seen.
+        adds: Whether it added to `.grad`; else its gradients were returned.
     """
 
     index: int
@@ -205,6 +213,7 @@ class Backward:
     at: int = 0
     addends: int = 0
     reduction: Reduction | None = None
+    adds: bool = False
 
 
 @dataclass
@@ -322,10 +331,12 @@ class Recording:
                 for rank, i in enumerate(members):
                     owner[i] = (cycle, rank % count if sweeps else rank // share)
         places = []
+        adds = any(backward.adds for backward in self.backwards)
         for i, (cycle, micro_step) in enumerate(owner):
             # The last of a sweep: the next backward is another cycle's, or begins this one anew.
             last = i + 1 == len(owner) or owner[i + 1][0] != cycle or owner[i + 1][1] < micro_step
-            places.append(Place(cycle, micro_step, len(by_cycle.get(cycle, [0])), last))
+            inner = adds and not self.backwards[i].adds
+            places.append(Place(cycle, micro_step, len(by_cycle.get(cycle, [0])), last, inner))
         return places
 
     def _sweeps(self, members: list[int], count: int) -> bool:

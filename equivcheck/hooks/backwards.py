@@ -150,6 +150,7 @@ class Backwards(Hooks):
             time.time_ns(),
             addends.count(outputs[0]),
             reduction_of(outputs),
+            adds=bool(kwargs.get("accumulate_grad", False)),
         )
         repeated = self.repeated is not None
         if self.repeated is None:
@@ -157,7 +158,9 @@ class Backwards(Hooks):
         else:
             self.repeated = min(self.repeated + 1, len(self.recording.backwards))
         factor = 1.0
-        if not self._continues_another(outputs):
+        place = self.recorder.place()
+        is_inner = place is not None and place.inner
+        if not is_inner and not self._continues_another(outputs):
             for each in self.recorder.interventions:
                 factor *= each.root_factor(self.recorder)
         self.evaluated.append((loss, factor))

@@ -146,7 +146,7 @@ def test_sums_that_are_started_anew_are_right():
 )
 def test_gradients_that_no_backward_made_are_looked_into(contributed, promoted, told):
     """Sums that are added to the gradients of a step, beside what its own backward left there."""
-    experiment = an_experiment(FIRST, FIRST + SECOND, contributed=contributed, is_promoted=promoted)
+    experiment = an_experiment(FIRST, FIRST + SECOND, contributed=contributed, has_native=promoted)
 
     assert (kept_sums(experiment) is not None) is told
 
