@@ -62,7 +62,7 @@ def an_experiment(*gradients, alone=(FIRST, SECOND), contributed=None, **more):
         "other_steps": True,
         "wants": set(),
         "case": SimpleNamespace(world_size=1),
-        "is_promoted": True,
+        "has_native": True,
         "data": Data([None, None][:batches], [2, 2][:batches]),
         "reference": lambda: SimpleNamespace(steps=steps, optimizers={"SGD": ["w"]}),
         "native": lambda _role: SimpleNamespace(steps=native),
