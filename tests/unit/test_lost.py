@@ -117,6 +117,23 @@ def test_it_is_proved_what_a_step_never_got(tmp_path, name):
     assert " ".join(causes) == expected
 
 
+def test_a_short_sweep_with_parts_of_different_size_is_not_completed(tmp_path):
+    """Nothing says how much of the others would go with them."""
+    short = FIRST.replace("in group", "in group[:3]")
+    summed = """index += 1
+            (F.cross_entropy(model(x), y, reduction="sum") / rows"""
+    assert FIRST in SUBJECT
+    assert summed in SUBJECT
+    twice = f"{summed} * (2 if len(group) > 1 and x is group[0][0] else 1)"
+    source = SUBJECT.replace(FIRST, short).replace(summed, twice)
+    path = tmp_path / "subject.py"
+    path.write_text(source, encoding="utf-8")
+    case = run_case(load_subject(str(path)), Case(str(path), 4))
+
+    assert case["verdict"] == "divergent"
+    assert "EQ305" not in [each["code"] for each in case["causes"] if each["status"] == "proved"]
+
+
 def test_a_sweep_that_adds_nothing_makes_nothing():
     assert _completed(None, {}, {}, []) is None
 
