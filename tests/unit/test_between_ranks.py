@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from equivcheck import precision, traffic
+from equivcheck import doubts, precision, traffic
 from equivcheck import view as looks
 from equivcheck.attribution import solve
 from equivcheck.detectors import addends, coupling, ranks, schedule, stages, taken, weights
@@ -18,6 +18,7 @@ from equivcheck.differences import Sums
 from equivcheck.errors import UsageError
 from equivcheck.fit import Attribution, attribute, sampled
 from equivcheck.recording import Backward, Collective, Event, Place, Recording, Step
+from equivcheck.subject_experiment import SubjectExperiment
 from equivcheck.verdict import Finding
 
 NAN = math.nan
@@ -509,6 +510,60 @@ def test_an_addend_that_the_full_batch_lacks_is_not_called_coupled():
     )
 
     assert not addends.coupled_addends(view, lambda *_: [[0.5, 0.5]])
+
+
+@pytest.mark.parametrize(("told", "predictions"), [("K", 2), ("K, divided by R again", 1)])
+def test_a_mean_that_the_ranks_divide_once_more_is_no_double_division_by_k(
+    monkeypatch, told, predictions
+):
+    """Where K and the number of ranks are the same, another K tells which of them it was."""
+    tried = {}
+    monkeypatch.setattr(weights, "equal_parts_of", lambda _: told)
+    monkeypatch.setattr(
+        weights, "hypotheses", lambda _, code, given, **__: tried.setdefault(code, given) and []
+    )
+    for name in ("_again_over_ranks", "_geometric", "_whole", "_clipped_by_hand", "_hidden"):
+        monkeypatch.setattr(weights, name, lambda _: [])
+    monkeypatch.setattr(weights.wrong_denominator, "suspect", lambda _: [])
+    monkeypatch.setattr(weights, "factor_of", lambda _: None)
+    monkeypatch.setattr(weights, "undecided", lambda _: [])
+    seen = Seen(recording(step()), recording(step()))
+    seen.divergent, seen.every, seen.places, seen.names = [], [], [], None
+    seen.counts = dict
+
+    assert weights._in_all(seen) == []
+    assert len(tried["EQ102"]) == predictions
+
+
+# ---- what ranks take ----------------------------------------------------------------------------
+
+
+def test_samples_that_several_ranks_take_are_looked_for_in_every_step_that_is_none_of_the_full_batch():
+    def of_rank(*samples):
+        steps = [step(i, matched=None) for i in range(len(samples))]
+        for each, taken_then in zip(steps, samples, strict=True):
+            each.samples = frozenset(taken_then)
+        return Recording("candidate", steps=steps)
+
+    ranks_of = [of_rank({1, 2}, {5, 6}), of_rank({3, 4}, {6, 7})]
+    candidate = Recording("candidate", steps=ranks_of[0].steps, ranks=ranks_of)
+    experiment = SimpleNamespace(wants={"dataset"}, case=SimpleNamespace(shares=2))
+    told = doubts._taken_twice(experiment, candidate)
+
+    assert (told["optimizer_step"], told["samples_of_several_ranks"]) == (1, "1 of 3")
+
+
+@pytest.mark.parametrize(("taken_by_ranks", "orders"), [([2, 0], [[2, 1, 0]]), ([2, 1], None)])
+def test_single_micro_batches_of_ranks_hold_what_a_sampler_dealt_out(taken_by_ranks, orders):
+    """Not where ranks take other samples than the full batch."""
+    experiment = SimpleNamespace(
+        together=False,
+        _dealt=lambda *_: taken_by_ranks,
+        reference=lambda: Recording("reference", fetched=[[(0, 0), (0, 2)]]),
+        _promoted=SimpleNamespace(total=3),
+    )
+
+    assert SubjectExperiment._orders_of_ranks(experiment) == orders
 
 
 # ---- what ranks send ----------------------------------------------------------------------------

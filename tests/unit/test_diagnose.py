@@ -6,9 +6,10 @@ import pytest
 
 from equivcheck import diagnose as module
 from equivcheck.diagnose import FRONTIER, TRIALS, diagnose
+from equivcheck.differences import Sums
 from equivcheck.errors import StepError
 from equivcheck.interventions import Intervention
-from equivcheck.recording import Recording
+from equivcheck.recording import Recording, Step
 from equivcheck.verdict import Finding, Judgement
 from equivcheck.view import Suspicion
 
@@ -38,6 +39,7 @@ class World:
         self.case = self
         self.accumulation_steps = 2
         self.runs = 0
+        self.left = None
 
     def judgement(self, interventions):
         self.runs += 1
@@ -50,7 +52,8 @@ class World:
                 Finding(kind, 0, 0, (), size, 0.0)
                 for letter, (kind, size) in self.faults.items()
                 if letter not in put_right
-            ]
+            ],
+            left=self.left,
         )
 
     def candidate(self, _interventions):
@@ -61,8 +64,9 @@ class World:
 def search(monkeypatch):
     """Return a function that searches a world and returns the diagnosis."""
 
-    def run(faults, suspicions, *, log_explained=False):
+    def run(faults, suspicions, *, log_explained=False, left=None):
         world = World(faults, suspicions)
+        world.left = left
 
         def suspect(view):
             return world.suspicions({each.name for each in view.chosen})
@@ -157,6 +161,17 @@ def test_a_cause_with_a_proof_of_its_own_needs_no_run(search):
 
     assert told(found) == ["EQ701 proved"]
     assert found.trials == []
+
+
+def test_what_is_left_of_a_run_that_is_judged_where_it_leaves_its_parameters_is_theirs(search):
+    """Its gradients differ, and count for nothing."""
+    step = Step(0, "SGD", frozenset(), 1, 0, [0.1], matched=0)
+    step.parameters = {"w": Sums(1.0, 0.0, 1e-30, 1)}
+    left = Recording("candidate", steps=[step])
+    found = search({"a": ("gradients", 1.0)}, always(by("EQ103", "a")), left=left)
+
+    assert told(found) == ["EQ103 proved"]
+    assert found.causes[0]["evidence"]["intervention"]["relative_after"] == 1e-15
 
 
 def test_a_proof_of_its_own_and_an_intervention_go_together(search):

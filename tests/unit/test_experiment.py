@@ -163,6 +163,7 @@ Roles.__abstractmethods__ = frozenset()
         (lambda lab: lab.copies_moved(), "left to itself"),
         (lambda lab: lab.left_by_backward(), "with what each cycle's last backward leaves"),
         (lambda lab: lab.left_on_ranks(), "with what each rank leaves, 0 things put right"),
+        (lambda lab: lab.settled(), "left to itself, 0 things put right"),
         (lambda lab: lab.left_by_full_batch(), "with what the full batch leaves"),
         (lambda lab: lab.alone_of_length(8), "with a loader of 8 micro-batches"),
         (lambda lab: lab.full_batch_alone(1), "with full batch 1 alone"),
