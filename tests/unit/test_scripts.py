@@ -15,6 +15,8 @@ from equivcheck.attach.spec import Spec
 from equivcheck.attach.store import Facts
 from equivcheck.case import Case
 from equivcheck.errors import InternalError, StepError, UsageError
+from equivcheck.feed import Data
+from equivcheck.interventions import Length, Shorten
 from equivcheck.recording import Backward, Recording, Step
 from equivcheck.scripts import runner
 from equivcheck.scripts.experiment import ScriptExperiment
@@ -112,6 +114,20 @@ def test_a_script_learns_the_number_of_its_steps_from_its_loader(leaving, labora
     laboratory.reference_of_horizon(5)
 
     assert [(spec.role, spec.length) for spec in asked] == [("reference", None), ("full_batch", 5)]
+
+
+def test_a_script_is_told_the_length_that_is_put_right(leaving, laboratory):
+    asked = leaving({"rank-0": Facts(ended="exit")})
+    laboratory._run("full_batch", COMMAND, "write", interventions=(Length(7),))
+
+    assert [(spec.role, spec.length) for spec in asked] == [("full_batch", 7)]
+
+
+def test_without_the_tail_the_last_full_batch_of_a_script_is_none(laboratory, monkeypatch):
+    monkeypatch.setattr(ScriptExperiment, "data", Data([None] * 3, [8, 8, 4]))
+
+    assert laboratory.data_for((), promoted=True).rows == [8, 8, 4]
+    assert laboratory.data_for((Shorten(),), promoted=True).rows == [8, 8]
 
 
 def test_the_control_of_a_script_is_perturbed_already(leaving, laboratory):
