@@ -116,11 +116,18 @@ def test_a_script_learns_the_number_of_its_steps_from_its_loader(leaving, labora
     assert [(spec.role, spec.length) for spec in asked] == [("reference", None), ("full_batch", 5)]
 
 
-def test_a_script_is_told_the_length_that_is_put_right(leaving, laboratory):
-    asked = leaving({"rank-0": Facts(ended="exit")})
-    laboratory._run("full_batch", COMMAND, "write", interventions=(Length(7),))
+def test_a_script_is_told_the_length_that_is_put_right(laboratory, monkeypatch):
+    asked = []
 
-    assert [(spec.role, spec.length) for spec in asked] == [("full_batch", 7)]
+    def run(spec, *_):
+        asked.append(spec.length)
+        return Recording("candidate"), Ended(0, "", [], 0.1)
+
+    monkeypatch.setattr(laboratory._runner, "run", run)
+    laboratory._run("candidate", COMMAND, "write", interventions=(Length(7),))
+    laboratory._run("candidate", COMMAND, "write")
+
+    assert asked == [7, None]
 
 
 def test_without_the_tail_the_last_full_batch_of_a_script_is_none(laboratory, monkeypatch):
