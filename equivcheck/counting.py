@@ -6,7 +6,10 @@ from collections.abc import Iterator
 
 import torch
 
-__all__ = ["is_weight", "masks"]
+__all__ = ["ADDED_UP", "is_weight", "masks"]
+
+# Behind the name of whole numbers of rows: lengths may be added up, and so are classes, which count nothing.
+ADDED_UP = " added up"
 
 # Dimensions of a weight per row, or per entry of a row.
 _WEIGHT_DIMENSIONS = (1, 2)

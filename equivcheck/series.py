@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
+from equivcheck.counting import ADDED_UP
 from equivcheck.differences import Sums
 from equivcheck.experiment import Experiment
 from equivcheck.fit import Attribution
@@ -81,7 +82,9 @@ def attributed(view: View, found: Sequence[Attribution], entry: dict[str, Any]) 
         label: cycles[cycle] for label, cycles in view.counts().items() if cycle < len(cycles)
     }
     telling = {
-        label: values for label, values in counts.items() if label == "rows" or len(set(values)) > 1
+        label: values
+        for label, values in counts.items()
+        if label == "rows" or (len(set(values)) > 1 and not label.endswith(ADDED_UP))
     }
     entry["micro_batches"] = {"optimizer_step": found[0].matched, "counts": telling}
 

@@ -18,7 +18,7 @@ import torch
 from equivcheck.case import Case
 from equivcheck.casting import promote_tree
 from equivcheck.comparers import Comparer, Perturbed, Pieces
-from equivcheck.counting import is_weight, masks
+from equivcheck.counting import ADDED_UP, is_weight, masks
 from equivcheck.cuts import Cuts, refuse_remainders, refuse_uneven
 from equivcheck.errors import UsageError
 from equivcheck.execute import Run, execute, seed_all
@@ -153,7 +153,8 @@ class SubjectExperiment(Experiment):
                         [int(rows[start:stop].sum()) for start, stop in slices]
                     )
                 if is_weight(tensor):
-                    found.setdefault(f"sum of {path}", []).append(
+                    label = f"sum of {path}" if tensor.is_floating_point() else f"{path}{ADDED_UP}"
+                    found.setdefault(label, []).append(
                         [_total(tensor[start:stop]) for start, stop in slices]
                     )
         return {
