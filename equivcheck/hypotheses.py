@@ -40,7 +40,7 @@ def hypotheses(
     for prediction in predictions:
         factors: dict[int, list[float]] = {}
         lost: Changes = {}
-        lacking: Changes = {}
+        fitted: list[tuple[Attribution, list[float]]] = []
         shown: list[tuple[Attribution, list[float], list[float]]] = []
         # Counts that are equal count equally in a mean of means: one factor for all of them is another cause.
         uneven = code != "EQ103"
@@ -57,8 +57,7 @@ def hypotheses(
                 intended = meant(each, right) if meant else right
                 factor = _factors(intended, wrong)
                 factors[each.matched] = factor
-                apart = [a - b for a, b in zip(intended, wrong, strict=True)]
-                at_step(view, each, predict(each.pieces, apart), lacking)
+                fitted.append((each, [a - b for a, b in zip(intended, wrong, strict=True)]))
                 # No factor brings back what has no weight at all: it is added at the step.
                 away = [k for k, w in enumerate(wrong) if w == 0 and right[k] != 0]
                 if away:
@@ -75,11 +74,22 @@ def hypotheses(
                 "weights": first.shaped(first.w.values if told else wrong),
                 "true_weights": first.shaped(first.v.values if told else right),
             }
-            variants = reweighted(view, factors) or [(Restitute(lacking),)]
-            if lost:
+            variants = reweighted(view, factors)
+            if not variants:
+                # No backward to weigh anew: what is lacking is added at the step, all of it.
+                variants = [(Restitute(_lacking(view, fitted)),)]
+            elif lost:
                 variants = [(*each, Restitute(lost)) for each in variants]
             return [Suspicion(code, variants, evidence, first.step, rank)]
     return []
+
+
+def _lacking(view: View, fitted: Sequence[tuple[Attribution, list[float]]]) -> Changes:
+    """Return what each step lacks, by how far the weights that are meant are from those that a hypothesis predicts."""
+    found: Changes = {}
+    for attribution, apart in fitted:
+        at_step(view, attribution, predict(attribution.pieces, apart), found)
+    return found
 
 
 def scaled(view: View, code: str, factor: float, rank: int) -> list[Suspicion]:

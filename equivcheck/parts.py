@@ -185,7 +185,10 @@ class Holdings:
         return None
 
     def gathered(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        """Return the whole parameters that `fully_shard` has gathered, by name: gradients arrive at them."""
+        """Return the whole parameters that `fully_shard` has gathered, by name: gradients arrive at them.
+
+        Not those that are shared out along another dimension of a mesh still.
+        """
         found: dict[str, torch.Tensor] = {}
         for module in model.modules():
             sharded: Any = module
@@ -193,8 +196,9 @@ class Holdings:
             for group in getattr(state, "_fsdp_param_groups", ()):
                 for each in group.fsdp_params:
                     name = self._full_name(each._module_info)
-                    if name is not None and hasattr(each, "_unsharded_param"):
-                        found[name] = each._unsharded_param
+                    whole = getattr(each, "_unsharded_param", None)
+                    if name is not None and whole is not None and not is_distributed(whole):
+                        found[name] = whole
         return found
 
     def _full_name(self, info: Any) -> str | None:

@@ -19,7 +19,6 @@ from equivcheck.attribution import solve
 from equivcheck.errors import EquivcheckError
 from equivcheck.experiment import Experiment
 from equivcheck.noise import UNIT_ROUNDOFF, UNITS, floor, growth
-from equivcheck.parts import is_distributed
 from equivcheck.recording import Recording, Step
 from equivcheck.verdict import overall, roundoff_of
 
@@ -175,10 +174,6 @@ def _rounding(step: Step, gradients: Mapping[str, torch.Tensor | None]) -> float
     names = [name for name in names if any(name in each for each in step.contributions)]
     if not names:
         return None
-    held = {name: t for name in names if (t := gradients[name]) is not None}
-    arrived = [(each[n], t) for each in step.contributions for n, t in held.items() if n in each]
-    if any(is_distributed(part) or part.shape != whole.shape for part, whole in arrived):
-        return None  # A wrapper holds other parts of a gradient than those that arrive.
     target = torch.cat([t for name in names if (t := gradients[name]) is not None])
     rows = [
         torch.cat(
