@@ -6,6 +6,8 @@ functions that behave like an assertion.
 
 from __future__ import annotations
 
+import signal
+from contextlib import suppress
 from typing import Any, ClassVar
 
 
@@ -132,3 +134,12 @@ class DivergenceError(AssertionError):
 
 # Tracebacks and short summaries name the public path, which is also the shorter one.
 DivergenceError.__module__ = "equivcheck"
+
+
+def how_ended(code: int) -> str:
+    """Return how a process ended, by its exit code, which is negative where a signal ended it."""
+    if code >= 0:
+        return f"exit code {code}"
+    with suppress(ValueError):
+        return signal.Signals(-code).name
+    return f"signal {-code}"

@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, Final
 
 from equivcheck.api import Job, finished, job_of, outcomes
-from equivcheck.errors import EquivcheckError, UsageError
+from equivcheck.errors import EquivcheckError, UsageError, how_ended
 from equivcheck.ranks import server
 
 if TYPE_CHECKING:
@@ -140,14 +140,9 @@ def _received(worker: _Worker) -> dict[str, Any]:
 
 def _died(worker: _Worker) -> dict[str, Any]:
     worker.process.join()
-    code = worker.process.exitcode or 0
-    how = f"exit code {code}"
-    if code < 0:
-        with suppress(ValueError):
-            how = signal.Signals(-code).name
     return _lost(
         worker,
-        f"worker-died: {how}",
+        f"worker-died: {how_ended(worker.process.exitcode or 0)}",
         because="the process that ran this case was ended: by the system for want of memory, by a crash in "
         "compiled code, or because the code under test ends Python",
         fix="equivcheck replay runs it alone",

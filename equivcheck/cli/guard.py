@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from equivcheck.errors import StepError
+from equivcheck.errors import StepError, how_ended
 
 GUARDED: Final = ("run", "replay")
 _FINISHED, _CASE = b"f", b"c"
@@ -109,13 +109,7 @@ class _Ended:
 
     @property
     def how(self) -> str:
-        code = os.waitstatus_to_exitcode(self.status)
-        if code >= 0:
-            return f"exit code {code}"
-        try:
-            return signal.Signals(-code).name
-        except ValueError:
-            return f"signal {-code}"
+        return how_ended(os.waitstatus_to_exitcode(self.status))
 
 
 @dataclass(frozen=True)

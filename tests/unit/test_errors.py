@@ -37,3 +37,11 @@ def test_a_divergence_is_a_failed_assertion():
     """Test runners count it as a failure, not as an error."""
 
     assert issubclass(errors.DivergenceError, AssertionError)
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [(0, "exit code 0"), (3, "exit code 3"), (-9, "SIGKILL"), (-120, "signal 120")],
+)
+def test_how_a_process_ended_is_told_by_name_where_a_signal_has_one(code, told):
+    assert errors.how_ended(code) == told
